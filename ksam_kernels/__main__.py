@@ -1,0 +1,94 @@
+"""``python -m ksam_kernels``: which backend runs each operator on each device, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+import ksam_kernels  # registers every backend that is installed
+from ksam_kernels import backends
+
+
+def _devices() -> list[torch.device]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [torch.device("cpu"), *([accelerator] if accelerator is not None else [])]
+
+
+def _entry(room: str, operator: str, device: torch.device) -> dict[str, Any]:
+    """What runs (None: the call would raise), and why each better backend does not."""
+    try:
+        runs, _ = backends.resolve(operator, device)
+    except backends.BackendUnavailableError:
+        runs = None
+    chosen = ksam_kernels.requested_backend()
+    last = runs if chosen == "auto" else chosen
+    passed_over = {}
+    for name in backends.BACKENDS:
+        if name == last:
+            if runs is None:
+                passed_over[name] = backends.why_not(name, operator, device)
+            break
+        reason = backends.why_not(name, operator, device)
+        passed_over[name] = reason or f"{chosen} was asked for by name"
+    return {
+        "room": room,
+        "operator": operator,
+        "device": device.type,
+        "runs": runs,
+        "passed_over": passed_over,
+    }
+
+
+def report() -> dict[str, Any]:
+    """Versions, the backend asked for, and an entry per operator and device."""
+    return {
+        "ksam": version("ksam"),
+        "torch": torch.__version__,
+        "requested": ksam_kernels.requested_backend(),
+        "operators": [
+            _entry(room, operator, device)
+            for device in _devices()
+            for room, operators in backends.OPERATORS.items()
+            for operator in operators
+        ],
+    }
+
+
+def _table(facts: dict[str, Any]) -> str:
+    """A row per operator; reasons that many rows share are numbered and told once."""
+    notes: list[str] = []
+    rows = [("device", "room", "operator", "runs", "")]
+    for entry in facts["operators"]:
+        marks = []
+        for name, reason in entry["passed_over"].items():
+            note = f"not {name}: {reason}"
+            if note not in notes:
+                notes.append(note)
+            marks.append(f"[{notes.index(note) + 1}]")
+        runs = entry["runs"] or "raises"
+        rows.append((entry["device"], entry["room"], entry["operator"], runs, " ".join(marks)))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        f"ksam {facts['ksam']}, torch {facts['torch']}, backend asked for: {facts['requested']}"
+    ]
+    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines += [f"[{i}] {note}" for i, note in enumerate(notes, start=1)]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; 1 if a backend asked for by name cannot run some operator."""
+    parser = argparse.ArgumentParser(prog="python -m ksam_kernels", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    facts = report()
+    print(json.dumps(facts, indent=2) if parser.parse_args(argv).json else _table(facts))
+    return int(any(entry["runs"] is None for entry in facts["operators"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Which implementation of an operator runs on a device, and why a better one does not.
+
+Three backends, best first: ``native`` (the compiled extension), ``triton`` (GPU kernels compiled
+on first use) and ``reference`` (plain PyTorch, the written contract, runs anywhere). Each call of
+an operator asks :func:`resolve` once. ``auto`` takes the best backend that can run the operator on
+the tensor's device; a backend that the user *named* either runs or raises, it is never replaced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+Kernel = Callable[..., Any]
+K = TypeVar("K", bound=Kernel)
+
+BACKENDS = ("native", "triton", "reference")
+CHOICES = ("auto", *BACKENDS)
+
+#: Operator names by room, in the order of a K-SAM step. Every backend implements a subset.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "loss": (
+        "cross_entropy",
+        "cross_entropy_backward",
+        "select_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "binary_cross_entropy_with_logits_backward",
+        "mse",
+        "mse_backward",
+    ),
+    "topk": ("topk_indices",),
+    "compact": ("compact",),
+    "perturb": ("grad_norm", "perturb_", "restore_", "restore_sgd_", "restore_adam_"),
+}
+
+_NOT_INSTALLED = {
+    "native": "this installation has no compiled extension",
+    "triton": "this installation has no Triton kernels",
+}
+
+_kernels: dict[str, dict[str, Kernel]] = {name: {} for name in BACKENDS}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for by name cannot run the operator on the device."""
+
+
+def _checked(choice: str, source: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    return choice
+
+
+# Process-wide like torch.backends' flags, not a context variable: autograd runs the backward pass
+# of CUDA operators on threads of its own, which must see the same choice.
+_choice = _checked(os.environ.get("KSAM_BACKEND", "auto"), "KSAM_BACKEND")
+
+
+def requested_backend() -> str:
+    """``auto``, or the backend named by ``KSAM_BACKEND`` or :func:`use_backend`."""
+    return _choice
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator in the ``with`` block on one backend, in all threads of the process.
+
+    Args:
+        name: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: for any other name. Where the named backend cannot run an operator, the call of
+            that operator raises :class:`BackendUnavailableError`.
+    """
+    global _choice
+    previous, _choice = _choice, _checked(name, "name")
+    try:
+        yield
+    finally:
+        _choice = previous
+
+
+def implements(backend: str, operator: str) -> Callable[[K], K]:
+    """Decorator: register a function as ``backend``'s implementation of ``operator``."""
+    if not any(operator in names for names in OPERATORS.values()):
+        raise ValueError(f"operator {operator!r} is not listed in OPERATORS")
+
+    def register(kernel: K) -> K:
+        _kernels[backend][operator] = kernel
+        return kernel
+
+    return register
+
+
+def why_not(backend: str, operator: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on ``device``; None if it can."""
+    if operator in _kernels[backend]:
+        return None
+    if not _kernels[backend]:
+        return _NOT_INSTALLED[backend]
+    return f"it has no {operator} kernel for {device.type}"
+
+
+def resolve(operator: str, device: torch.device) -> tuple[str, Kernel]:
+    """The backend that runs ``operator`` on ``device`` now, and its implementation.
+
+    Raises:
+        BackendUnavailableError: the backend asked for by name cannot run it.
+    """
+    if _choice != "auto":
+        reason = why_not(_choice, operator, device)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"backend {_choice!r} was asked for by name but cannot run {operator} "
+                f"on {device.type}: {reason}"
+            )
+        return _choice, _kernels[_choice][operator]
+    name = next(name for name in BACKENDS if why_not(name, operator, device) is None)
+    return name, _kernels[name][operator]
+
+
+def call(operator: str, device: torch.device, *args: Any) -> Any:
+    """Run ``operator`` on the backend that :func:`resolve` picks for ``device``."""
+    return resolve(operator, device)[1](*args)

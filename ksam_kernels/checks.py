@@ -1,0 +1,58 @@
+"""Argument checks shared by the public functions: each names the argument and the value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX = (torch.int64, torch.int32)
+
+
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all arithmetic on tensors of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name} must be {_names(allowed)}, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{name} must have {meaning}, {tuple(expected)}, got shape {tuple(tensor.shape)}"
+        )
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
+        )
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Finite ``low <= value <= high``; NaN fails."""
+    if not (low <= value <= high) or math.isinf(value):
+        bound = f"in [{low}, {high}]" if high < math.inf else f"finite and >= {low}"
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+
+
+def check_constant(name: str, tensor: Tensor | None) -> None:
+    """No gradient flows to this argument, so one that asks for it would be lost in silence."""
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but gradients flow to the first argument only")

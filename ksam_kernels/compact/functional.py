@@ -1,0 +1,62 @@
+"""Batch compaction: the chosen rows of every tensor of a batch, gathered at once."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ksam_kernels.checks import INDEX, check_dtype
+from ksam_kernels.compact.tree import batched_tensors, check_same_rows, map_batched
+
+__all__ = ["compact_batch"]
+
+T = TypeVar("T")
+
+
+def _gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
+    """One operator call per device; indices that lie elsewhere are copied over once each."""
+    rows: list[Tensor] = [torch.empty(0)] * len(tensors)
+    for device in {tensor.device: None for tensor in tensors}:
+        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        chosen = [tensors[i] for i in places]
+        for i, gathered in zip(
+            places, torch.ops.ksam.compact(chosen, indices.to(device)), strict=True
+        ):
+            rows[i] = gathered
+    return rows
+
+
+def compact_batch(batch: T, indices: Tensor) -> T:
+    """The sub-batch of the given samples: ``tensor[indices]`` for every tensor of a tree.
+
+    Rows are moved as bytes: any dtype, bit-exact. The order and repeats of the indices are kept.
+    Floor of bytes moved: each chosen row read once and written once, 8 per index.
+
+    Args:
+        batch: tuples, lists, dicts, dataclasses, Hugging Face ``BatchEncoding`` or any registered
+            pytree, nested at will, of tensors ``[B, ...]``. Tensors without dimensions and leaves
+            that are no tensors, **a list of strings among them**, pass through unchanged.
+        indices: ``[k]``, int64 or int32, each in [0, B). May be empty. Tensors on another device
+            than the indices are served too, at the price of copying the indices there.
+
+    Returns:
+        The same tree with tensors ``[k, ...]``; contiguous, or channels-last where the source is.
+        Nothing is differentiated through the gather.
+
+    Raises:
+        TypeError: indices of another dtype.
+        ValueError: indices that are not one-dimensional, tensors that disagree on dimension 0.
+        IndexError: on the CPU, an index that is negative or too large (a GPU raises a device-side
+            assertion instead).
+    """
+    check_dtype("indices", indices, INDEX)
+    if indices.dim() != 1:
+        raise ValueError(f"indices must be one-dimensional, got shape {tuple(indices.shape)}")
+    tensors = batched_tensors(batch)
+    check_same_rows(batch, tensors)
+    with torch.no_grad():
+        gathered = iter(_gather(tensors, indices))
+    compacted: T = map_batched(lambda _: next(gathered), batch)
+    return compacted

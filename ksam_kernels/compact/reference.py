@@ -1,0 +1,46 @@
+"""Batch compaction in plain PyTorch: the contract that every backend is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ksam_kernels.backends import implements
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The format that the gathered rows keep: channels-last where the tensor has it."""
+    if not tensor.is_contiguous():
+        for dims, fmt in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if tensor.dim() == dims and tensor.is_contiguous(memory_format=fmt):
+                return fmt
+    return torch.contiguous_format
+
+
+def _check_rows(indices: Tensor, rows: int) -> None:
+    # Other devices assert in the gather kernel; asking them here would wait for the device.
+    if indices.device.type == "cpu" and indices.numel() > 0:
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= rows:
+            bad = low if low < 0 else high
+            raise IndexError(f"indices holds {bad}, out of range for a batch of {rows} samples")
+
+
+@implements("reference", "compact")
+def compact(
+    tensors: list[Tensor],  # each [B, ...]
+    indices: Tensor,  # [k]
+) -> list[Tensor]:
+    """Rows ``tensor[indices]`` [k, ...] of every tensor, moved as bits."""
+    if tensors:
+        _check_rows(indices, tensors[0].shape[0])
+    gathered = []
+    for tensor in tensors:
+        source = tensor.resolve_conj().resolve_neg()
+        # complex128 is wider than any integer type; index_select copies it as it is.
+        bits = source.view(_BITS.get(source.itemsize, source.dtype))
+        rows = bits.index_select(0, indices).view(source.dtype)
+        gathered.append(rows.contiguous(memory_format=memory_format(tensor)))
+    return gathered

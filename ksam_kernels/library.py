@@ -1,0 +1,49 @@
+"""How the operators of ``torch.ops.ksam`` are declared: a schema and a shape function each.
+
+The kernel of every operator is the same: ask :mod:`ksam_kernels.backends` for the implementation
+on the tensors' device and call it. Declared mutations, version counters and fake tensors then work
+alike for every backend, so ``torch.compile``, ``torch.export`` and ``opcheck`` see one operator.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from ksam_kernels import backends
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    """The device of the first tensor, looking into lists; the CPU where there is none."""
+    for arg in args:
+        first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if isinstance(first, Tensor):
+            return first.device
+    return torch.device("cpu")
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Declare ``torch.ops.ksam.<function name>``; the decorated function is its fake kernel.
+
+    Args:
+        schema: arguments and returns as in ``(Tensor(a!) x, int n) -> Tensor``; what it marks with
+            ``!`` is mutated.
+    """
+    mutated = re.findall(r"Tensor\(\w+!\)(?:\[\])? (\w+)", schema)
+
+    def declare(fake: Callable[..., Any]) -> CustomOpDef:
+        name = fake.__name__
+
+        def kernel(*args: Any) -> Any:
+            return backends.call(name, _device(args), *args)
+
+        op = torch.library.custom_op(f"ksam::{name}", kernel, mutates_args=mutated, schema=schema)
+        op.register_fake(fake)
+        return op
+
+    return declare

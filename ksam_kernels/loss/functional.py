@@ -1,0 +1,215 @@
+"""Per-sample losses: one pass over the logits, float32 results, nothing else written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ksam_kernels.checks import (
+    FLOATING,
+    INDEX,
+    check_constant,
+    check_device,
+    check_dtype,
+    check_range,
+    check_shape,
+    check_tensor,
+)
+from ksam_kernels.topk.functional import check_k
+
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "mse",
+    "select_cross_entropy",
+]
+
+
+def _check_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    check_dtype("logits", logits, FLOATING)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., C] with C >= 1, got shape {tuple(logits.shape)}")
+    check_tensor("target", target)
+    check_device("target", target, "logits", logits)
+    if target.is_floating_point():
+        check_dtype("target", target, FLOATING)
+        check_shape("target", target, logits.shape, "the shape of the logits (probabilities)")
+        check_constant("target", target)
+        if ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index must be negative with probabilities as target, got {ignore_index}"
+            )
+    else:
+        check_dtype("target", target, INDEX)
+        check_shape("target", target, logits.shape[:-1], "one class per row of the logits")
+    if weight is not None:
+        check_dtype("weight", weight, FLOATING)
+        check_shape("weight", weight, logits.shape[-1:], "one weight per class")
+        check_device("weight", weight, "logits", logits)
+        check_constant("weight", weight)
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy of every sample, ``F.cross_entropy(..., reduction="none")`` in float32.
+
+    With :math:`z_c = x_c - \max_j x_j` and :math:`\ell_c = \log \sum_j e^{z_j} - z_c`,
+
+    .. math:: L = (1 - \epsilon)\, w_y \ell_y + \tfrac{\epsilon}{C} \sum_c w_c \ell_c
+              \qquad\text{or}\qquad
+              L = \sum_c w_c \left((1 - \epsilon)\, t_c + \tfrac{\epsilon}{C}\right) \ell_c
+
+    for a class :math:`y` or probabilities :math:`t`, as ``torch.nn.CrossEntropyLoss`` defines them.
+    Subtracting the maximum first keeps the digits that ``logsumexp(x) - x_y`` loses when the logits
+    share a large offset. Floor of bytes moved: each logit once, 12 + 4 per row (target, loss).
+
+    Args:
+        logits: ``[..., C]``, float32, bfloat16, float16 or float64; never written.
+        target: class indices ``[...]`` (int64 or int32), or probabilities ``[..., C]`` (floating).
+        weight: ``[C]``, floating; the weight of each class.
+        ignore_index: rows with this class give loss 0 and gradient 0, even with NaN among their
+            logits. May be a valid class.
+        label_smoothing: :math:`\epsilon` in [0, 1].
+
+    Returns:
+        Losses ``[...]``, float32 whatever the dtype of the logits. A row with +inf or NaN, or only
+        -inf, gives NaN. Differentiable once, with respect to the logits.
+
+    Raises:
+        TypeError: a dtype not named above.
+        ValueError: shapes or devices that do not fit, C = 0, smoothing outside [0, 1], a target or
+            weight that requires grad.
+        IndexError: on the CPU, a class outside [0, C) that is not ``ignore_index`` (a GPU raises a
+            device-side assertion instead).
+    """
+    _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    losses: Tensor
+    losses, _ = torch.ops.ksam.cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    return losses
+
+
+def select_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    k: int,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`cross_entropy` of every sample and the indices of the k largest, in one operator.
+
+    Args:
+        logits: ``[B, C]``; the other arguments are those of :func:`cross_entropy`.
+        k: number of samples to select, ``1 <= k <= B``.
+
+    Returns:
+        ``losses`` ``[B]``, bit for bit those of :func:`cross_entropy` and differentiable like them,
+        and ``indices`` ``[k]``, those of ``topk_indices(losses, k)``.
+
+    Raises:
+        ValueError: logits that are not two-dimensional, k outside [1, B]; and all that
+            :func:`cross_entropy` raises.
+    """
+    _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
+    check_k(k, logits.shape[0])
+    losses, _, indices = torch.ops.ksam.select_cross_entropy(
+        logits, target, k, weight, ignore_index, label_smoothing
+    )
+    return losses, indices
+
+
+def _check_elementwise(name: str, input: Tensor, target: Tensor) -> None:
+    check_dtype(name, input, FLOATING)
+    if input.dim() == 0 or (input.shape[0] > 0 and input.numel() == 0):
+        raise ValueError(
+            f"{name} must be [B, ...] with at least one element a sample, "
+            f"got shape {tuple(input.shape)}"
+        )
+    check_dtype("target", target, FLOATING)
+    check_shape("target", target, input.shape, f"the shape of {name}")
+    check_device("target", target, name, input)
+    check_constant("target", target)
+
+
+def binary_cross_entropy_with_logits(
+    logits: Tensor, target: Tensor, *, pos_weight: Tensor | None = None
+) -> Tensor:
+    r"""Binary cross-entropy of every sample: the mean over its trailing dimensions, float32.
+
+    .. math:: L_b = \tfrac{1}{n} \sum_j (1 - t_{bj})\, x_{bj}
+                    + \left(1 + (p_j - 1)\, t_{bj}\right) \log(1 + e^{-x_{bj}})
+
+    as ``F.binary_cross_entropy_with_logits(..., reduction="none").flatten(1).mean(1)``. Floor of
+    bytes moved: logits and target once, 4 per sample.
+
+    Args:
+        logits: ``[B, ...]``, float32, bfloat16, float16 or float64.
+        target: same shape, floating.
+        pos_weight: weight :math:`p` of the positive term, broadcast to the trailing dimensions.
+
+    Returns:
+        Losses ``[B]``, float32. Differentiable once, with respect to the logits.
+
+    Raises:
+        TypeError: a dtype not named above.
+        ValueError: shapes or devices that do not fit, samples without elements, a target or
+            pos_weight that requires grad.
+    """
+    _check_elementwise("logits", logits, target)
+    if pos_weight is not None:
+        check_dtype("pos_weight", pos_weight, FLOATING)
+        check_device("pos_weight", pos_weight, "logits", logits)
+        check_constant("pos_weight", pos_weight)
+        trailing = logits.shape[1:]
+        try:
+            fits = torch.broadcast_shapes(pos_weight.shape, trailing) == trailing
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"pos_weight must broadcast to the trailing dimensions {tuple(trailing)}, "
+                f"got shape {tuple(pos_weight.shape)}"
+            )
+    losses: Tensor = torch.ops.ksam.binary_cross_entropy_with_logits(logits, target, pos_weight)
+    return losses
+
+
+def mse(pred: Tensor, target: Tensor) -> Tensor:
+    r"""Squared error of every sample: the mean over its trailing dimensions, float32.
+
+    .. math:: L_b = \tfrac{1}{n} \sum_j (x_{bj} - t_{bj})^2
+
+    as ``F.mse_loss(..., reduction="none").flatten(1).mean(1)``. Floor of bytes moved: both inputs
+    once, 4 per sample.
+
+    Args:
+        pred: ``[B, ...]``, float32, bfloat16, float16 or float64.
+        target: same shape, floating.
+
+    Returns:
+        Losses ``[B]``, float32. Differentiable once, with respect to ``pred``.
+
+    Raises:
+        TypeError: a dtype not named above.
+        ValueError: shapes or devices that do not fit, samples without elements, a target that
+            requires grad.
+    """
+    _check_elementwise("pred", pred, target)
+    losses: Tensor = torch.ops.ksam.mse(pred, target)
+    return losses

@@ -1,0 +1,100 @@
+"""``torch.ops.ksam`` operators of the loss room: schemas, output shapes and autograd formulas.
+
+The public functions in ``ksam_kernels.loss.functional`` check arguments; these do not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.library import operator
+
+
+@operator(
+    "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
+    " -> (Tensor losses, Tensor stats)"
+)
+def cross_entropy(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = logits.shape[:-1]
+    losses = logits.new_empty(shape, dtype=torch.float32)
+    return losses, logits.new_empty((*shape, 3), dtype=opmath_dtype(logits.dtype))
+
+
+@operator(
+    "(Tensor grad, Tensor logits, Tensor target, Tensor stats, Tensor? weight, int ignore_index,"
+    " float label_smoothing) -> Tensor"
+)
+def cross_entropy_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@operator(
+    "(Tensor logits, Tensor target, SymInt k, Tensor? weight, int ignore_index,"
+    " float label_smoothing) -> (Tensor losses, Tensor stats, Tensor indices)"
+)
+def select_cross_entropy(
+    logits: Tensor, target: Tensor, k: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    losses = logits.new_empty((rows,), dtype=torch.float32)
+    stats = logits.new_empty((rows, 3), dtype=opmath_dtype(logits.dtype))
+    return losses, stats, logits.new_empty((k,), dtype=torch.int64)
+
+
+@operator("(Tensor logits, Tensor target, Tensor? pos_weight) -> Tensor")
+def binary_cross_entropy_with_logits(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32)
+
+
+@operator("(Tensor grad, Tensor logits, Tensor target, Tensor? pos_weight) -> Tensor")
+def binary_cross_entropy_with_logits_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@operator("(Tensor pred, Tensor target) -> Tensor")
+def mse(pred: Tensor, target: Tensor) -> Tensor:
+    return pred.new_empty((pred.shape[0],), dtype=torch.float32)
+
+
+@operator("(Tensor grad, Tensor pred, Tensor target) -> Tensor")
+def mse_backward(grad: Tensor, pred: Tensor, target: Tensor) -> Tensor:
+    return pred.new_empty(pred.shape)
+
+
+def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Serves both operators: select_cross_entropy has k between target and weight.
+    logits, target, *_, weight, ctx.ignore_index, ctx.label_smoothing = inputs
+    ctx.constants = len(inputs) - 1
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logits, target, output[1], weight)
+
+
+def _cross_entropy_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logits, target, stats, weight = ctx.saved_tensors
+    dx = torch.ops.ksam.cross_entropy_backward(
+        grad, logits, target, stats, weight, ctx.ignore_index, ctx.label_smoothing
+    )
+    return dx, *[None] * ctx.constants
+
+
+def _elementwise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _bce_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.ops.ksam.binary_cross_entropy_with_logits_backward(grad, *ctx.saved_tensors)
+    return dx, None, None
+
+
+def _mse_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.ksam.mse_backward(grad, *ctx.saved_tensors), None
+
+
+cross_entropy.register_autograd(_cross_entropy_grad, setup_context=_cross_entropy_setup)
+select_cross_entropy.register_autograd(_cross_entropy_grad, setup_context=_cross_entropy_setup)
+binary_cross_entropy_with_logits.register_autograd(_bce_grad, setup_context=_elementwise_setup)
+mse.register_autograd(_mse_grad, setup_context=_elementwise_setup)

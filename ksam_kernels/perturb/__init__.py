@@ -1,0 +1,13 @@
+"""Perturb: move weights uphill with a backup, bring them back, update them."""
+
+from ksam_kernels.perturb import operators as operators
+from ksam_kernels.perturb import reference as reference
+from ksam_kernels.perturb.functional import (
+    grad_norm,
+    perturb_,
+    restore_,
+    restore_adam_,
+    restore_sgd_,
+)
+
+__all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]

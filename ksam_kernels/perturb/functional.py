@@ -1,0 +1,281 @@
+"""Perturb, restore and update lists of tensors: one global norm, the scale never on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ksam_kernels.checks import FLOATING, check_dtype, check_range
+
+__all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
+
+TensorList = Sequence[Tensor]
+
+
+def _check_list(name: str, tensors: TensorList) -> list[Tensor]:
+    tensors = list(tensors)
+    for i, tensor in enumerate(tensors):
+        check_dtype(f"{name}[{i}]", tensor, FLOATING)
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}[{i}] must be a dense tensor, got layout {tensor.layout}")
+    return tensors
+
+
+def _check_like(
+    name: str, tensors: TensorList, params: list[Tensor], *, same_dtype: bool = False
+) -> list[Tensor]:
+    """As many tensors as parameters, with their shapes and devices (and dtypes)."""
+    tensors = _check_list(name, tensors)
+    if len(tensors) != len(params):
+        raise ValueError(
+            f"{name} must hold one tensor per parameter, {len(params)}, got {len(tensors)}"
+        )
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        if tensor.shape != param.shape or tensor.device != param.device:
+            raise ValueError(
+                f"{name}[{i}] must be {tuple(param.shape)} on {param.device} as its parameter is, "
+                f"got {tuple(tensor.shape)} on {tensor.device}"
+            )
+        if same_dtype and tensor.dtype != param.dtype:
+            raise TypeError(
+                f"{name}[{i}] must be {param.dtype} as its parameter is, got {tensor.dtype}"
+            )
+    return tensors
+
+
+def _check_steps(steps: TensorList, params: list[Tensor]) -> list[Tensor]:
+    steps = list(steps)
+    if len(steps) != len(params):
+        raise ValueError(
+            f"steps must hold one tensor per parameter, {len(params)}, got {len(steps)}"
+        )
+    for i, (step, param) in enumerate(zip(steps, params, strict=True)):
+        check_dtype(f"steps[{i}]", step, (torch.float32,))
+        if step.numel() != 1 or step.device != param.device:
+            raise ValueError(
+                f"steps[{i}] must be one element on {param.device} as its parameter is, "
+                f"got {tuple(step.shape)} on {step.device}"
+            )
+    return steps
+
+
+def _check_scalar(name: str, scalar: Tensor | None) -> None:
+    if scalar is not None:
+        check_dtype(name, scalar, (torch.float32,))
+        if scalar.numel() != 1:
+            raise ValueError(f"{name} must be one element, got shape {tuple(scalar.shape)}")
+
+
+def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 0.0) -> Tensor:
+    r"""One global L2 norm, :math:`\lVert g \rVert_2` or ASAM's :math:`\lVert T g \rVert_2`.
+
+    With ``params``, :math:`T = |w| + \eta` elementwise (Kwon et al. 2021). Nothing inside overflows
+    or underflows: right for values from 1e-38 to 1e34, inf above the range of float32. The order of
+    the sum is fixed: the same bits from run to run and, on the CPU, for any number of threads.
+    Floor of bytes moved (float32, N elements): 4N, with params 8N.
+
+    Args:
+        grads: tensors of any shapes and floating dtypes; may be empty.
+        params: tensors of the same shapes.
+        eta: the floor of T, >= 0.
+
+    Returns:
+        A float32 scalar on the device of ``grads[0]``; 0 for an empty list.
+
+    Raises:
+        TypeError: a dtype or layout that is not supported.
+        ValueError: lists that do not fit each other, a negative eta.
+    """
+    grads = _check_list("grads", grads)
+    check_range("eta", eta, 0.0)
+    adaptive = params is not None
+    params = _check_like("params", params, grads) if params is not None else []
+    norm: Tensor = torch.ops.ksam.grad_norm(grads, params, adaptive, eta)
+    return norm
+
+
+@torch.no_grad()
+def perturb_(
+    params: TensorList,
+    grads: TensorList,
+    backup: TensorList,
+    *,
+    rho: float | Sequence[float],
+    adaptive: bool = False,
+    eta: float = 0.0,
+) -> Tensor:
+    r"""Back up the weights, then climb: :math:`w \leftarrow w + \rho\, g / \lVert g \rVert_2`.
+
+    Adaptive: :math:`w \leftarrow w + \rho\, T^2 g / \lVert T g \rVert_2`, :math:`T = |w| + \eta`
+    (SAM: Foret et al. 2020; ASAM: Kwon et al. 2021). The norm is one over all tensors, and stays
+    on the device. Floor of bytes moved (float32, N elements): norm 4N (adaptive 8N) + 16N.
+
+    Args:
+        params: the weights w, written in place. Must not overlap in memory.
+        grads: g, of the shapes of the parameters; dtypes and strides may differ.
+        backup: receives w, always; of the dtypes and shapes of the parameters.
+        rho: radius >= 0, one for all or one per tensor. Tensors with radius 0 keep their bits.
+        adaptive: weight the perturbation by T.
+        eta: the floor of T, >= 0.
+
+    Returns:
+        The norm, a float32 scalar. If it is 0, inf or NaN every weight keeps its bits; where it is
+        below the smallest normal float32 the weights move by less than rho.
+
+    Raises:
+        TypeError: a dtype or layout that is not supported.
+        ValueError: lists that do not fit each other, a negative or non-finite rho or eta.
+            If anything raises, the weights are what they were.
+    """
+    params = _check_list("params", params)
+    grads = _check_like("grads", grads, params)
+    backup = _check_like("backup", backup, params, same_dtype=True)
+    radii = [rho] * len(params) if isinstance(rho, (int, float)) else list(rho)
+    if len(radii) != len(params):
+        raise ValueError(
+            f"rho must be one radius or one per parameter, {len(params)}, got {len(radii)}"
+        )
+    for radius in radii:
+        check_range("rho", radius, 0.0)
+    check_range("eta", eta, 0.0)
+    norm: Tensor = torch.ops.ksam.perturb_(params, grads, backup, radii, adaptive, eta)
+    return norm
+
+
+@torch.no_grad()
+def restore_(params: TensorList, backup: TensorList) -> None:
+    """The weights back from the backup, byte for byte: NaN payloads and -0 included.
+
+    Floor of bytes moved (float32, N elements): 8N; 0 extra where the update is fused with it
+    (:func:`restore_sgd_`, :func:`restore_adam_`).
+
+    Raises:
+        TypeError: a dtype or layout that is not supported, or that differs.
+        ValueError: lists that do not fit each other.
+    """
+    params = _check_list("params", params)
+    backup = _check_like("backup", backup, params, same_dtype=True)
+    torch.ops.ksam.restore_(params, backup)
+
+
+@torch.no_grad()
+def restore_sgd_(
+    params: TensorList,
+    backup: TensorList,
+    grads: TensorList,
+    momentum_buffers: TensorList,
+    *,
+    steps: TensorList | None = None,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""Restore the weights and apply ``torch.optim.SGD``'s update to them in one pass.
+
+    .. math::
+        d = g + \lambda w,\quad v \leftarrow \mu v + (1 - \tau)\, d,\quad
+        w \leftarrow w - \eta\,(d + \mu v \text{ with Nesterov, else } v)
+
+    where w is read from the backup. Floor of bytes moved (float32, N elements, momentum): 20N.
+
+    Args:
+        params: written once, with the updated weights; what they hold is not read.
+        backup: the weights before the perturbation. May be the parameters themselves, for those
+            that were not perturbed.
+        grads: g, of the shapes of the parameters; dtypes and strides may differ.
+        momentum_buffers: v, one per parameter; an empty list without momentum.
+        steps: one-element float32 tensors counting the updates done. Where 0, d is the first
+            momentum (no dampening), as in torch. None: the buffers are history.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: those of ``torch.optim.SGD``.
+        grad_scale: one float32 element; the gradients are divided by it first.
+        found_inf: one float32 element; if not 0 the weights are restored and nothing else changes,
+            neither buffers nor steps.
+
+    Raises:
+        TypeError: a dtype or layout that is not supported.
+        ValueError: lists that do not fit each other, hyperparameters that torch refuses.
+    """
+    params = _check_list("params", params)
+    backup = _check_like("backup", backup, params, same_dtype=True)
+    grads = _check_like("grads", grads, params)
+    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        check_range(name, value, 0.0)
+    if nesterov and (momentum == 0 or dampening != 0):
+        raise ValueError(
+            f"nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}"
+        )
+    momentum_buffers = (
+        _check_like("momentum_buffers", momentum_buffers, params) if momentum != 0 else []
+    )
+    steps = [] if steps is None else _check_steps(steps, params)
+    _check_scalar("grad_scale", grad_scale)
+    _check_scalar("found_inf", found_inf)
+    torch.ops.ksam.restore_sgd_(
+        *(params, backup, grads, momentum_buffers, steps),
+        *(lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, found_inf),
+    )
+
+
+@torch.no_grad()
+def restore_adam_(
+    params: TensorList,
+    backup: TensorList,
+    grads: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    steps: TensorList,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    r"""Restore the weights and apply ``torch.optim.Adam``'s or ``AdamW``'s update in one pass.
+
+    .. math::
+        m \leftarrow m + (1 - \beta_1)(g - m),\quad v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2,
+        \quad w \leftarrow w - \frac{\eta}{1 - \beta_1^t}
+        \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    where w is read from the backup and decayed first: :math:`w (1 - \eta \lambda)` if decoupled
+    (AdamW), else :math:`g + \lambda w`. Floor of bytes moved (float32, N elements): 28N.
+
+    Args:
+        params, backup, grads, grad_scale, found_inf: as in :func:`restore_sgd_`.
+        exp_avgs, exp_avg_sqs: m and v, one each per parameter.
+        steps: one-element float32 tensors counting the updates done; t is one more.
+        lr, betas, eps, weight_decay, maximize: those of ``torch.optim.Adam``.
+        decoupled_weight_decay: AdamW's weight decay.
+
+    Raises:
+        TypeError: a dtype or layout that is not supported.
+        ValueError: lists that do not fit each other, hyperparameters that torch refuses.
+    """
+    params = _check_list("params", params)
+    backup = _check_like("backup", backup, params, same_dtype=True)
+    grads = _check_like("grads", grads, params)
+    exp_avgs = _check_like("exp_avgs", exp_avgs, params)
+    exp_avg_sqs = _check_like("exp_avg_sqs", exp_avg_sqs, params)
+    steps = _check_steps(steps, params)
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        check_range(name, value, 0.0)
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
+    _check_scalar("grad_scale", grad_scale)
+    _check_scalar("found_inf", found_inf)
+    torch.ops.ksam.restore_adam_(
+        *(params, backup, grads, exp_avgs, exp_avg_sqs, steps),
+        *(lr, *betas, eps, weight_decay, maximize, decoupled_weight_decay, grad_scale, found_inf),
+    )

@@ -1,0 +1,22 @@
+"""Top-k selection in plain PyTorch: the contract that every backend is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ksam_kernels.backends import implements
+
+
+@implements("reference", "topk_indices")
+def topk_indices(
+    losses: Tensor,  # [B]
+    k: int,
+) -> Tensor:
+    """Indices [k] int64, ascending, of the k largest losses.
+
+    A stable descending sort is exactly the order wanted: NaN first, -0 equal to +0, equal losses by
+    ascending index.
+    """
+    order = torch.sort(losses, stable=True, descending=True).indices
+    return order[:k].sort().values
