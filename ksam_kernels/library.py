@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from ksam_kernels import backends
 
@@ -27,7 +26,7 @@ def _device(args: tuple[Any, ...]) -> torch.device:
     return torch.device("cpu")
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     """Declare ``torch.ops.ksam.<function name>``; the decorated function is its fake kernel.
 
     Args:
@@ -36,7 +35,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """
     mutated = re.findall(r"Tensor\(\w+!\)(?:\[\])? (\w+)", schema)
 
-    def declare(fake: Callable[..., Any]) -> CustomOpDef:
+    def declare(fake: Callable[..., Any]) -> Any:
         name = fake.__name__
 
         def kernel(*args: Any) -> Any:

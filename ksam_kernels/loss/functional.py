@@ -178,7 +178,7 @@ def binary_cross_entropy_with_logits(
         check_constant("pos_weight", pos_weight)
         trailing = logits.shape[1:]
         try:
-            fits = torch.broadcast_shapes(pos_weight.shape, trailing) == trailing
+            fits = pos_weight.expand(trailing).shape == trailing
         except RuntimeError:
             fits = False
         if not fits:

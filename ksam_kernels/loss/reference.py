@@ -6,6 +6,8 @@ the logits: bfloat16 losses collapse onto a few hundred values and misrank the s
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -125,7 +127,8 @@ def select_cross_entropy(
 
 def _mean_per_sample(elements: Tensor) -> Tensor:
     """[B, ...] -> [B] float32."""
-    return elements.reshape(elements.shape[0], -1).mean(dim=1).float()
+    per_sample = math.prod(elements.shape[1:])  # not -1, which has no value in an empty batch
+    return elements.reshape(elements.shape[0], per_sample).mean(dim=1).float()
 
 
 def _grad_per_element(grad: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""Restore the weights and update them: fused with torch's own SGD, Adam and AdamW, else in turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+import ksam_kernels
+
+
+def _plain(base: Optimizer) -> bool:
+    """Nobody hangs on ``base.step`` itself: no hook, and no scheduler that wrapped it."""
+    return (
+        "step" not in vars(base)
+        and not base._optimizer_step_pre_hooks
+        and not base._optimizer_step_post_hooks
+    )
+
+
+def _fusable(group: dict[str, Any]) -> bool:
+    return not (
+        group["foreach"]
+        or group["fused"]
+        or group["differentiable"]
+        or group.get("amsgrad")
+        or isinstance(group["lr"], Tensor)
+        or any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
+    )
+
+
+def can_fuse(base: Optimizer) -> bool:
+    """Exactly ``torch.optim.SGD``, ``Adam`` or ``AdamW``, with options that the kernels have."""
+    if type(base) not in (SGD, Adam, AdamW) or not _plain(base):
+        return False
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return all(_fusable(group) for group in base.param_groups) and all(
+        p.dtype in dtypes for group in base.param_groups for p in group["params"]
+    )
+
+
+def _step_counter(param: Tensor, value: object = 0.0) -> Tensor:
+    """torch keeps Adam's step on the CPU unless told otherwise; the kernels count on the device."""
+    number = value if isinstance(value, Tensor) else torch.tensor(float(str(value)))
+    return number.to(param.device, torch.float32)
+
+
+def _sgd(
+    base: Optimizer, group: dict[str, Any], params: list[Tensor], backup: list[Tensor]
+) -> None:
+    buffers: list[Tensor] = []
+    steps: list[Tensor] = []
+    for p in params if group["momentum"] != 0 else []:
+        state = base.state[p]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["step"] = _step_counter(p)
+        elif "step" not in state:  # written by torch's own SGD: the buffer is history
+            state["step"] = _step_counter(p, 1.0)
+        buffers.append(state["momentum_buffer"])
+        steps.append(state["step"])
+    ksam_kernels.restore_sgd_(
+        params,
+        backup,
+        [p.grad for p in params if p.grad is not None],
+        buffers,
+        steps=steps or None,
+        **{name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")},
+        **{name: group[name] for name in ("nesterov", "maximize")},
+    )
+
+
+def _adam(
+    base: Optimizer, group: dict[str, Any], params: list[Tensor], backup: list[Tensor]
+) -> None:
+    for p in params:
+        state = base.state[p]
+        if not state:
+            state["step"] = _step_counter(p)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["step"] = _step_counter(p, state["step"])
+    states = [base.state[p] for p in params]
+    ksam_kernels.restore_adam_(
+        params,
+        backup,
+        [p.grad for p in params if p.grad is not None],
+        *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+        **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")},
+        decoupled_weight_decay=isinstance(base, AdamW) or group["decoupled_weight_decay"],
+    )
+
+
+def restore_and_update(base: Optimizer, backup: dict[Tensor, Tensor]) -> None:
+    """The backed-up weights put back and the base optimizer's step taken with ``.grad``.
+
+    Args:
+        backup: perturbed parameter -> its weights before the perturbation.
+    """
+    if not can_fuse(base):
+        ksam_kernels.restore_(list(backup), list(backup.values()))
+        base.step()
+        return
+    without_grad = [p for p in backup if p.grad is None]
+    ksam_kernels.restore_(without_grad, [backup[p] for p in without_grad])
+    update = _sgd if isinstance(base, SGD) else _adam
+    for group in base.param_groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        if params:
+            update(base, group, params, [backup.get(p, p) for p in params])
