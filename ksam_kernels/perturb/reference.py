@@ -123,14 +123,14 @@ def _store(target: Tensor, value: Tensor, kept: Tensor, found_inf: Tensor | None
     """target <- value, rounded to its dtype; the bits of ``kept`` where found_inf is not zero."""
     value = value.to(target.dtype)
     if found_inf is not None:
-        value = torch.where(found_inf.to(target.device) != 0, kept, value)
+        value = torch.where(found_inf.to(target.device).reshape(()) != 0, kept, value)
     target.copy_(value)
 
 
 def _gradient(g: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool) -> Tensor:
     g = g.to(dtype)
     if grad_scale is not None:
-        g = g / grad_scale.to(g.device, dtype)
+        g = g / grad_scale.to(g.device, dtype).reshape(())
     return -g if maximize else g
 
 
@@ -165,7 +165,7 @@ def restore_sgd_(
             buffer = momentum_buffers[i]
             v = momentum * buffer.to(dtype) + (1 - dampening) * d
             if steps:
-                v = torch.where(steps[i] == 0, d, v)
+                v = torch.where(steps[i].reshape(()) == 0, d, v)
             d = d + momentum * v if nesterov else v
             _store(buffer, v, buffer, found_inf)
         _store(p, w - lr * d, b, found_inf)

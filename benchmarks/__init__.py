@@ -1,0 +1,1 @@
+"""Benchmarks of K-SAM, run as ``python -m benchmarks <command>``."""

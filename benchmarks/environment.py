@@ -1,0 +1,41 @@
+"""The machine a benchmark runs on, as it is written beside every measured number."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from benchmarks.errors import UsageError
+
+
+def select_device(name: str) -> torch.device:
+    """Return the device for `--device auto|cpu|cuda`; auto takes CUDA where there is one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError(f"--device cuda: PyTorch {torch.__version__} sees no CUDA device")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return the marketing name of the GPU or CPU, and the thread count for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work queued on `device`, so that a clock read next is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    # platform.processor() is empty or just the architecture on most Linux systems.
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Training benchmark: the same model, data and seeds under SGD, SAM and K-SAM."""

@@ -1,0 +1,131 @@
+"""Command line of ``python -m benchmarks train``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import select_device
+from benchmarks.train.config import BASES, DATA, METHODS, parse_k, resolve
+from benchmarks.train.run import run_benchmark
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `train` to `parser`."""
+    data = parser.add_argument_group("data and model")
+    data.add_argument("--data", choices=tuple(DATA), default="digits", help="default: digits")
+    data.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="PATH",
+        help="cifar10: a folder with cifar-10-batches-py, or a packed .npz; "
+        "sst2, rte, mrpc: a folder with SST-2, RTE, MRPC",
+    )
+    data.add_argument(
+        "--model",
+        metavar="NAME",
+        help="cnn, resnet8, resnet20 or resnet18 (default: cnn for digits, resnet8 for cifar10); "
+        "text: the folder of a transformers model",
+    )
+    data.add_argument(
+        "--train-samples",
+        type=_positive_int,
+        metavar="N",
+        help="train on the first N samples of a fixed permutation (default: all)",
+    )
+    _add_optimizer_arguments(parser)
+    run_group = parser.add_argument_group("run")
+    run_group.add_argument(
+        "--seeds", type=_positive_int, default=3, metavar="N", help="use seeds 0 .. N-1; default: 3"
+    )
+    run_group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run_group.add_argument(
+        "--threads", type=_positive_int, metavar="N", help="CPU threads (default: PyTorch's)"
+    )
+    run_group.add_argument(
+        "--timing-rounds",
+        type=_number(int, lambda n: n >= 0, "a count >= 0"),
+        metavar="N",
+        help="rounds of the side-by-side step timing, 0 for none "
+        "(default: at least 15 and about 15 seconds' worth)",
+    )
+    run_group.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for results (default: runs/train-<data>)"
+    )
+
+
+def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimizer (defaults depend on --data and --base)")
+    group.add_argument(
+        "--methods",
+        type=_parse_methods,
+        default=METHODS,
+        metavar="LIST",
+        help="comma-separated: sgd (the base optimizer alone), sam, ksam; default: all",
+    )
+    group.add_argument(
+        "--base", choices=BASES, help="base optimizer (default: sgd for images, adamw for text)"
+    )
+    group.add_argument("--epochs", type=_positive_int, metavar="N")
+    group.add_argument("--batch-size", type=_positive_int, metavar="M")
+    group.add_argument("--lr", type=_positive_float, help="peak learning rate")
+    group.add_argument("--weight-decay", type=_non_negative_float)
+    group.add_argument(
+        "--k",
+        type=parse_k,
+        default=1 / 3,
+        help="samples K-SAM keeps: a fraction (1/3, 0.33) or a count (43); default: 1/3",
+    )
+    group.add_argument(
+        "--rho", type=_non_negative_float, default=0.05, help="radius of SAM; default: 0.05"
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=_number(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+        default=0.0,
+        help="default: 0",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmark that `args` describe."""
+    device = select_device(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    run_benchmark(resolve(args), device)
+
+
+def _parse_methods(text: str) -> tuple[str, ...]:
+    """Parse "sgd,ksam" into method names, in the order given and without repeats."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a comma-separated list of {', '.join(METHODS)}"
+        )
+    return names
+
+
+def _number(
+    convert: Callable[[str], float], valid: Callable[[float], bool], expected: str
+) -> Callable[[str], float]:
+    """Return an argparse type that converts a string and checks the value."""
+
+    def parse(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return parse
+
+
+_positive_int = _number(int, lambda n: n >= 1, "a count >= 1")
+_positive_float = _number(float, lambda x: 0 < x < float("inf"), "a positive number")
+_non_negative_float = _number(float, lambda x: 0 <= x < float("inf"), "a number >= 0")

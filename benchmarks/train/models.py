@@ -1,0 +1,84 @@
+"""Convolutional networks for small images, all with BatchNorm."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def build_image_model(name: str, channels: int, classes: int) -> nn.Module:
+    """Return the network `name` for images of `channels` channels, randomly initialized."""
+    if name == "cnn":
+        return SmallCNN(channels, classes)
+    blocks, widths = _RESNETS[name]
+    return ResNet(blocks, widths, channels, classes)
+
+
+# name: (residual blocks in each stage, width of each stage)
+_RESNETS = {
+    "resnet8": (1, (16, 32, 64)),
+    "resnet20": (3, (16, 32, 64)),
+    "resnet18": (2, (64, 128, 256, 512)),
+}
+
+
+class SmallCNN(nn.Sequential):
+    """Three convolutions, global average pooling and a linear classifier."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__(
+            *_conv_bn_relu(channels, 48),
+            *_conv_bn_relu(48, 2*48, stride=2),
+            *_conv_bn_relu(2*48,2*48),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(2*48, classes),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut; the first may halve the resolution."""
+
+    def __init__(self, in_width: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *_conv_bn_relu(in_width, width, stride),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_width != width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in_width, H, 48] to [B, width, H / stride, 48 / stride]."""
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet(nn.Sequential):
+    """Residual network with the 3x3 stem for small images (He et al. 2016, section 4.2).
+
+    Stages after the first halve the resolution. Three stages of n blocks make 6n + 2 layers.
+    """
+
+    def __init__(self, blocks: int, widths: tuple[int, ...], channels: int, classes: int) -> None:
+        layers: list[nn.Module] = [*_conv_bn_relu(channels, widths[0])]
+        in_width = widths[0]
+        for stage, width in enumerate(widths):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layers.append(ResidualBlock(in_width, width, stride))
+                in_width = width
+        super().__init__(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_width, classes)
+        )
+
+
+def _conv_bn_relu(in_width: int, width: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(in_width, width, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    )

@@ -1,0 +1,173 @@
+"""The benchmark's figures as files and as a table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from benchmarks.train.config import TrainConfig
+from benchmarks.train.loop import EpochResult
+from benchmarks.train.methods import BASE_LABELS, Method
+from benchmarks.train.step_cost import StepCost
+from benchmarks.train.summary import MethodSummary, Spread
+from ksam.selection import subset_size
+
+COLUMNS = (
+    "data", "model", "base", "method", "k", "rho", "batch_size", "lr", "weight_decay", "seed",
+    "epoch", "train_seconds", "train_loss", "test_accuracy", "torch", "device", "timestamp",
+)  # fmt: skip
+
+
+class ResultsFile:
+    """results.csv, a row per method, seed and epoch, written as the runs go.
+
+    `train_seconds` counts from the start of a run, `test_accuracy` is a share from 0 to 1; `k` and
+    `rho` are empty where the method has none.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, device: str) -> None:
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._constant = {
+            "data": config.data,
+            "model": config.model_label,
+            "base": config.base,
+            "batch_size": config.batch_size,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "torch": torch.__version__,
+            "device": device,
+        }
+        self._rho = config.rho
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(self, method: Method, result: EpochResult) -> None:
+        """Append a row; it is on disk when this returns."""
+        perturbs = method.k is not None
+        self._writer.writerow(
+            {
+                **self._constant,
+                **dataclasses.asdict(result),
+                "k": method.k if perturbs else "",
+                "rho": self._rho if perturbs else "",
+                "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+        )
+        self._file.flush()
+
+
+def write_summary(
+    path: Path,
+    config: TrainConfig,
+    summaries: Sequence[MethodSummary],
+    costs: dict[str, StepCost],
+    device: str,
+) -> None:
+    """Write the table's figures with the settings behind them as JSON.
+
+    NaN and infinities, which JSON lacks, cannot occur: accuracies and seconds are finite.
+    """
+    content = {
+        "settings": dataclasses.asdict(config),
+        "torch": torch.__version__,
+        "device": device,
+        "methods": [dataclasses.asdict(summary) for summary in summaries],
+        "step_costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
+    }
+    text = json.dumps(content, indent=2, default=str, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def format_table(config: TrainConfig, summaries: Sequence[MethodSummary], batch_size: int) -> str:
+    """Return the table of the figures, with notes below it.
+
+    Args:
+        batch_size: samples in a full batch, M of the notes.
+    """
+    base = BASE_LABELS[config.base]
+    header = (
+        "method", "test accuracy [%]", "training time [s]", f"step cost [x {base}]", "theory"
+    )  # fmt: skip
+    rows = [header, *(_table_row(summary) for summary in summaries)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [_align(row, widths) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*lines, "", *_notes(config, summaries, batch_size)])
+
+
+def describe(config: TrainConfig, device: str) -> str:
+    """Return the settings on two lines, for the screen."""
+    limit = f", {config.train_samples} training samples" if config.train_samples else ""
+    smoothing = f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""
+    return (
+        f"{config.data}, {config.model_label}, {config.epochs} epochs, {config.seeds} seed(s), "
+        f"batch {config.batch_size}{limit}; {device}\n"
+        f"{BASE_LABELS[config.base]}, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
+        f"rho {config.rho:g}{smoothing}"
+    )
+
+
+def _table_row(summary: MethodSummary) -> tuple[str, ...]:
+    mark = "*" if summary.non_finite_runs else ""
+    return (
+        summary.method.label,
+        _format_spread(summary.accuracy, scale=100) + mark,
+        _format_spread(summary.seconds),
+        _format_cost(summary),
+        f"{summary.theory:.2f}",
+    )
+
+
+def _format_spread(spread: Spread, scale: float = 1.0) -> str:
+    mean = f"{scale * spread.mean:.2f}"
+    return mean if spread.sd is None else f"{mean} ± {scale * spread.sd:.2f}"
+
+
+def _format_cost(summary: MethodSummary) -> str:
+    if summary.cost is None:
+        return "-"
+    median = f"{summary.cost.median:.2f}"
+    if summary.method.k is None:  # the yardstick itself
+        return median
+    return f"{median} [{summary.cost.q1:.2f}-{summary.cost.q3:.2f}]"
+
+
+def _align(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _notes(config: TrainConfig, summaries: Sequence[MethodSummary], batch_size: int) -> list[str]:
+    seeds = f"mean ± sd over {config.seeds} seeds" if config.seeds > 1 else "one seed"
+    notes = [f"accuracy: after the last epoch, {seeds}; time: training steps only"]
+    rounds = max((summary.cost.rounds for summary in summaries if summary.cost), default=0)
+    if rounds:
+        notes.append(f"step cost: median [quartiles] of {rounds} rounds measured side by side")
+    notes.append(
+        f"theory: forward 1, backward 2 per sample; {BASE_LABELS[config.base]} 3M, SAM 6M, "
+        f"K-SAM M + 6k, with M = {batch_size}, k = {subset_size(config.k, batch_size)}"
+    )
+    for summary in summaries:
+        if summary.non_finite_runs:
+            notes.append(
+                f"* {summary.method.label}: the training loss was not finite in "
+                f"{summary.non_finite_runs} of {summary.runs} runs"
+            )
+    return notes

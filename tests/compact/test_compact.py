@@ -1,0 +1,316 @@
+"""Contract of ``compact_batch``: which bytes arrive, in which tree, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, UserDict, namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ksam_kernels import batch_size, compact_batch
+from tests.helpers import any_bits, bits, same_bits
+
+DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex32, torch.complex64, torch.complex128),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz),
+)
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclasses.dataclass
+class Sample:
+    x: Tensor
+    label: Any
+    name: str = "sample"
+    size: int = dataclasses.field(init=False, default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: Tensor
+
+
+class Encoding(UserDict):  # type: ignore[type-arg]
+    """As Hugging Face's BatchEncoding: a UserDict with attributes for keys."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.data[name]
+
+
+def patterns(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape).bool()
+    return any_bits(shape, dtype)
+
+
+def rows_of(source: Tensor, indices: list[int]) -> Tensor:
+    """The rows' bytes, one at a time in plain Python."""
+    raw = source.contiguous()
+    raw = torch.view_as_real(raw) if raw.is_complex() else raw
+    raw = raw.view(torch.uint8) if raw.dim() > 1 else raw.unsqueeze(1).view(torch.uint8)
+    return torch.tensor([raw[i].flatten().tolist() for i in indices], dtype=torch.uint8)
+
+
+def check_rows(source: Tensor, indices: list[int], index_dtype: torch.dtype = torch.int64) -> None:
+    before = bits(source)
+    rows = compact_batch(source, torch.tensor(indices, dtype=index_dtype))
+    assert rows.dtype == source.dtype
+    assert rows.shape == (len(indices), *source.shape[1:])
+    if rows.numel() > 0:
+        whole = list(range(len(indices)))
+        assert torch.equal(rows_of(rows, whole), rows_of(source, indices))
+    assert torch.equal(bits(source), before)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1), (8, 3), (8, 2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_bytes_of_any_dtype(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    source = patterns(shape, dtype)
+    for indices in ([0, 3, 4, 7], [5], [7, 0, 0, 2, 7], list(range(8)), []):
+        check_rows(source, indices)
+        check_rows(source, indices, torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nan_payloads_and_negative_zero_survive(backend: str, dtype: torch.dtype) -> None:
+    source = any_bits((64, 3), dtype)
+    assert source.isnan().any()
+    assert bits(source)[source.isnan()].unique().numel() > 1
+    assert bits(source)[0, 0] != 0  # -0.0
+    assert same_bits(compact_batch(source, torch.arange(64)), source.clone())
+
+
+@pytest.mark.parametrize("width", [1, 3, 7, 16, 31, 4096, 4099])
+def test_rows_of_any_number_of_bytes(backend: str, width: int) -> None:
+    check_rows(patterns((5, width), torch.uint8), [4, 1, 1, 0])
+
+
+def test_order_and_repeats_of_the_indices_are_kept(backend: str) -> None:
+    rows = compact_batch(torch.arange(10) * 10, torch.tensor([9, 2, 2, 0, 9]))
+    assert rows.tolist() == [90, 20, 20, 0, 90]
+
+
+def test_no_indices_give_no_rows(backend: str) -> None:
+    batch = {"x": torch.randn(4, 3), "y": torch.arange(4)}
+    rows = compact_batch(batch, torch.zeros(0, dtype=torch.int64))
+    assert rows["x"].shape == (0, 3)
+    assert rows["y"].shape == (0,)
+    assert compact_batch(torch.randn(0, 3), torch.zeros(0, dtype=torch.int32)).shape == (0, 3)
+
+
+def test_rows_without_elements(backend: str) -> None:
+    batch = (torch.randn(4, 0), torch.randn(4, 2, 0), torch.arange(4))
+    first, second, third = compact_batch(batch, torch.tensor([3, 1, 1]))
+    assert first.shape == (3, 0)
+    assert second.shape == (3, 2, 0)
+    assert third.tolist() == [3, 1, 1]
+
+
+def test_sources_need_not_be_contiguous(backend: str) -> None:
+    x = torch.randn(6, 8, 5)
+    for source in (x.transpose(1, 2), x.transpose(0, 1)[:6], x[::2], x[:, 1::2], x[..., 2:4]):
+        check_rows(source, [2, 0, 2])
+        rows = compact_batch(source, torch.tensor([2, 0, 2]))
+        assert rows.is_contiguous()
+    check_rows(torch.randn(1, 5).expand(6, 5), [5, 0])
+    check_rows(torch.randn(6, 1).expand(6, 5), [5, 0])
+    check_rows(torch.arange(20)[3::4], [3, 0])
+
+
+def test_indices_need_not_be_contiguous(backend: str) -> None:
+    x = torch.arange(6)
+    assert compact_batch(x, torch.tensor([5, 9, 0, 9, 3, 9])[::2]).tolist() == [5, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [((6, 3, 4, 5), torch.channels_last), ((6, 3, 2, 4, 5), torch.channels_last_3d)],
+    ids=["channels last", "channels last 3d"],
+)
+def test_the_memory_format_is_kept(
+    backend: str, shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    source = torch.randn(shape).contiguous(memory_format=memory_format)
+    check_rows(source, [5, 0, 5])
+    rows = compact_batch({"nhwc": source, "nchw": source.contiguous()}, torch.tensor([5, 0, 5]))
+    assert rows["nhwc"].is_contiguous(memory_format=memory_format)
+    assert not rows["nhwc"].is_contiguous()
+    assert rows["nchw"].is_contiguous()
+    assert torch.equal(rows["nhwc"], rows["nchw"])
+
+
+def test_conjugate_and_negative_views_are_resolved(backend: str) -> None:
+    z = torch.randn(5, 3, dtype=torch.complex64)
+    assert z.conj().is_conj()
+    assert z.conj().imag.is_neg()
+    indices = torch.tensor([4, 0])
+    assert torch.equal(compact_batch(z.conj(), indices), z[indices].conj().resolve_conj())
+    assert torch.equal(compact_batch(z.conj().imag, indices), -z[indices].imag)
+
+
+def trees(x: Tensor, y: Tensor) -> dict[str, Any]:
+    return {
+        "tensor": x,
+        "tuple": (x, y),
+        "list": [x, y],
+        "dict": {"x": x, "y": y},
+        "ordered dict": OrderedDict(y=y, x=x),
+        "nested": {"a": [x, (y, {"b": x})], "c": y},
+        "namedtuple": Pair(x, y),
+        "dataclass": Sample(x, y),
+        "frozen dataclass": Frozen(x),
+        "nested dataclass": [Sample(x, {"y": (y,)}), Frozen(y)],
+        "UserDict": Encoding({"x": x, "y": y}),
+        "nested UserDict": (Encoding({"x": [x, y]}), y),
+        "empty": (),
+    }
+
+
+KINDS = tuple(trees(torch.zeros(1), torch.zeros(1)))
+
+
+def same_tree(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return same_bits(a, b)
+    if isinstance(a, (dict, UserDict)):
+        return list(a) == list(b) and all(same_tree(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tree, a, b))
+    if dataclasses.is_dataclass(a):
+        return same_tree(vars(a), vars(b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_tree_comes_back_with_its_tensors_compacted(backend: str, kind: str) -> None:
+    x, y, indices = torch.randn(6, 3), torch.arange(6), torch.tensor([1, 4, 5])
+    batch = trees(x, y)[kind]
+    rows = compact_batch(batch, indices)
+    assert same_tree(rows, trees(x[indices], y[indices])[kind])
+    assert same_tree(batch, trees(x, y)[kind])
+
+
+def test_a_hugging_face_batch_encoding_comes_back_as_one(backend: str) -> None:
+    encoding = pytest.importorskip("transformers").BatchEncoding
+    ids = torch.arange(12).reshape(4, 3)
+    rows = compact_batch(
+        encoding({"input_ids": ids, "labels": torch.arange(4)}), torch.tensor([3, 0])
+    )
+    assert type(rows) is encoding
+    assert rows["labels"].tolist() == [3, 0]
+    assert torch.equal(rows.input_ids, ids[[3, 0]])
+
+
+def test_tensors_without_dimensions_and_other_leaves_pass_through(backend: str) -> None:
+    scale, thing = torch.tensor(2.5), object()
+    batch = {
+        "x": torch.arange(3),
+        "scale": scale,
+        "names": ["a", "b", "c"],
+        "text": "abc",
+        "none": None,
+        "number": 3,
+        "thing": thing,
+    }
+    rows = compact_batch(batch, torch.tensor([2]))
+    assert rows["x"].tolist() == [2]
+    assert rows["scale"] is scale
+    assert rows["names"] == ["a", "b", "c"]
+    assert rows["text"] == "abc"
+    assert rows["none"] is None
+    assert rows["number"] == 3
+    assert rows["thing"] is thing
+    assert compact_batch(["a", scale], torch.tensor([7]))[1] is scale
+
+
+def test_a_tensor_that_occurs_twice_is_served_twice(backend: str) -> None:
+    x = torch.arange(4)
+    first, second = compact_batch((x, x), torch.tensor([3]))
+    assert first.tolist() == second.tolist() == [3]
+
+
+def test_rows_are_copies_without_gradient(backend: str) -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    rows = compact_batch(x, torch.tensor([0, 1, 2, 3]))
+    assert not rows.requires_grad
+    rows.zero_()
+    assert (x != 0).all()
+
+
+def test_many_leaves_of_many_dtypes_in_one_call(backend: str) -> None:
+    batch = [patterns((9, i % 5 + 1), dtype) for i, dtype in enumerate(DTYPES * 3)]
+    indices = [8, 1, 1, 3]
+    for source, rows in zip(batch, compact_batch(batch, torch.tensor(indices)), strict=True):
+        assert torch.equal(rows_of(rows, [0, 1, 2, 3]), rows_of(source, indices))
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1], ids=["negative", "B", "huge"])
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
+def test_an_index_out_of_range_raises_on_the_cpu(
+    backend: str, index: torch.dtype, bad: int
+) -> None:
+    batch = (torch.arange(4), torch.randn(4, 2))
+    with pytest.raises(IndexError, match=f"indices holds {bad}, out of range for a batch of 4"):
+        compact_batch(batch, torch.tensor([0, bad, 1], dtype=index))
+
+
+def test_an_index_into_an_empty_batch_raises(backend: str) -> None:
+    with pytest.raises(IndexError, match="indices holds 0, out of range for a batch of 0"):
+        compact_batch(torch.zeros(0, 3), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8, torch.int16], ids=str)
+def test_indices_of_another_dtype_raise(backend: str, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"indices must be int64, int32, got {dtype}"):
+        compact_batch(torch.arange(4), torch.ones(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2), (1, 1)], ids=str)
+def test_indices_of_another_rank_raise(backend: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="indices must be one-dimensional, got shape"):
+        compact_batch(torch.arange(4), torch.zeros(shape, dtype=torch.int64))
+
+
+def test_indices_that_are_no_tensor_raise(backend: str) -> None:
+    with pytest.raises(TypeError, match="indices must be a tensor, got list"):
+        compact_batch(torch.arange(4), [0, 1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": torch.zeros(4), "y": torch.zeros(5, 2)}, r"batch\['x'\]: 4, batch\['y'\]: 5"),
+        ((torch.zeros(4), [torch.zeros(3)]), r"batch\[0\]: 4, batch\[1\]\[0\]: 3"),
+        (Sample(torch.zeros(4), torch.zeros(1)), "4, .*1"),
+        (Encoding(x=torch.zeros(4), y=torch.zeros(2)), "4, .*2"),
+    ],
+    ids=["dict", "tuple", "dataclass", "UserDict"],
+)
+def test_tensors_that_disagree_on_the_batch_size_raise(
+    backend: str, batch: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"one size in dimension 0, got .*{message}"):
+        compact_batch(batch, torch.tensor([0]))
+    with pytest.raises(ValueError, match="one size in dimension 0"):
+        batch_size(batch)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "empty"])
+def test_batch_size_is_the_size_of_dimension_0(kind: str) -> None:
+    assert batch_size(trees(torch.randn(6, 3), torch.arange(6))[kind]) == 6
+
+
+@pytest.mark.parametrize("batch", [(), ["a", "b"], {"x": torch.tensor(1.0)}, None], ids=repr)
+def test_batch_size_of_a_batch_without_batched_tensors_raises(batch: Any) -> None:
+    with pytest.raises(ValueError, match="batch must hold a tensor with the samples"):
+        batch_size(batch)

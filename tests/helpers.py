@@ -1,0 +1,82 @@
+"""What the contract tests share: bit patterns, layouts and error bounds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+U32 = 2.0**-24
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Unit roundoff: the relative error of one rounding to ``dtype``."""
+    return torch.finfo(dtype).eps / 2
+
+
+def arithmetic_unit(dtype: torch.dtype) -> float:
+    """Unit roundoff of the arithmetic on ``dtype``: float32's, or float64's for float64."""
+    return unit(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest denormal number: the absolute error of a rounding that underflows."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns of a tensor as integers (a copy, contiguous)."""
+    copy = tensor.detach().resolve_conj().resolve_neg().contiguous().clone()
+    if copy.is_complex():
+        copy = torch.view_as_real(copy)
+    return copy.view(_BITS[copy.itemsize])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def any_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random bit patterns: quiet and signalling NaN payloads, infinities, denormals; -0 first."""
+    count = torch.Size(shape).numel()
+    raw = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8)
+    values = raw.view(dtype)
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        infinity = bits(torch.tensor([float("inf")], dtype=dtype))
+        values.view(infinity.dtype)[4::5] |= infinity  # exponent all ones, payload as it was
+        values.view(infinity.dtype)[5:6] = infinity + 5  # a signalling NaN
+        special = [-0.0, float("inf"), -float("inf"), torch.finfo(dtype).smallest_normal / 4]
+        values[:4] = torch.tensor(special, dtype=dtype)[:count]
+    return values.reshape(shape)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """The same values as every second column of a wider tensor filled with NaN."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
+    view = wide[..., 1::2]
+    view.copy_(x)
+    return view
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values with the memory order of the dimensions reversed."""
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
+def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> None:
+    """|actual - expected| <= tolerance elementwise; NaN and infinities exactly where expected."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double(), expected.detach().double()
+    tolerance = torch.as_tensor(tolerance, dtype=torch.float64).expand_as(expected)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(
+        actual.nan_to_num(0, 1e999, -1e999).isinf(), expected.nan_to_num(0, 1e999, -1e999).isinf()
+    )
+    assert torch.equal(actual[actual.isinf()], expected[expected.isinf()])
+    finite = expected.isfinite()
+    error = (actual - expected).abs()[finite]
+    worst = (error / tolerance[finite].clamp_min(1e-300)).max().item() if error.numel() else 0.0
+    assert worst <= 1, f"error is {worst:.3g} times the bound"

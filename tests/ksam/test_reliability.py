@@ -1,0 +1,193 @@
+"""What goes wrong in mid-step loses nothing: weights, statistics and the next step are intact."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ksam.optimizer
+from ksam import KSAM
+from tests.ksam.models import batch, loss_of, network, same, weights
+
+
+def fails_in_call(model: nn.Module, call: int, error: BaseException) -> Callable[[Any], Tensor]:
+    calls = iter(range(1, 10))
+
+    def per_sample_loss(b: dict[str, Tensor]) -> Tensor:
+        losses = loss_of(model)(b)
+        if next(calls) == call:
+            raise error
+        return losses
+
+    return per_sample_loss
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_failed_step_is_as_if_it_had_not_been(
+    backend: str, base: type[torch.optim.Optimizer], error: BaseException, call: int
+) -> None:
+    model = network(batchnorm=True)
+    twin = copy.deepcopy(model)
+    optimizer = KSAM(model.parameters(), base, lr=0.01, model=model)
+    other = KSAM(twin.parameters(), base, lr=0.01, model=twin)
+    optimizer.step(loss_of(model), batch(0))
+    other.step(loss_of(twin), batch(0))
+    with pytest.raises(type(error)):
+        optimizer.step(fails_in_call(model, call, error), batch(1))
+    assert same(weights(model), weights(twin))
+    assert same(list(model.buffers()), list(twin.buffers()))
+    assert model[1].track_running_stats
+    optimizer.step(loss_of(model), batch(2))
+    other.step(loss_of(twin), batch(2))
+    assert same(weights(model), weights(twin))
+    assert same(list(model.buffers()), list(twin.buffers()))
+
+
+def test_a_base_optimizer_that_raises_leaves_the_weights(backend: str) -> None:
+    class Breaks(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step()
+            raise RuntimeError("after the update")
+
+    model = network()
+    before = weights(model)
+    optimizer = KSAM(model.parameters(), Breaks, lr=0.1)
+    with pytest.raises(RuntimeError, match="after the update"):
+        optimizer.step(loss_of(model), batch())
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("operation", ["perturb_", "restore_sgd_"])
+def test_ctrl_c_while_weights_are_written_leaves_whole_weights(
+    backend: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt arrives inside the operation, and again just after it."""
+    model = network()
+    before = weights(model)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    kernels = ksam.optimizer.ksam_kernels
+    original = getattr(kernels, operation)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        result = original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(kernels, operation, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(loss_of(model), batch())
+    if operation == "perturb_":
+        assert same(weights(model), before)
+        assert optimizer.steps_done == 0
+    else:  # the step was complete when the interrupt took effect
+        assert not same(weights(model), before)
+        assert optimizer.steps_done == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_non_finite_ascent_gradient_leaves_the_step_unperturbed(backend: str, bad: float) -> None:
+    model = network(dtype=torch.float64)
+    seen: list[list[Tensor]] = []
+
+    def per_sample_loss(b: dict[str, Tensor]) -> Tensor:
+        seen.append(weights(model))
+        losses = loss_of(model)(b)
+        return losses * bad if len(seen) == 1 else losses
+
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=1.0)
+    result = optimizer.step(per_sample_loss, batch(dtype=torch.float64))
+    assert not result.grad_norm.isfinite()
+    assert same(seen[0], seen[1])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_zero_gradient_moves_nothing(backend: str) -> None:
+    model = network()
+    before = weights(model)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    result = optimizer.step(lambda b: loss_of(model)(b) * 0, batch())
+    assert float(result.grad_norm) == 0
+    assert same(weights(model), before)
+
+
+def test_parameters_frozen_unused_empty_and_tied_are_served(backend: str) -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    unused, empty = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))
+    tied = nn.Linear(5, 5, bias=False)
+    model = nn.Sequential(model, tied, nn.Tanh(), tied)
+    model.extra, model.empty = unused, empty
+    frozen = model[0][0].weight.clone()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    before = weights(model)
+    for step in range(3):
+        optimizer.step(loss_of(model), batch(step))
+    assert torch.equal(model[0][0].weight, frozen)
+    assert torch.equal(unused, torch.ones(3))
+    assert not torch.equal(tied.weight, before[-1])
+
+
+def test_a_parameter_with_a_gradient_in_one_pass_only(backend: str) -> None:
+    model = network()
+    late = nn.Parameter(torch.ones(()))
+    early = nn.Parameter(torch.ones(()))
+    calls: list[int] = []
+
+    def per_sample_loss(b: dict[str, Tensor]) -> Tensor:
+        calls.append(1)
+        return loss_of(model)(b) * (early if len(calls) == 2 else late if len(calls) == 3 else 1)
+
+    params = [*model.parameters(), early, late]
+    KSAM(params, torch.optim.SGD, lr=0.1).step(per_sample_loss, batch())
+    assert early.item() == 1  # perturbed, then restored, without a gradient to descend
+    assert late.item() != 1
+
+
+def test_no_trainable_parameter_moves_nothing(backend: str) -> None:
+    model = network().requires_grad_(False)
+    before = weights(model)
+    result = KSAM(model.parameters(), torch.optim.SGD, lr=0.1).step(loss_of(model), batch())
+    assert float(result.grad_norm) == 0
+    assert same(weights(model), before)
+
+
+BAD_STEPS: list[tuple[Callable[[Any], Any], Any, type[Exception], str]] = [
+    (lambda b: b["x"].mean(), batch(), ValueError, r"per_sample_loss .*\(24,\), got \(\)"),
+    (lambda b: b["x"][:3, 0], batch(), ValueError, r"\(24,\), got \(3,\)"),
+    (lambda b: b["y"], batch(), TypeError, "floating losses, got torch.int64"),
+    (lambda b: 1.0, batch(), TypeError, "tensor of losses, got float"),
+    (
+        lambda b: b["x"][:, 0],
+        {"x": torch.ones(4, 2), "y": torch.ones(5)},
+        ValueError,
+        r"batch\['x'\]: 4, batch\['y'\]: 5",
+    ),
+    (lambda b: b, {"n": 3}, ValueError, "batch must hold a tensor"),
+    (lambda b: b["x"], {"x": torch.ones(0)}, ValueError, "at least one sample, got 0"),
+    (lambda b: b["x"][:, 0].detach(), batch(), RuntimeError, "without a graph"),
+]
+
+
+@pytest.mark.parametrize(("function", "data", "error", "message"), BAD_STEPS)
+def test_bad_input_is_named_before_anything_changes(
+    backend: str, function: Any, data: Any, error: type[Exception], message: str
+) -> None:
+    model = network(batchnorm=True)
+    before = weights(model), [b.clone() for b in model.buffers()]
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    with pytest.raises(error, match=message):
+        optimizer.step(function, data)
+    assert same(weights(model), before[0])
+    assert same(list(model.buffers()), before[1])
+    assert optimizer.steps_done == 0

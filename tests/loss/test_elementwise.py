@@ -1,0 +1,222 @@
+"""Contract of ``binary_cross_entropy_with_logits`` and ``mse``, against torch in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ksam_kernels import binary_cross_entropy_with_logits as bce
+from ksam_kernels import mse
+from tests.helpers import (
+    FLOATS,
+    arithmetic_unit,
+    assert_within,
+    bits,
+    same_bits,
+    sliced,
+    smallest,
+    transposed,
+    unit,
+)
+
+SHAPES = ((1,), (6,), (6, 1), (6, 7), (6, 8), (6, 33), (2, 3, 5), (2, 3, 4, 5), (3, 4097), (0, 5))
+INF, NAN = float("inf"), float("nan")
+
+
+def mean_per_sample(elements: Tensor) -> Tensor:
+    return elements.reshape(len(elements), math.prod(elements.shape[1:])).mean(1)
+
+
+def tolerance(dtype: torch.dtype, size: Tensor, samples: Tensor) -> Tensor:
+    """``size``: the mean of the absolute values of all terms. Each element has up to 8 roundings,
+    the sum of n of them sqrt(n) more, the result one to float32. Below the normal numbers the
+    roundings of exp, log1p, the product and the sum are absolute, half a denormal and more each."""
+    n = max(samples.numel() // max(len(samples), 1), 1)
+    u = arithmetic_unit(dtype)
+    return u * (8 + math.sqrt(n)) * size + unit(torch.float32) * size + 4 * smallest(torch.float32)
+
+
+def check_bce(x: Tensor, t: Tensor, pos_weight: Tensor | None = None) -> None:
+    before = bits(x)
+    p = None if pos_weight is None else pos_weight.double()
+    y = x.detach().double().requires_grad_()
+    truth = mean_per_sample(
+        F.binary_cross_entropy_with_logits(y, t.double(), pos_weight=p, reduction="none")
+    )
+    z = x.detach().requires_grad_()
+    losses = bce(z, t, pos_weight=pos_weight)
+    assert losses.dtype == torch.float32
+    positive = 1 + ((1.0 if p is None else p) - 1) * t.double()
+    terms = (1 - t.double()).abs() * y.abs() + positive * F.softplus(-y)
+    assert_within(losses, truth, tolerance(x.dtype, mean_per_sample(terms).detach(), x))
+    upstream = torch.randn(len(x))
+    (expected,) = torch.autograd.grad(truth, y, upstream.double())
+    (gradient,) = torch.autograd.grad(losses, z, upstream)
+    n = max(x.numel() // max(len(x), 1), 1)
+    g = (upstream.double() / n).reshape(-1, *[1] * (x.dim() - 1)).abs()
+    # (1 - t) - positive * sigmoid(-x), two terms with up to 6 roundings, times g / n with 2.
+    bound = 10 * arithmetic_unit(x.dtype) * g * ((1 - t.double()).abs() + positive.abs())
+    assert gradient.dtype == x.dtype
+    assert_within(gradient, expected, bound + unit(x.dtype) * expected.abs() + smallest(x.dtype))
+    assert torch.equal(bits(x), before)
+
+
+def check_mse(x: Tensor, t: Tensor) -> None:
+    before = bits(x)
+    y = x.detach().double().requires_grad_()
+    truth = mean_per_sample(F.mse_loss(y, t.double(), reduction="none"))
+    z = x.detach().requires_grad_()
+    losses = mse(z, t)
+    assert losses.dtype == torch.float32
+    # The difference has one rounding however close the two are, its square no cancellation; a
+    # target of more digits than the arithmetic is rounded first.
+    u = arithmetic_unit(x.dtype)
+    lost = u * t.double().abs() if t.dtype == torch.float64 else torch.zeros(())
+    rounding = mean_per_sample(3 * lost * (y - t.double()).abs()).detach() + 0 * truth.detach()
+    assert_within(losses, truth, tolerance(x.dtype, truth.detach(), x) + rounding)
+    upstream = torch.randn(len(x))
+    (expected,) = torch.autograd.grad(truth, y, upstream.double())
+    (gradient,) = torch.autograd.grad(losses, z, upstream)
+    n = max(x.numel() // max(len(x), 1), 1)
+    g = (upstream.double() / n).reshape(-1, *[1] * (x.dim() - 1)).abs()
+    bound = (unit(x.dtype) + 6 * u) * expected.abs() + smallest(x.dtype) + 3 * g * lost
+    assert gradient.dtype == x.dtype
+    assert_within(gradient, expected, bound)
+    assert torch.equal(bits(x), before)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bce_and_its_gradient_equal_those_of_torch(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x, t = (4 * torch.randn(shape)).to(dtype), torch.rand(shape).to(dtype)
+    check_bce(x, t)
+    check_bce(x, t.round())
+    check_bce(x, t, torch.rand(shape[1:]) * 3)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_mse_and_its_gradient_equal_those_of_torch(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    check_mse(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
+
+
+@pytest.mark.parametrize("layout", [sliced, transposed], ids=["sliced", "transposed"])
+def test_strided_inputs(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
+    x, t = torch.randn(4, 5, 6), torch.rand(4, 5, 6)
+    check_bce(layout(x), t, torch.rand(6))
+    check_bce(x, layout(t), torch.rand(12)[::2])
+    check_mse(layout(x), t)
+    check_mse(x, layout(t))
+    check_mse(x[:, ::2], t[:, :1].expand(4, 3, 6))
+
+
+@pytest.mark.parametrize("target_dtype", FLOATS, ids=str)
+def test_targets_of_another_dtype(backend: str, target_dtype: torch.dtype) -> None:
+    x, t = torch.randn(4, 9), torch.rand(4, 9).to(target_dtype)
+    check_bce(x, t, torch.rand(9).to(target_dtype))
+    check_mse(x, t)
+    check_mse(x.bfloat16(), t)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5), (3, 1), (3, 5)], ids=str)
+def test_pos_weight_broadcasts_to_the_trailing_dimensions(
+    backend: str, shape: tuple[int, ...]
+) -> None:
+    check_bce(torch.randn(4, 3, 5), torch.rand(4, 3, 5), torch.rand(shape) * 4)
+
+
+def test_bce_of_large_logits_neither_overflows_nor_loses_digits(backend: str) -> None:
+    values = [-1e38, -1e4, -100.0, -90.0, -50.0, -0.0, 0.0, 50.0, 90.0, 100.0, 1e4, 1e38]
+    x = torch.tensor(values)
+    for t in (0.0, 0.25, 1.0):
+        check_bce(x, torch.full_like(x, t), torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+def test_infinities_and_nan_give_what_torch_gives(backend: str, t: float, value: float) -> None:
+    x = torch.tensor([[value, 0.0], [1.0, 2.0]])
+    y = torch.full_like(x, t)
+    for ours, theirs in (
+        (bce(x, y), F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1)),
+        (mse(x, y), F.mse_loss(x, y, reduction="none").mean(1)),
+    ):
+        assert_within(ours, theirs, 1e-6)
+        assert ours[1].isfinite()
+
+
+def test_bfloat16_inputs_do_not_collapse_the_losses(backend: str) -> None:
+    x, t = torch.randn(2048, 10).bfloat16(), torch.rand(2048, 10).bfloat16()
+    for loss in (bce, mse):
+        distinct = loss(x.float(), t.float()).unique().numel()
+        assert distinct > 1900
+        assert abs(loss(x, t).unique().numel() - distinct) <= 0.01 * distinct
+
+
+@pytest.mark.parametrize("loss", [bce, mse], ids=["bce", "mse"])
+def test_an_upstream_gradient_of_stride_0(backend: str, loss: Callable[..., Tensor]) -> None:
+    x, t = torch.randn(4, 5), torch.rand(4, 5)
+    y, z = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss(y, t).mean().backward()
+    loss(z, t).backward(torch.full((4,), 0.25))
+    assert y.grad is not None
+    assert z.grad is not None
+    assert same_bits(y.grad, z.grad)
+
+
+@pytest.mark.parametrize("loss", [bce, mse], ids=["bce", "mse"])
+def test_a_second_derivative_raises(backend: str, loss: Callable[..., Tensor]) -> None:
+    x = torch.randn(4, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(x, torch.rand(4, 5)).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="_backward"):
+        torch.autograd.grad(gradient.square().sum(), x)
+
+
+X, T = torch.randn(3, 5), torch.rand(3, 5)
+GRAD = torch.rand(3, 5, requires_grad=True)
+
+
+@pytest.mark.parametrize(("loss", "name"), [(bce, "logits"), (mse, "pred")], ids=["bce", "mse"])
+def test_what_they_cannot_serve_raises_with_the_argument_and_the_value(
+    backend: str, loss: Callable[..., Tensor], name: str
+) -> None:
+    for x, t, error, message in (
+        ([1.0], T, TypeError, f"{name} must be a tensor, got list"),
+        (X.int(), T, TypeError, f"{name} must be float32.*got torch.int32"),
+        (X.sum(), T.sum(), ValueError, rf"{name} must be \[B, ...\].*got shape \(\)"),
+        (X[:, :0], T[:, :0], ValueError, rf"{name} must be .*got shape \(3, 0\)"),
+        (X, [1.0], TypeError, "target must be a tensor, got list"),
+        (X, T.long(), TypeError, "target must be float32.*got torch.int64"),
+        (X, T[0], ValueError, r"target must have .*\(3, 5\), got shape \(5,\)"),
+        (X, T.to("meta"), ValueError, f"target must be on the device of {name}, cpu, got meta"),
+        (X, GRAD, ValueError, "target requires grad"),
+    ):
+        with pytest.raises(error, match=message):
+            loss(x, t)
+
+
+@pytest.mark.parametrize(
+    ("pos_weight", "error", "message"),
+    [
+        (torch.ones(4), ValueError, r"pos_weight must broadcast .*\(5,\), got shape \(4,\)"),
+        (torch.ones(3, 5), ValueError, r"pos_weight must broadcast .*got shape \(3, 5\)"),
+        (torch.ones(5).int(), TypeError, "pos_weight must be float32.*got torch.int32"),
+        (torch.ones(5, device="meta"), ValueError, "pos_weight must be on .*cpu, got meta"),
+        (torch.ones(5, requires_grad=True), ValueError, "pos_weight requires grad"),
+    ],
+    ids=["short", "per sample", "int", "elsewhere", "grad"],
+)
+def test_a_pos_weight_it_cannot_serve_raises(
+    backend: str, pos_weight: Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        bce(X, T, pos_weight=pos_weight)
