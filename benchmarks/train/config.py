@@ -27,7 +27,7 @@ class DataDefaults:
 
 
 DATA = {
-    "digits": DataDefaults("image", epochs=15, batch_size=64, model="cnn", needs_root=False),
+    "digits": DataDefaults("image", epochs=20, batch_size=128, model="cnn", needs_root=False),
     "cifar10": DataDefaults("image", epochs=30, batch_size=128, model="resnet8"),
     "sst2": DataDefaults("text", epochs=3, batch_size=32, model=None),
     "rte": DataDefaults("text", epochs=10, batch_size=16, model=None),

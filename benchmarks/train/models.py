@@ -28,11 +28,11 @@ class SmallCNN(nn.Sequential):
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__(
             *_conv_bn_relu(channels, 48),
-            *_conv_bn_relu(48, 2*48, stride=2),
-            *_conv_bn_relu(2*48,2*48),
+            *_conv_bn_relu(48, 96, stride=2),
+            *_conv_bn_relu(96, 96),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(2*48, classes),
+            nn.Linear(96, classes),
         )
 
 
