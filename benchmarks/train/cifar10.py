@@ -96,10 +96,11 @@ def _load_packed(path: Path) -> ImageData:
 
 def _cut_tiles(picture: Any) -> np.ndarray:
     """Cut a picture of rows x columns tiles into uint8 [rows * columns, 32, 32, 3]."""
-    pixels: np.ndarray = np.asarray(picture.convert("RGB"))
+    pixels = np.asarray(picture.convert("RGB"))
     rows, columns = pixels.shape[0] // _SIDE, pixels.shape[1] // _SIDE
-    tiles = pixels.reshape(rows, _SIDE, columns, _SIDE, 3).transpose(0, 2, 1, 3, 4)
-    return tiles.reshape(-1, _SIDE, _SIDE, 3)
+    grid = pixels.reshape(rows, _SIDE, columns, _SIDE, 3)
+    tiles: np.ndarray = grid.transpose(0, 2, 1, 3, 4).reshape(-1, _SIDE, _SIDE, 3)
+    return tiles
 
 
 def _make_split(images: np.ndarray, labels: np.ndarray) -> ImageSplit:

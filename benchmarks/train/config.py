@@ -73,8 +73,11 @@ class TrainConfig:
 
     @property
     def model_label(self) -> str:
-        """The model's name as tables show it: the last part where it is a path."""
-        return self.model if self.kind == "image" else Path(self.model).resolve().name
+        """The model's name as tables show it: the end of the path where it is one."""
+        if self.kind == "image":
+            return self.model
+        # Two parts: many a folder is called just "model".
+        return "/".join(Path(self.model).resolve().parts[-2:])
 
 
 def resolve(args: argparse.Namespace) -> TrainConfig:

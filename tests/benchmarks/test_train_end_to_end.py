@@ -1,0 +1,103 @@
+"""The whole command, from arguments to files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.train.report import COLUMNS
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    result = cli("--seeds", 1, "--epochs", 2, "--timing-rounds", 2, "--rho", 0.1, "--out", out)
+    assert result.status == 0, result.err
+    rows = read_rows(out / "results.csv")
+    assert tuple(rows[0]) == COLUMNS
+    assert [(row["method"], row["seed"], row["epoch"]) for row in rows] == [
+        (method, "0", epoch) for method in ("sgd", "sam", "ksam") for epoch in ("1", "2")
+    ]
+    assert {(row["data"], row["model"], row["base"]) for row in rows} == {("digits", "cnn", "sgd")}
+    assert [(row["k"], row["rho"]) for row in rows[::2]] == [
+        ("", ""), ("1.0", "0.1"), (repr(1 / 3), "0.1"),
+    ]  # fmt: skip
+    assert {row["torch"] for row in rows} == {torch.__version__}
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        # Two epochs from scratch: already far above chance, and the loss falls.
+        assert 0.15 < float(second["test_accuracy"]) <= 1
+        assert 0 < float(second["train_loss"]) < float(first["train_loss"])
+        assert 0 < float(first["train_seconds"]) < float(second["train_seconds"])
+
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert [entry["accuracy"]["mean"] for entry in summary["methods"]] == [
+        float(row["test_accuracy"]) for row in rows[1::2]
+    ]
+    assert summary["settings"]["rho"] == 0.1
+    assert summary["step_costs"]["ksam"]["rounds"] == 2
+    assert png_size(out / "accuracy.png") == (1050, 675)
+    for name in ("results.csv", "summary.json", "accuracy.png"):
+        assert f"wrote {out / name}" in result.out
+    for row in rows[1::2]:
+        accuracy = f"{100 * float(row['test_accuracy']):.2f}"
+        assert f"{row['method']} seed 0 epoch 2/2 accuracy {accuracy} %" in result.out
+    assert "±" not in result.out
+
+
+def test_seeds_are_averaged(cli: Callable[..., Any], tmp_path: Path) -> None:
+    result = cli(
+        "--seeds", 2, "--epochs", 1, "--methods", "ksam", "--k", 10, "--train-samples", 200,
+        "--batch-size", 50, "--timing-rounds", 0, "--out", tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    rows = read_rows(tmp_path / "results.csv")
+    assert [(row["method"], row["seed"], row["k"]) for row in rows] == [
+        ("ksam", "0", "10"), ("ksam", "1", "10"),
+    ]  # fmt: skip
+    accuracies = [100 * float(row["test_accuracy"]) for row in rows]
+    mean, sd = statistics.mean(accuracies), statistics.stdev(accuracies)
+    assert f"{mean:.2f} ± {sd:.2f}" in result.out
+    assert "M = 50, k = 10" in result.out
+
+
+def test_cifar10(cli: Callable[..., Any], cifar_pickles: Any, tmp_path: Path) -> None:
+    result = cli(
+        "--data", "cifar10", "--data-root", cifar_pickles.root, "--seeds", 1, "--epochs", 1,
+        "--batch-size", 32, "--timing-rounds", 0, "--methods", "sgd,ksam", "--out", tmp_path / "o",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    rows = read_rows(tmp_path / "o" / "results.csv")
+    assert [(row["method"], row["model"]) for row in rows] == [
+        ("sgd", "resnet8"), ("ksam", "resnet8"),
+    ]  # fmt: skip
+
+
+def test_a_run_repeats_bit_for_bit(cli: Callable[..., Any], tmp_path: Path) -> None:
+    figures = []
+    for name in ("one", "two"):
+        result = cli(
+            "--seeds", 1, "--epochs", 1, "--methods", "ksam", "--train-samples", 256,
+            "--timing-rounds", 0, "--out", tmp_path / name,
+        )  # fmt: skip
+        assert result.status == 0, result.err
+        (row,) = read_rows(tmp_path / name / "results.csv")
+        figures.append((row["train_loss"], row["test_accuracy"]))
+    assert figures[0] == figures[1]
