@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,9 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=128,
-        initializer_range=0.3,  # with the usual 0.02 so small a model takes long to start learning
+        # With the usual 0.02 and 0.1 so small a model takes long to start learning.
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
     )
     torch.manual_seed(0)
     transformers.BertModel(shape).save_pretrained(folder)
@@ -113,13 +114,13 @@ def test_command_line(
     tmp_path: Path,
     base: str,
 ) -> None:
-    split = split_of(40)
+    split = split_of(80)
     rows = [f"{text} \t{label}" for text, label in zip(*split.sentences, split.labels, strict=True)]
     root = write_glue("SST-2", ["sentence\tlabel", *rows])
     result = cli(
         "--data", "sst2", "--data-root", root, "--model", bert, "--seeds", 1, "--epochs", 8,
-        "--batch-size", 8, "--lr", 0.001, "--rho", 0.001, "--base", base, "--timing-rounds", 1,
-        "--out", tmp_path / "out",
+        "--batch-size", 8, "--lr", 0.003, "--rho", 0.001, "--k", "1/2", "--base", base,
+        "--timing-rounds", 1, "--out", tmp_path / "out",
     )  # fmt: skip
     assert result.status == 0, result.err
     with (tmp_path / "out" / "results.csv").open(newline="", encoding="utf-8") as file:
@@ -127,7 +128,7 @@ def test_command_line(
     assert [(row["method"], row["epoch"], row["base"]) for row in written] == [
         (method, epoch, base) for method in ("sgd", "sam", "ksam") for epoch in "12345678"
     ]
-    # Forty words and a random model of this size: how well it learns is the
-    # digits test's matter.
-    assert all(math.isfinite(float(row["train_loss"])) for row in written)
+    if base == "adamw":
+        # One word decides, and a constant answer is right half of the time.
+        assert all(float(row["test_accuracy"]) > 0.65 for row in written[7::8])
     assert {"adamw": "x AdamW", "sgd": "x SGD"}[base] in result.out
