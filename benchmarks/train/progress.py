@@ -22,7 +22,7 @@ class Progress:
         self._epochs = epochs
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
-            total=steps, unit="step", smoothing=0.05, disable=not self._is_terminal
+            total=steps, unit="step", dynamic_ncols=True, disable=not self._is_terminal
         )
 
     def __enter__(self) -> Progress:
@@ -35,6 +35,10 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
+
+    def start(self, method: str, seed: int) -> None:
+        """Announce a run."""
+        self._bar.set_postfix_str(f"{method} seed {seed}")
 
     def step(self) -> None:
         """Count one training step."""

@@ -15,7 +15,6 @@ import torch
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.loop import EpochResult
 from benchmarks.train.methods import BASE_LABELS, Method
-from benchmarks.train.step_cost import StepCost
 from benchmarks.train.summary import MethodSummary, Spread
 from ksam.selection import subset_size
 
@@ -75,23 +74,16 @@ class ResultsFile:
 
 
 def write_summary(
-    path: Path,
-    config: TrainConfig,
-    summaries: Sequence[MethodSummary],
-    costs: dict[str, StepCost],
-    device: str,
+    path: Path, config: TrainConfig, summaries: Sequence[MethodSummary], device: str
 ) -> None:
-    """Write the table's figures with the settings behind them as JSON.
-
-    NaN and infinities, which JSON lacks, cannot occur: accuracies and seconds are finite.
-    """
+    """Write the table's figures with the settings behind them as JSON."""
     content = {
         "settings": dataclasses.asdict(config),
         "torch": torch.__version__,
         "device": device,
         "methods": [dataclasses.asdict(summary) for summary in summaries],
-        "step_costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
     }
+    # Paths as strings. No figure can be NaN or infinite, which JSON lacks.
     text = json.dumps(content, indent=2, default=str, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -118,8 +110,8 @@ def describe(config: TrainConfig, device: str) -> str:
     limit = f", {config.train_samples} training samples" if config.train_samples else ""
     smoothing = f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""
     return (
-        f"{config.data}, {config.model_label}, {config.epochs} epochs, {config.seeds} seed(s), "
-        f"batch {config.batch_size}{limit}; {device}\n"
+        f"{config.data}, {config.model_label}, epochs {config.epochs}, seeds {config.seeds}, "
+        f"batch size {config.batch_size}{limit}; {device}\n"
         f"{BASE_LABELS[config.base]}, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
         f"rho {config.rho:g}{smoothing}"
     )

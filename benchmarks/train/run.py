@@ -31,7 +31,8 @@ def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     print(describe(config, machine), flush=True)
 
     # Before the training, whose first run would otherwise pay for warming up the libraries.
-    print("timing single steps side by side ...", flush=True)
+    if config.timing_rounds != 0:
+        print("timing single steps side by side ...", flush=True)
     yardstick = make_method("sgd", config)
     others = [method for method in methods if method != yardstick]
     costs = measure_step_costs(workload, [yardstick, *others], config)
@@ -40,7 +41,7 @@ def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     with ResultsFile(results_path, config, machine) as results_file:
         results = _train_all(workload, methods, config, results_file)
     summaries = summarize(methods, results, costs, batch_size)
-    write_summary(summary_path, config, summaries, costs, machine)
+    write_summary(summary_path, config, summaries, machine)
     plot_accuracy(plot_path, config, methods, results)
     print(f"\n{format_table(config, summaries, batch_size)}\n")
     print("\n".join(f"wrote {path}" for path in paths))
@@ -69,6 +70,7 @@ def _train_all(
     with Progress(steps_per_run * len(methods) * config.seeds, config.epochs) as progress:
         for seed in range(config.seeds):
             for method in methods:
+                progress.start(method.name, seed)
                 for result in train(workload, method, config, seed, progress.step):
                     results_file.write(method, result)
                     progress.epoch(result)

@@ -52,7 +52,7 @@ def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
         float(row["test_accuracy"]) for row in rows[1::2]
     ]
     assert summary["settings"]["rho"] == 0.1
-    assert summary["step_costs"]["ksam"]["rounds"] == 2
+    assert summary["methods"][2]["cost"]["rounds"] == 2
     assert png_size(out / "accuracy.png") == (1050, 675)
     for name in ("results.csv", "summary.json", "accuracy.png"):
         assert f"wrote {out / name}" in result.out
