@@ -38,6 +38,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
+def all_same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(same_bits, a, b))
+
+
 def any_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Random bit patterns: quiet and signalling NaN payloads, infinities, denormals; -0 first."""
     count = torch.Size(shape).numel()

@@ -68,7 +68,7 @@ class TrainConfig:
 
     @property
     def kind(self) -> str:
-        """ "image" or "text"."""
+        """What the data is: image or text."""
         return DATA[self.data].kind
 
     @property

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.backends import implements
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from ksam_kernels.bits import as_bits
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
@@ -39,8 +38,6 @@ def compact(
     gathered = []
     for tensor in tensors:
         source = tensor.resolve_conj().resolve_neg()
-        # complex128 is wider than any integer type; index_select copies it as it is.
-        bits = source.view(_BITS.get(source.itemsize, source.dtype))
-        rows = bits.index_select(0, indices).view(source.dtype)
+        rows = as_bits(source).index_select(0, indices).view(source.dtype)
         gathered.append(rows.contiguous(memory_format=memory_format(tensor)))
     return gathered

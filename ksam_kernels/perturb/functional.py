@@ -23,15 +23,19 @@ def _check_list(name: str, tensors: TensorList) -> list[Tensor]:
     return tensors
 
 
+def _check_count(name: str, tensors: TensorList, params: list[Tensor]) -> None:
+    if len(tensors) != len(params):
+        raise ValueError(
+            f"{name} must hold one tensor per parameter, {len(params)}, got {len(tensors)}"
+        )
+
+
 def _check_like(
     name: str, tensors: TensorList, params: list[Tensor], *, same_dtype: bool = False
 ) -> list[Tensor]:
     """As many tensors as parameters, with their shapes and devices (and dtypes)."""
     tensors = _check_list(name, tensors)
-    if len(tensors) != len(params):
-        raise ValueError(
-            f"{name} must hold one tensor per parameter, {len(params)}, got {len(tensors)}"
-        )
+    _check_count(name, tensors, params)
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         if tensor.shape != param.shape or tensor.device != param.device:
             raise ValueError(
@@ -47,10 +51,7 @@ def _check_like(
 
 def _check_steps(steps: TensorList, params: list[Tensor]) -> list[Tensor]:
     steps = list(steps)
-    if len(steps) != len(params):
-        raise ValueError(
-            f"steps must hold one tensor per parameter, {len(params)}, got {len(steps)}"
-        )
+    _check_count("steps", steps, params)
     for i, (step, param) in enumerate(zip(steps, params, strict=True)):
         check_dtype(f"steps[{i}]", step, (torch.float32,))
         if step.numel() != 1 or step.device != param.device:

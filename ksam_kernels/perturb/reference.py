@@ -12,15 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ksam_kernels.backends import implements
+from ksam_kernels.bits import as_bits
 from ksam_kernels.checks import opmath_dtype
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROW = 4096  # below the size from which PyTorch splits one sum over threads
-
-
-def _copy_bits(target: Tensor, source: Tensor) -> None:
-    bits = _BITS[source.itemsize]
-    target.view(bits).copy_(source.view(bits))
 
 
 def _ordered_sum(x: Tensor) -> Tensor:
@@ -88,7 +83,7 @@ def perturb_(
     leaves the weights as they are. If anything raises, they are what they were.
     """
     for p, b in zip(params, backup, strict=True):
-        _copy_bits(b, p)
+        as_bits(b).copy_(as_bits(p))
     wide = global_norm(grads, params if adaptive else [], eta, _norm_dtype(grads))
     norm = wide.float()
     moves = norm.isfinite() & (norm > 0)
@@ -116,7 +111,7 @@ def perturb_(
 def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
     """w <- backup, as bits."""
     for p, b in zip(params, backup, strict=True):
-        _copy_bits(p, b)
+        as_bits(p).copy_(as_bits(b))
 
 
 def _store(target: Tensor, value: Tensor, kept: Tensor, found_inf: Tensor | None) -> None:

@@ -47,7 +47,8 @@ class Snapshot:
     @torch.no_grad()
     def take(self, model: nn.Module | None) -> None:
         buffers = [b for norm in _updating_in(model) for b in norm.buffers(recurse=False)]
-        if not _same(buffers, self._buffers):
+        # .to() gives a module new buffers.
+        if list(map(id, buffers)) != list(map(id, self._buffers)):
             self._buffers, self._saved = buffers, [torch.empty_like(b) for b in buffers]
         if buffers:
             torch._foreach_copy_(self._saved, self._buffers)
@@ -58,18 +59,16 @@ class Snapshot:
             torch._foreach_copy_(self._buffers, self._saved)
 
 
-def _same(new: list[Tensor], old: list[Tensor]) -> bool:
-    # A module moved by .to() keeps its buffer objects or gets new ones: compare what they are.
-    return len(new) == len(old) and all(
-        a is b and a.shape == b.shape and a.device == b.device
-        for a, b in zip(new, old, strict=True)
-    )
-
-
 @contextmanager
-def detector() -> Iterator[list[nn.Module]]:
-    """Collects the BatchNorm modules that a forward within would let update their statistics."""
+def detector(watch: bool) -> Iterator[list[nn.Module]]:
+    """Collects the BatchNorm modules that update their statistics within, if it is to watch.
+
+    Watching hooks every module call of the process, which one pass can afford, not every step.
+    """
     seen: list[nn.Module] = []
+    if not watch:
+        yield seen
+        return
 
     def look(module: nn.Module, _: object) -> None:
         seen.extend(_updating([module]))

@@ -123,7 +123,7 @@ class KSAM(Optimizer):
         self._scratch()
         self.base = _build_base(params, base, base_kwargs)
         _check_takes_no_closure(self.base)
-        _check_no_overlap([p for group in self.base.param_groups for p in group["params"]])
+        _check_no_overlap(_parameters(self.base.param_groups))
         super().__init__(self.base.param_groups, dict(self.base.defaults))
         self._share()
 
@@ -144,8 +144,7 @@ class KSAM(Optimizer):
         if not any(param_group is group for group in self.base.param_groups):
             if not isinstance(param_group["params"], Tensor):
                 param_group["params"] = list(param_group["params"])
-            present = [p for group in self.base.param_groups for p in group["params"]]
-            _check_no_overlap([*present, *_parameters(param_group)])
+            _check_no_overlap(_parameters([*self.base.param_groups, param_group]))
             self.base.add_param_group(param_group)
         param_group["rho"] = value
         self._rho_schedules.append(rho if callable(rho) else None)
@@ -202,7 +201,7 @@ class KSAM(Optimizer):
         perturbed: dict[Tensor, Tensor] = {}
         try:
             with torch.enable_grad():
-                result = self._ascend(per_sample_loss, batch, samples, k, perturbed)
+                result = self._descent_gradient(per_sample_loss, batch, samples, k, perturbed)
             with interrupts.deferred():
                 restore_and_update(self.base, perturbed)
                 perturbed.clear()
@@ -223,7 +222,7 @@ class KSAM(Optimizer):
         for group, value in zip(self.param_groups, values, strict=True):
             group["rho"] = value
 
-    def _ascend(
+    def _descent_gradient(
         self,
         per_sample_loss: PerSampleLoss,
         batch: Any,
@@ -250,10 +249,11 @@ class KSAM(Optimizer):
         self, per_sample_loss: PerSampleLoss, batch: Any, samples: int, k: int
     ) -> tuple[Tensor, Any, Tensor]:
         """The pass over the whole batch without gradients, and the indices of its k largest."""
-        with selection_pass(samples, k) as selection, batchnorm.detector() as seen:
+        watch = self.model is None and not self._looked_for_batchnorm
+        with selection_pass(samples, k) as selection, batchnorm.detector(watch) as seen:
             losses, aux = _per_sample(per_sample_loss(batch), samples)
             indices = selection.indices(losses)
-        if seen and self.model is None and not self._looked_for_batchnorm:
+        if seen:
             warnings.warn(
                 "the model has BatchNorm whose running statistics every pass of a step updates; "
                 "pass model= to KSAM to update them once, from the whole batch",
@@ -269,7 +269,7 @@ class KSAM(Optimizer):
         losses, aux = _per_sample(per_sample_loss(batch), samples)
         if losses.requires_grad:
             losses.mean().backward()  # type: ignore[no-untyped-call]
-        elif any(p.requires_grad for group in self.param_groups for p in group["params"]):
+        elif any(p.requires_grad for p in _parameters(self.param_groups)):
             raise RuntimeError(
                 "per_sample_loss returned losses without a graph although parameters require grad; "
                 "do not detach them and do not compute them under no_grad"
@@ -320,20 +320,23 @@ def _build_base(
         raise TypeError(f"base must be an optimizer or the class of one, got {base!r}")
     if base_kwargs:
         raise TypeError(f"base is already built, but got arguments for it: {sorted(base_kwargs)}")
-    if params is not None:
-        given = {id(p) for item in params for p in _parameters(item)}
-        if given != {id(p) for group in base.param_groups for p in group["params"]}:
-            raise ValueError("params must be those of the base optimizer instance, or None")
+    own = _parameters(base.param_groups)
+    given = own if params is None else _parameters(params)
+    if set(map(id, given)) != set(map(id, own)):
+        raise ValueError("params must be those of the base optimizer instance, or None")
     return base
 
 
-def _parameters(item: Any) -> list[Tensor]:
-    """The tensors of one entry of ``params``: a tensor, a (name, tensor) pair, or a group."""
-    if isinstance(item, dict):
-        params = item["params"]
-        entries = [params] if isinstance(params, Tensor) else list(params)
-        return [p for entry in entries for p in _parameters(entry)]
-    return [item[1] if isinstance(item, tuple) else item]
+def _parameters(entries: Iterable[Any]) -> list[Tensor]:
+    """The tensors of what an optimizer takes: tensors, (name, tensor) pairs, or groups of them."""
+    found: list[Tensor] = []
+    for entry in entries:
+        if isinstance(entry, dict):
+            params = entry["params"]
+            found += [params] if isinstance(params, Tensor) else _parameters(params)
+        else:
+            found.append(entry[1] if isinstance(entry, tuple) else entry)
+    return found
 
 
 def _check_takes_no_closure(base: Optimizer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 import ksam_kernels
+from ksam_kernels.checks import check_range
 
 K = float | int
 Schedule = Callable[[int], float | int]
@@ -41,8 +41,7 @@ def check_rho(value: object, name: str = "rho") -> float:
     """A finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    if not 0.0 <= float(value) < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    check_range(name, float(value), 0)
     return float(value)
 
 

@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import ksam_kernels
+from ksam_kernels.checks import FLOATING
+
+_SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+_ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
 
 
 def _plain(base: Optimizer) -> bool:
@@ -35,20 +39,22 @@ def can_fuse(base: Optimizer) -> bool:
     """Exactly ``torch.optim.SGD``, ``Adam`` or ``AdamW``, with options that the kernels have."""
     if type(base) not in (SGD, Adam, AdamW) or not _plain(base):
         return False
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     return all(_fusable(group) for group in base.param_groups) and all(
-        p.dtype in dtypes for group in base.param_groups for p in group["params"]
+        p.dtype in FLOATING for group in base.param_groups for p in group["params"]
     )
 
 
-def _step_counter(param: Tensor, value: object = 0.0) -> Tensor:
+def _step_counter(param: Tensor, value: Tensor | float = 0.0) -> Tensor:
     """torch keeps Adam's step on the CPU unless told otherwise; the kernels count on the device."""
-    number = value if isinstance(value, Tensor) else torch.tensor(float(str(value)))
-    return number.to(param.device, torch.float32)
+    return torch.as_tensor(value, dtype=torch.float32, device=param.device)
 
 
 def _sgd(
-    base: Optimizer, group: dict[str, Any], params: list[Tensor], backup: list[Tensor]
+    base: Optimizer,
+    group: dict[str, Any],
+    params: list[Tensor],
+    backup: list[Tensor],
+    grads: list[Tensor],
 ) -> None:
     buffers: list[Tensor] = []
     steps: list[Tensor] = []
@@ -64,16 +70,19 @@ def _sgd(
     ksam_kernels.restore_sgd_(
         params,
         backup,
-        [p.grad for p in params if p.grad is not None],
+        grads,
         buffers,
         steps=steps or None,
-        **{name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")},
-        **{name: group[name] for name in ("nesterov", "maximize")},
+        **{name: group[name] for name in _SGD_OPTIONS},
     )
 
 
 def _adam(
-    base: Optimizer, group: dict[str, Any], params: list[Tensor], backup: list[Tensor]
+    base: Optimizer,
+    group: dict[str, Any],
+    params: list[Tensor],
+    backup: list[Tensor],
+    grads: list[Tensor],
 ) -> None:
     for p in params:
         state = base.state[p]
@@ -86,9 +95,9 @@ def _adam(
     ksam_kernels.restore_adam_(
         params,
         backup,
-        [p.grad for p in params if p.grad is not None],
+        grads,
         *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-        **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")},
+        **{name: group[name] for name in _ADAM_OPTIONS},
         decoupled_weight_decay=isinstance(base, AdamW) or group["decoupled_weight_decay"],
     )
 
@@ -107,6 +116,7 @@ def restore_and_update(base: Optimizer, backup: dict[Tensor, Tensor]) -> None:
     ksam_kernels.restore_(without_grad, [backup[p] for p in without_grad])
     update = _sgd if isinstance(base, SGD) else _adam
     for group in base.param_groups:
-        params = [p for p in group["params"] if p.grad is not None]
-        if params:
-            update(base, group, params, [backup.get(p, p) for p in params])
+        moving = [(p, backup.get(p, p), p.grad) for p in group["params"] if p.grad is not None]
+        if moving:
+            params, backups, grads = map(list, zip(*moving, strict=True))
+            update(base, group, params, backups, grads)

@@ -35,10 +35,6 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
 def plain_ksam_step(
     model: nn.Module, base: torch.optim.Optimizer, data: Batch, k: int, rho: float
 ) -> None:

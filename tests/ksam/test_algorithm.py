@@ -12,7 +12,8 @@ from torch import Tensor
 
 import ksam_kernels
 from ksam import KSAM, StepResult
-from tests.ksam.models import batch, loss_of, network, plain_ksam_step, same, weights
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, plain_ksam_step, weights
 
 BASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1}),
@@ -172,4 +173,4 @@ def test_trains_bfloat16_weights(backend: str) -> None:
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, k=8)
     losses = [float(optimizer.step(loss_of(model), data).loss) for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
-    assert not same(weights(model), weights(network(dtype=torch.bfloat16)))
+    assert not all_same_bits(weights(model), weights(network(dtype=torch.bfloat16)))

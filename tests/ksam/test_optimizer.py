@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ksam import KSAM
 from ksam.selection import subset_size
-from tests.ksam.models import batch, loss_of, network, same, weights
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_rho_is_a_group_option_under_one_global_norm(backend: str) -> None:
     norm = torch.sqrt(sum(g.square().sum() for g in grads))
     optimizer.step(spy, data)
     torch.testing.assert_close(seen[1][0], seen[0][0] + 0.2 * grads[0] / norm)
-    assert same(seen[0][2:], seen[1][2:])
+    assert all_same_bits(seen[0][2:], seen[1][2:])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     for step in range(3, 6):
         optimizer.step(loss_of(model), batch(step))
         resumed.step(loss_of(twin), batch(step))
-    assert same(weights(model), weights(twin))
+    assert all_same_bits(weights(model), weights(twin))
 
 
 def test_a_checkpoint_in_mid_step_holds_no_backup(backend: str) -> None:
@@ -171,7 +172,7 @@ def test_copies_are_independent_and_whole(backend: str) -> None:
         before = weights(model)
         assert clone.model is not None
         clone.step(loss_of(clone.model), batch(1))
-        assert same(weights(model), before)
+        assert all_same_bits(weights(model), before)
         assert clone.steps_done == 2
         assert optimizer.steps_done == 1
 
@@ -252,7 +253,7 @@ def test_batchnorm_statistics_are_those_of_one_pass_over_the_whole_batch(
         twin.load_state_dict({**twin.state_dict(), **dict(model.named_parameters())})
         twin(batch(step)["x"])
         optimizer.step(loss_of(model), batch(step))
-        assert same(list(model.buffers()), list(twin.buffers()))
+        assert all_same_bits(list(model.buffers()), list(twin.buffers()))
     assert int(model[1].num_batches_tracked) == 3
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import ksam.optimizer
 from ksam import KSAM
-from tests.ksam.models import batch, loss_of, network, same, weights
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
 
 
 def fails_in_call(model: nn.Module, call: int, error: BaseException) -> Callable[[Any], Tensor]:
@@ -43,13 +44,13 @@ def test_a_failed_step_is_as_if_it_had_not_been(
     other.step(loss_of(twin), batch(0))
     with pytest.raises(type(error)):
         optimizer.step(fails_in_call(model, call, error), batch(1))
-    assert same(weights(model), weights(twin))
-    assert same(list(model.buffers()), list(twin.buffers()))
+    assert all_same_bits(weights(model), weights(twin))
+    assert all_same_bits(list(model.buffers()), list(twin.buffers()))
     assert model[1].track_running_stats
     optimizer.step(loss_of(model), batch(2))
     other.step(loss_of(twin), batch(2))
-    assert same(weights(model), weights(twin))
-    assert same(list(model.buffers()), list(twin.buffers()))
+    assert all_same_bits(weights(model), weights(twin))
+    assert all_same_bits(list(model.buffers()), list(twin.buffers()))
 
 
 def test_a_base_optimizer_that_raises_leaves_the_weights(backend: str) -> None:
@@ -63,7 +64,7 @@ def test_a_base_optimizer_that_raises_leaves_the_weights(backend: str) -> None:
     optimizer = KSAM(model.parameters(), Breaks, lr=0.1)
     with pytest.raises(RuntimeError, match="after the update"):
         optimizer.step(loss_of(model), batch())
-    assert same(weights(model), before)
+    assert all_same_bits(weights(model), before)
 
 
 @pytest.mark.parametrize("operation", ["perturb_", "restore_sgd_"])
@@ -87,10 +88,10 @@ def test_ctrl_c_while_weights_are_written_leaves_whole_weights(
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(loss_of(model), batch())
     if operation == "perturb_":
-        assert same(weights(model), before)
+        assert all_same_bits(weights(model), before)
         assert optimizer.steps_done == 0
     else:  # the step was complete when the interrupt took effect
-        assert not same(weights(model), before)
+        assert not all_same_bits(weights(model), before)
         assert optimizer.steps_done == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -108,7 +109,7 @@ def test_a_non_finite_ascent_gradient_leaves_the_step_unperturbed(backend: str, 
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=1.0)
     result = optimizer.step(per_sample_loss, batch(dtype=torch.float64))
     assert not result.grad_norm.isfinite()
-    assert same(seen[0], seen[1])
+    assert all_same_bits(seen[0], seen[1])
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -118,7 +119,7 @@ def test_a_zero_gradient_moves_nothing(backend: str) -> None:
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
     result = optimizer.step(lambda b: loss_of(model)(b) * 0, batch())
     assert float(result.grad_norm) == 0
-    assert same(weights(model), before)
+    assert all_same_bits(weights(model), before)
 
 
 def test_parameters_frozen_unused_empty_and_tied_are_served(backend: str) -> None:
@@ -159,7 +160,7 @@ def test_no_trainable_parameter_moves_nothing(backend: str) -> None:
     before = weights(model)
     result = KSAM(model.parameters(), torch.optim.SGD, lr=0.1).step(loss_of(model), batch())
     assert float(result.grad_norm) == 0
-    assert same(weights(model), before)
+    assert all_same_bits(weights(model), before)
 
 
 BAD_STEPS: list[tuple[Callable[[Any], Any], Any, type[Exception], str]] = [
@@ -188,6 +189,6 @@ def test_bad_input_is_named_before_anything_changes(
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
     with pytest.raises(error, match=message):
         optimizer.step(function, data)
-    assert same(weights(model), before[0])
-    assert same(list(model.buffers()), before[1])
+    assert all_same_bits(weights(model), before[0])
+    assert all_same_bits(list(model.buffers()), before[1])
     assert optimizer.steps_done == 0

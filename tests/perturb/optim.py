@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.helpers import arithmetic_unit, assert_within, same_bits, smallest, unit
+from tests.helpers import arithmetic_unit, assert_within, smallest, unit
 
 SHAPES = ((7, 5), (), (0,), (4097,))
 INF, NAN = float("inf"), float("nan")
@@ -61,8 +61,9 @@ def garbage(params: list[Tensor]) -> list[Tensor]:
     return [torch.full_like(p, NAN) for p in params]
 
 
-def all_same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(same_bits, a, b))
+def name(options: dict[str, Any]) -> str:
+    """A test id from the options that are not zero or False."""
+    return " ".join(f"{key}={value}" for key, value in options.items() if value) or "plain"
 
 
 def assert_close(

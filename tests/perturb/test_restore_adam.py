@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ksam_kernels import restore_adam_
-from tests.helpers import FLOATS, any_bits
+from tests.helpers import FLOATS, all_same_bits, any_bits
 from tests.perturb.lists import LAYOUTS, clones, laid_out, like, tensors
 from tests.perturb.optim import (
     INF,
     NAN,
     SHAPES,
     Oracle,
-    all_same_bits,
     assert_close,
     counters,
     garbage,
+    name,
     one,
     zeros_like,
 )
@@ -38,10 +38,6 @@ SCALE, ROUNDINGS, LR = 32.0, 12, 0.05
 # lr m / sqrt(v): m and v may be exact to 12 u of the gradients that made them only, and the
 # quotient then is off by 12 u |g| / sqrt(v), where sqrt(v) >= |g| sqrt(1 - beta2) / root.
 WEIGHT_SCALE = 8.0
-
-
-def name(options: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in options.items() if value)
 
 
 def step(

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from ksam_kernels import restore_sgd_
-from tests.helpers import FLOATS, any_bits
+from tests.helpers import FLOATS, all_same_bits, any_bits
 from tests.perturb.lists import LAYOUTS, clones, laid_out, like, tensors
 from tests.perturb.optim import (
     INF,
     NAN,
     SHAPES,
     Oracle,
-    all_same_bits,
     assert_close,
     counters,
     garbage,
+    name,
     one,
     zeros_like,
 )
@@ -41,10 +41,6 @@ FULL = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
 # Numbers here stay below 8 (normal values, momentum 0.9 over 5 steps); d, v and w have at most 8
 # roundings in a step, the errors of v are carried on by the momentum.
 SCALE, ROUNDINGS = 8.0, 8
-
-
-def name(options: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in options.items() if value) or "plain"
 
 
 @pytest.mark.parametrize("options", GRID, ids=name)
