@@ -43,6 +43,8 @@ _NOT_INSTALLED = {
 }
 
 _kernels: dict[str, dict[str, Kernel]] = {name: {} for name in BACKENDS}
+#: (backend, operator) -> the device types it runs on; absent: all.
+_devices: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -84,13 +86,21 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
-def implements(backend: str, operator: str) -> Callable[[K], K]:
-    """Decorator: register a function as ``backend``'s implementation of ``operator``."""
+def implements(
+    backend: str, operator: str, *, devices: tuple[str, ...] | None = None
+) -> Callable[[K], K]:
+    """Decorator: register a function as ``backend``'s implementation of ``operator``.
+
+    Args:
+        devices: the device types that it runs on; None: all.
+    """
     if not any(operator in names for names in OPERATORS.values()):
         raise ValueError(f"operator {operator!r} is not listed in OPERATORS")
 
     def register(kernel: K) -> K:
         _kernels[backend][operator] = kernel
+        if devices is not None:
+            _devices[backend, operator] = devices
         return kernel
 
     return register
@@ -99,7 +109,9 @@ def implements(backend: str, operator: str) -> Callable[[K], K]:
 def why_not(backend: str, operator: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot run ``operator`` on ``device``; None if it can."""
     if operator in _kernels[backend]:
-        return None
+        devices = _devices.get((backend, operator))
+        if devices is None or device.type in devices:
+            return None
     if not _kernels[backend]:
         return _NOT_INSTALLED[backend]
     return f"it has no {operator} kernel for {device.type}"

@@ -1,4 +1,4 @@
-"""How the operators of ``torch.ops.ksam`` are declared: a schema and a shape function each.
+"""How the operators of ``torch.ops.ksam`` are declared and called.
 
 The kernel of every operator is the same: ask :mod:`ksam_kernels.backends` for the implementation
 on the tensors' device and call it. Declared mutations, version counters and fake tensors then work
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.nn import Parameter
 
 from ksam_kernels import backends
 
@@ -46,3 +48,26 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
         return op
 
     return declare
+
+
+def is_eager() -> bool:
+    """Nothing traces or intercepts operators now: no compiler, no dispatch mode."""
+    return not torch.compiler.is_compiling() and not _len_torch_dispatch_stack()
+
+
+def _is_opaque(arg: Any) -> bool:
+    """A tensor that may have more to it than its data: a subclass, or one that wants a gradient."""
+    if type(arg) is Tensor or type(arg) is Parameter:
+        return bool(arg.requires_grad and torch.is_grad_enabled())
+    return (isinstance(arg, (list, tuple)) and any(map(_is_opaque, arg))) or isinstance(arg, Tensor)
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run ``torch.ops.ksam.<name>``, which must not mutate its arguments.
+
+    The dispatcher takes some 30 us to reach a Python kernel. Where it has nothing to do (no
+    gradient, no tracing, no tensor subclass) the implementation is called without it.
+    """
+    if not is_eager() or any(map(_is_opaque, args)):
+        return getattr(torch.ops.ksam, name)(*args)
+    return backends.call(name, _device(args), *args)

@@ -1,5 +1,6 @@
 """Compact: gather the chosen rows of every tensor of a batch."""
 
+from ksam_kernels.compact import native as native
 from ksam_kernels.compact import operators as operators
 from ksam_kernels.compact import reference as reference
 from ksam_kernels.compact.functional import compact_batch

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ksam_kernels import library
 from ksam_kernels.checks import INDEX, check_dtype
 from ksam_kernels.compact.tree import batched_tensors, check_same_rows, map_batched
 
@@ -22,7 +23,7 @@ def _gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
         places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
         chosen = [tensors[i] for i in places]
         for i, gathered in zip(
-            places, torch.ops.ksam.compact(chosen, indices.to(device)), strict=True
+            places, library.call("compact", chosen, indices.to(device)), strict=True
         ):
             rows[i] = gathered
     return rows

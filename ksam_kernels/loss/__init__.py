@@ -1,5 +1,6 @@
 """Loss: the loss of every sample from its logits."""
 
+from ksam_kernels.loss import native as native
 from ksam_kernels.loss import operators as operators
 from ksam_kernels.loss import reference as reference
 from ksam_kernels.loss.functional import (

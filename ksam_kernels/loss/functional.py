@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ksam_kernels import library
 from ksam_kernels.checks import (
     FLOATING,
     INDEX,
@@ -97,7 +97,7 @@ def cross_entropy(
     """
     _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
     losses: Tensor
-    losses, _ = torch.ops.ksam.cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    losses, _ = library.call("cross_entropy", logits, target, weight, ignore_index, label_smoothing)
     return losses
 
 
@@ -128,8 +128,8 @@ def select_cross_entropy(
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
     check_k(k, logits.shape[0])
-    losses, _, indices = torch.ops.ksam.select_cross_entropy(
-        logits, target, k, weight, ignore_index, label_smoothing
+    losses, _, indices = library.call(
+        "select_cross_entropy", logits, target, k, weight, ignore_index, label_smoothing
     )
     return losses, indices
 
@@ -186,7 +186,7 @@ def binary_cross_entropy_with_logits(
                 f"pos_weight must broadcast to the trailing dimensions {tuple(trailing)}, "
                 f"got shape {tuple(pos_weight.shape)}"
             )
-    losses: Tensor = torch.ops.ksam.binary_cross_entropy_with_logits(logits, target, pos_weight)
+    losses: Tensor = library.call("binary_cross_entropy_with_logits", logits, target, pos_weight)
     return losses
 
 
@@ -211,5 +211,5 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
             requires grad.
     """
     _check_elementwise("pred", pred, target)
-    losses: Tensor = torch.ops.ksam.mse(pred, target)
+    losses: Tensor = library.call("mse", pred, target)
     return losses

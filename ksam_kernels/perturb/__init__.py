@@ -1,5 +1,6 @@
 """Perturb: move weights uphill with a backup, bring them back, update them."""
 
+from ksam_kernels.perturb import native as native
 from ksam_kernels.perturb import operators as operators
 from ksam_kernels.perturb import reference as reference
 from ksam_kernels.perturb.functional import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ksam_kernels import library
 from ksam_kernels.checks import FLOATING, check_dtype
 
 __all__ = ["topk_indices"]
@@ -41,5 +42,5 @@ def topk_indices(losses: Tensor, k: int) -> Tensor:
     if losses.dim() != 1:
         raise ValueError(f"losses must be one-dimensional, got shape {tuple(losses.shape)}")
     check_k(k, losses.shape[0])
-    indices: Tensor = torch.ops.ksam.topk_indices(losses, k)
+    indices: Tensor = library.call("topk_indices", losses, k)
     return indices

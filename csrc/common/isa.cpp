@@ -1,0 +1,58 @@
+#include "common/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace ksam {
+namespace {
+
+Isa best_of_processor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // The sets that setup.py compiles for: x86-64-v4 and x86-64-v3 where floats are concerned.
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512cd")) {
+    return Isa::avx512;
+  }
+  // Every processor with AVX2 and FMA has F16C.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa choose() {
+  const Isa best = best_of_processor();
+  const char* wanted = std::getenv("KSAM_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
+    if (isa <= best) return isa;
+    throw std::runtime_error(std::string("KSAM_CPU_ISA asks for ") + wanted +
+                             ", but this processor has " + isa_name(best));
+  }
+  throw std::runtime_error(std::string("KSAM_CPU_ISA must be baseline, avx2 or avx512, got ") +
+                           wanted);
+}
+
+}  // namespace
+
+Isa current_isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::baseline:
+      return "baseline";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "avx512";
+  }
+}
+
+}  // namespace ksam

@@ -1,0 +1,43 @@
+// Which instruction set the CPU kernels run with.
+//
+// Every <room>_cpu.cpp is compiled once per instruction set into a namespace of that name, and a
+// call picks one of them by the processor it runs on. Those files must use no std container or
+// algorithm: the linker keeps a single copy of such an inline function, perhaps the one compiled
+// for AVX-512, and a processor without it would run that.
+#pragma once
+
+namespace ksam {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The best that the processor has and KSAM_CPU_ISA (baseline, avx2 or avx512) allows.
+// Throws where KSAM_CPU_ISA names anything else, or what the processor does not have.
+Isa current_isa();
+const char* isa_name(Isa isa);
+
+}  // namespace ksam
+
+// KSAM_DECLARE_PER_ISA(declarations): in every namespace.
+// KSAM_ON_ISA(function, arguments...): calls the copy for the current instruction set.
+#if defined(__x86_64__)
+#define KSAM_DECLARE_PER_ISA(...) \
+  namespace baseline {            \
+  __VA_ARGS__                     \
+  }                               \
+  namespace avx2 {                \
+  __VA_ARGS__                     \
+  }                               \
+  namespace avx512 {              \
+  __VA_ARGS__                     \
+  }
+#define KSAM_ON_ISA(function, ...)                                              \
+  (::ksam::current_isa() == ::ksam::Isa::avx512 ? avx512::function(__VA_ARGS__) \
+   : ::ksam::current_isa() == ::ksam::Isa::avx2 ? avx2::function(__VA_ARGS__)   \
+                                                : baseline::function(__VA_ARGS__))
+#else
+#define KSAM_DECLARE_PER_ISA(...) \
+  namespace baseline {            \
+  __VA_ARGS__                     \
+  }
+#define KSAM_ON_ISA(function, ...) baseline::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,55 @@
+// A tensor as the kernels see it: borrowed memory, a dtype, a shape.
+#pragma once
+
+#include <cstdint>
+
+namespace ksam {
+
+enum class DType : int8_t { f32, f64, bf16, f16, i32, i64, other };
+
+constexpr bool is_floating(DType dtype) { return dtype <= DType::f16; }
+
+// Borrowed: shape and strides point into the torch tensor, which must outlive the view.
+struct Tensor {
+  char* data = nullptr;
+  const int64_t* shape = nullptr;
+  const int64_t* strides = nullptr;  // in elements
+  int64_t numel = 0;
+  int32_t ndim = 0;
+  int32_t itemsize = 0;
+  int32_t device_type = 0;  // dlpack::DeviceType
+  int32_t device_id = 0;
+  DType dtype = DType::other;
+
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+};
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.shape[i] != b.shape[i]) return false;
+  }
+  return true;
+}
+
+// Strides of dimensions of size 1 say nothing about the layout.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.strides[i] != b.strides[i] && a.shape[i] > 1) return false;
+  }
+  return true;
+}
+
+inline bool is_contiguous(const Tensor& t) {
+  int64_t expected = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] > 1 && t.strides[i] != expected) return false;
+    expected *= t.shape[i];
+  }
+  return true;
+}
+
+}  // namespace ksam

@@ -1,0 +1,24 @@
+// ksam_kernels._C: what was built, and every room's kernels.
+//
+// A kernel returns False, and has written nothing, where it does not take an argument (a device, a
+// dtype, a layout, a subclass of Tensor); ksam_kernels/<room>/native.py says what happens then.
+#include <pybind11/pybind11.h>
+
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "common/python.h"
+#include "rooms.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of ksam_kernels.";
+  ksam::load_torch_types();
+  ksam::load_thread_pool();
+  m.attr("cpu_isa") = ksam::isa_name(ksam::current_isa());
+  m.attr("compiler") = __VERSION__;
+  ksam::bind_loss(m);
+  ksam::bind_topk(m);
+  ksam::bind_compact(m);
+  ksam::bind_perturb(m);
+}

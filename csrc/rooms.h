@@ -1,0 +1,13 @@
+// Each room's functions for Python, defined in <room>/<room>_python.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace ksam {
+
+void bind_loss(pybind11::module_& m);
+void bind_topk(pybind11::module_& m);
+void bind_compact(pybind11::module_& m);
+void bind_perturb(pybind11::module_& m);
+
+}  // namespace ksam

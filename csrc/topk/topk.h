@@ -1,0 +1,21 @@
+// Top-k: indices of the k largest losses, ascending; equal losses to the lowest index, NaN the
+// largest, -0 equal to +0.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/tensor.h"
+
+namespace ksam {
+
+// Bytes of scratch that topk_indices needs for n losses: their keys, and the candidates among them.
+inline int64_t topk_scratch_bytes(DType dtype, int64_t n) {
+  return 2 * n * (dtype == DType::f64 ? 8 : 4);
+}
+
+// losses [n], floating, contiguous; out [k]; 1 <= k <= n.
+KSAM_DECLARE_PER_ISA(void topk_indices(const Tensor& losses, int64_t k, void* scratch,
+                                       int64_t* out);)
+
+}  // namespace ksam

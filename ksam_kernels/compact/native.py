@@ -1,0 +1,1 @@
+"""The compact room by the compiled extension."""

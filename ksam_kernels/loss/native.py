@@ -1,0 +1,1 @@
+"""The loss room by the compiled extension."""

@@ -1,0 +1,1 @@
+"""The perturb room by the compiled extension."""
