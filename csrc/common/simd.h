@@ -27,6 +27,7 @@ using f32x16 = float __attribute__((vector_size(64)));
 using f64x16 = double __attribute__((vector_size(128)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u64x16 = uint64_t __attribute__((vector_size(128)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 
 // Storage types; all arithmetic is float, or double on double.
@@ -151,6 +152,53 @@ template <class Half>
 KSAM_INLINE void store(Half* p, f32x16 x) {
   const u16x16 h = from_float(x, Half{});
   std::memcpy(p, &h, sizeof(h));
+}
+
+// Past the caches, which spares reading a line that is written whole. p is aligned to 64 bytes; a
+// thread that is done calls stream_fence().
+KSAM_INLINE void store_stream(float* p, f32x16 x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, bit_cast<__m512>(x));
+#elif defined(__AVX__)
+  for (int i = 0; i < 2; ++i) {
+    _mm256_stream_ps(p + 8 * i, load_raw<__m256>(reinterpret_cast<const char*>(&x) + 32 * i));
+  }
+#elif defined(__SSE2__)
+  for (int i = 0; i < 4; ++i) {
+    _mm_stream_ps(p + 4 * i, load_raw<__m128>(reinterpret_cast<const char*>(&x) + 16 * i));
+  }
+#else
+  store(p, x);
+#endif
+}
+
+KSAM_INLINE void store_stream(double* p, f64x16 x) { store(p, x); }
+
+KSAM_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+KSAM_INLINE bool is_line_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+KSAM_INLINE f32x16 square_root(f32x16 x) {
+  f32x16 r;
+  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_sqrtf(x[i]);
+  return r;
+}
+
+KSAM_INLINE f64x16 square_root(f64x16 x) {
+  f64x16 r;
+  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_sqrt(x[i]);
+  return r;
+}
+
+KSAM_INLINE f32x16 magnitude(f32x16 x) { return bit_cast<f32x16>(bit_cast<u32x16>(x) & 0x7fffffff); }
+KSAM_INLINE f64x16 magnitude(f64x16 x) {
+  return bit_cast<f64x16>(bit_cast<u64x16>(x) & 0x7fffffffffffffff);
 }
 
 // The first `count` < 16 elements, `fill` behind them.

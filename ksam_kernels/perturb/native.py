@@ -1,1 +1,125 @@
-"""The perturb room by the compiled extension."""
+"""Norm, perturbation, restore and update by the compiled extension.
+
+The kernels read whole lists of tensors and check what they read, so the public functions try them
+first (``try_*``): a look at every tensor in Python would take longer than the work itself. What a
+kernel declines goes the long way, whose checks either name the fault or find the operator for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksam_kernels import backends, library
+from ksam_kernels.backends import implements
+from ksam_kernels.native import demand, extension
+
+TensorList = Sequence[Tensor]
+
+
+def _kernel(name: str) -> Any:
+    """The extension's function where nothing but a call of it would happen, else None."""
+    if (
+        extension is None
+        or not library.is_eager()
+        or torch.is_inference_mode_enabled()  # whose tensors have no version counters
+        or backends.requested_backend() not in ("auto", "native")
+    ):
+        return None
+    return getattr(extension, name)
+
+
+def _mark_written(*lists: TensorList) -> None:
+    """What declared mutations do: autograd then knows of the writing."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)
+
+
+def try_grad_norm(
+    grads: list[Tensor], params: list[Tensor], adaptive: bool, eta: float
+) -> Tensor | None:
+    kernel = _kernel("grad_norm")
+    if kernel is None or (torch.is_grad_enabled() and any(map(library.wants_grad, grads))):
+        return None
+    norm = torch.empty((), dtype=torch.float32)
+    return norm if kernel(grads, params, adaptive, eta, norm) else None
+
+
+def try_perturb_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    backup: list[Tensor],
+    rho: float | list[float],
+    adaptive: bool,
+    eta: float,
+) -> Tensor | None:
+    kernel = _kernel("perturb_")
+    if kernel is None:
+        return None
+    norm = torch.empty((), dtype=torch.float32)
+    if not kernel(params, grads, backup, rho, adaptive, eta, norm):
+        return None
+    _mark_written(params, backup)
+    return norm
+
+
+def try_restore_(params: list[Tensor], backup: list[Tensor]) -> bool:
+    kernel = _kernel("restore_")
+    if kernel is None or not kernel(params, backup):
+        return False
+    _mark_written(params)
+    return True
+
+
+def try_update_(
+    name: str,
+    params: list[Tensor],
+    backup: list[Tensor],
+    grads: list[Tensor],
+    states: tuple[list[Tensor], ...],
+    *options: Any,
+) -> bool:
+    """``restore_sgd_`` or ``restore_adam_``: the lists in ``states`` are written."""
+    kernel = _kernel(name)
+    if kernel is None or not kernel(params, backup, grads, *states, *options):
+        return False
+    _mark_written(params, *states)
+    return True
+
+
+if extension is not None:
+
+    @implements("native", "grad_norm", devices=("cpu",))
+    def grad_norm(grads: list[Tensor], params: list[Tensor], adaptive: bool, eta: float) -> Tensor:
+        norm = torch.empty((), dtype=torch.float32)
+        demand(extension.grad_norm(grads, params, adaptive, eta, norm), "grad_norm", *grads)
+        return norm
+
+    @implements("native", "perturb_", devices=("cpu",))
+    def perturb_(
+        params: list[Tensor],
+        grads: list[Tensor],
+        backup: list[Tensor],
+        rho: list[float],
+        adaptive: bool,
+        eta: float,
+    ) -> Tensor:
+        norm = torch.empty((), dtype=torch.float32)
+        accepted = extension.perturb_(params, grads, backup, rho, adaptive, eta, norm)
+        demand(accepted, "perturb_", *params, *grads, *backup)
+        return norm
+
+    @implements("native", "restore_", devices=("cpu",))
+    def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
+        demand(extension.restore_(params, backup), "restore_", *params, *backup)
+
+    @implements("native", "restore_sgd_", devices=("cpu",))
+    def restore_sgd_(params: list[Tensor], *args: Any) -> None:
+        demand(extension.restore_sgd_(params, *args), "restore_sgd_", *params)
+
+    @implements("native", "restore_adam_", devices=("cpu",))
+    def restore_adam_(params: list[Tensor], *args: Any) -> None:
+        demand(extension.restore_adam_(params, *args), "restore_adam_", *params)
