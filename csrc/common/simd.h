@@ -196,6 +196,10 @@ KSAM_INLINE f64x16 square_root(f64x16 x) {
   return r;
 }
 
+KSAM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+KSAM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+KSAM_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+KSAM_INLINE double magnitude(double x) { return __builtin_fabs(x); }
 KSAM_INLINE f32x16 magnitude(f32x16 x) { return bit_cast<f32x16>(bit_cast<u32x16>(x) & 0x7fffffff); }
 KSAM_INLINE f64x16 magnitude(f64x16 x) {
   return bit_cast<f64x16>(bit_cast<u64x16>(x) & 0x7fffffffffffffff);

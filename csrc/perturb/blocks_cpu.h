@@ -38,11 +38,6 @@ void for_each_strided(const Operand& t, int64_t begin, int n, const Visit& visit
 }
 
 template <class A, class T>
-KSAM_INLINE A convert_one(const T* p) {
-  return static_cast<A>(load_one(p));
-}
-
-template <class A, class T>
 void read_flat(const T* from, int n, A* to) {
   using V = typename VecOf<A>::type;
   int j = 0;
@@ -156,9 +151,9 @@ void for_each_block(const Row<N>& row, const Access (&access)[N], int64_t begin,
   }
 }
 
-// body(load, store, store_only) for sixteen elements after another: load(p) and store(p, x) reach
-// those of p, and store_only(p, x) does past the caches if `streaming`, which needs p aligned to
-// 64 bytes. The rest of fewer elements is a vector too, so that every element is rounded alike.
+// body(load, store, store_only) for sixteen elements after another, then for each of the rest: load(p)
+// and store(p, x) reach those of p, and store_only(p, x) does past the caches if `streaming`, which
+// needs p aligned to 64 bytes. Scalars round as vectors do, since nothing is contracted.
 template <class A, class Body>
 KSAM_INLINE void for_each_vector(int n, bool streaming, const Body& body) {
   using V = typename VecOf<A>::type;
@@ -169,11 +164,9 @@ KSAM_INLINE void for_each_vector(int n, bool streaming, const Body& body) {
     body(load_here, store_here,
          [j, streaming](A* p, V x) { streaming ? store_stream(p + j, x) : store(p + j, x); });
   }
-  if (j < n) {
-    const int rest = n - j;
-    const auto load_rest = [j, rest](const A* p) { return load_partial(p + j, rest, 0); };
-    const auto store_rest = [j, rest](A* p, V x) { store_partial(p + j, x, rest); };
-    body(load_rest, store_rest, store_rest);
+  for (; j < n; ++j) {
+    const auto store_here = [j](A* p, A x) { p[j] = x; };
+    body([j](const A* p) { return p[j]; }, store_here, store_here);
   }
 }
 

@@ -4,20 +4,29 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
+template <class V, class A>
+KSAM_INLINE V weighted(V g, V magnitude, bool adaptive, A eta) {
+  return adaptive ? (magnitude + eta) * g : g;
+}
+
 template <class A>
 double block_squares(A* const (&operand)[2], int n, bool adaptive, double eta) {
-  f64x16 sum{};
-  for_each_vector<A>(n, false, [&](auto load, auto, auto) {
-    f64x16 x = __builtin_convertvector(load(operand[0]), f64x16);
-    if (adaptive) {
-      const f64x16 w = __builtin_convertvector(load(operand[1]), f64x16);
-      x = (magnitude(w) + eta) * x;  // lanes without an element: eta * 0
-    }
+  const A *g = operand[0], *w = adaptive ? operand[1] : operand[0];
+  f64x16 lanes{};
+  int j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const f64x16 magnitudes = magnitude(__builtin_convertvector(load(w + j), f64x16));
+    const f64x16 x =
+        weighted(__builtin_convertvector(load(g + j), f64x16), magnitudes, adaptive, eta);
+    lanes += x * x;
+  }
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  for (; j < n; ++j) {
+    const double x = weighted(double{g[j]}, magnitude(double{w[j]}), adaptive, eta);
     sum += x * x;
-  });
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
-  return total;
+  }
+  return sum;
 }
 
 }  // namespace
