@@ -154,25 +154,22 @@ KSAM_INLINE void store(Half* p, f32x16 x) {
   std::memcpy(p, &h, sizeof(h));
 }
 
-// Past the caches, which spares reading a line that is written whole. p is aligned to 64 bytes; a
-// thread that is done calls stream_fence().
-KSAM_INLINE void store_stream(float* p, f32x16 x) {
+// 64 bytes past the caches to an address aligned to as many; then call stream_fence().
+KSAM_INLINE void stream_line(const char* from, char* to) {
 #if defined(__AVX512F__)
-  _mm512_stream_ps(p, bit_cast<__m512>(x));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_raw<__m512i>(from));
 #elif defined(__AVX__)
-  for (int i = 0; i < 2; ++i) {
-    _mm256_stream_ps(p + 8 * i, load_raw<__m256>(reinterpret_cast<const char*>(&x) + 32 * i));
+  for (int i = 0; i < 64; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load_raw<__m256i>(from + i));
   }
 #elif defined(__SSE2__)
-  for (int i = 0; i < 4; ++i) {
-    _mm_stream_ps(p + 4 * i, load_raw<__m128>(reinterpret_cast<const char*>(&x) + 16 * i));
+  for (int i = 0; i < 64; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), load_raw<__m128i>(from + i));
   }
 #else
-  store(p, x);
+  std::memcpy(to, from, 64);
 #endif
 }
-
-KSAM_INLINE void store_stream(double* p, f64x16 x) { store(p, x); }
 
 KSAM_INLINE void stream_fence() {
 #if defined(__SSE2__)
@@ -182,27 +179,6 @@ KSAM_INLINE void stream_fence() {
 
 KSAM_INLINE bool is_line_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 64 == 0;
-}
-
-KSAM_INLINE f32x16 square_root(f32x16 x) {
-  f32x16 r;
-  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_sqrtf(x[i]);
-  return r;
-}
-
-KSAM_INLINE f64x16 square_root(f64x16 x) {
-  f64x16 r;
-  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_sqrt(x[i]);
-  return r;
-}
-
-KSAM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-KSAM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
-KSAM_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
-KSAM_INLINE double magnitude(double x) { return __builtin_fabs(x); }
-KSAM_INLINE f32x16 magnitude(f32x16 x) { return bit_cast<f32x16>(bit_cast<u32x16>(x) & 0x7fffffff); }
-KSAM_INLINE f64x16 magnitude(f64x16 x) {
-  return bit_cast<f64x16>(bit_cast<u64x16>(x) & 0x7fffffffffffffff);
 }
 
 // The first `count` < 16 elements, `fill` behind them.

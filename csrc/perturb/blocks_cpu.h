@@ -2,12 +2,20 @@
 //
 // A block of a float tensor in memory order is worked on in place. Everything else (bfloat16, a
 // gradient with strides of its own, a dtype of its own) is converted into a small buffer and back,
-// so that each formula is written once, for contiguous floats or doubles.
+// so that each formula is one plain loop over contiguous floats or doubles, which the compiler
+// turns into vectors of the instruction set. Nothing is contracted, so any width rounds alike.
 #pragma once
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "perturb/perturb.h"
+
+// Iterations of the next loop do not touch what another one writes.
+#if defined(__clang__)
+#define KSAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define KSAM_INDEPENDENT _Pragma("GCC ivdep")
+#endif
 
 namespace ksam::KSAM_ISA {
 
@@ -88,12 +96,24 @@ A* stage(const Operand& t, Access access, int64_t begin, int n, A* buffer) {
   return where;
 }
 
+// Past the caches where `streaming`, which spares reading the lines that are written.
+inline void copy_flat(const char* from, int64_t bytes, bool streaming, char* to) {
+  int64_t at = 0;
+  if (streaming && is_line_aligned(to)) {
+    for (; at + 64 <= bytes; at += 64) stream_line(from + at, to + at);
+  }
+  std::memcpy(to + at, from + at, bytes - at);
+}
+
 // Puts what was computed in the buffer where it belongs, rounded to the operand's dtype.
 template <class A>
-void unstage(const Operand& t, int64_t begin, int n, const A* buffer) {
+void unstage(const Operand& t, int64_t begin, int n, bool streaming, const A* buffer) {
   on_floating(t.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (t.strides == nullptr) {
+    if (t.strides == nullptr && sizeof(T) == sizeof(A)) {
+      copy_flat(reinterpret_cast<const char*>(buffer), n * sizeof(A), streaming,
+                t.data + begin * sizeof(A));
+    } else if (t.strides == nullptr) {
       write_flat(buffer, n, reinterpret_cast<T*>(t.data) + begin);
     } else {
       for_each_strided(t, begin, n, [&](char* element, int j) {
@@ -129,11 +149,11 @@ void for_each_chunk(const Rows<N>& rows, const Body& body) {
   });
 }
 
-// body(operands, n) over the blocks of [begin, end), with A* operands[N]; null where
-// there is none or it is not touched.
+// body(operands, n) over the blocks of [begin, end), with A* operands[N]; null where there is none
+// or it is not touched. What is only written passes through a buffer if it is to stream.
 template <class A, int N, class Body>
-void for_each_block(const Row<N>& row, const Access (&access)[N], int64_t begin, int64_t end,
-                    const Body& body) {
+void for_each_block(const Row<N>& row, const Access (&access)[N], bool streaming, int64_t begin,
+                    int64_t end, const Body& body) {
   alignas(64) A buffer[N][kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int n = static_cast<int>(end - at < kBlock ? end - at : kBlock);
@@ -141,40 +161,15 @@ void for_each_block(const Row<N>& row, const Access (&access)[N], int64_t begin,
     for (int i = 0; i < N; ++i) {
       const bool absent = row.operand[i].data == nullptr || access[i] == kUntouched;
       operand[i] = absent ? nullptr : stage(row.operand[i], access[i], at, n, buffer[i]);
+      if (streaming && access[i] == kWrite && !absent) operand[i] = buffer[i];
     }
     body(operand, n);
     for (int i = 0; i < N; ++i) {
       if ((access[i] & kWrite) && operand[i] == buffer[i]) {
-        unstage(row.operand[i], at, n, buffer[i]);
+        unstage(row.operand[i], at, n, streaming, buffer[i]);
       }
     }
   }
-}
-
-// body(load, store, store_only) for sixteen elements after another, then for each of the rest: load(p)
-// and store(p, x) reach those of p, and store_only(p, x) does past the caches if `streaming`, which
-// needs p aligned to 64 bytes. Scalars round as vectors do, since nothing is contracted.
-template <class A, class Body>
-KSAM_INLINE void for_each_vector(int n, bool streaming, const Body& body) {
-  using V = typename VecOf<A>::type;
-  int j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    const auto load_here = [j](const A* p) { return load(p + j); };
-    const auto store_here = [j](A* p, V x) { store(p + j, x); };
-    body(load_here, store_here,
-         [j, streaming](A* p, V x) { streaming ? store_stream(p + j, x) : store(p + j, x); });
-  }
-  for (; j < n; ++j) {
-    const auto store_here = [j](A* p, A x) { p[j] = x; };
-    body([j](const A* p) { return p[j]; }, store_here, store_here);
-  }
-}
-
-// Whether what is only written to operand 0 may stream: a buffer is read again at once.
-template <class A, int N>
-KSAM_INLINE bool may_stream(const Rows<N>& rows, const Row<N>& row, const A* first) {
-  return rows.streaming && sizeof(A) == 4 && row.operand[0].strides == nullptr &&
-         row.operand[0].dtype == DType::f32 && is_line_aligned(first);
 }
 
 // body(Type<A>{}) with A the arithmetic of the row.

@@ -4,26 +4,51 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-template <class V, class A>
-KSAM_INLINE V weighted(V g, V magnitude, bool adaptive, A eta) {
-  return adaptive ? (magnitude + eta) * g : g;
+// Sixteen sums side by side, whatever the instruction set: four vectors of four doubles.
+struct Lanes {
+  static constexpr int kVectors = 4, kCount = 16;
+  using f64x4 = double __attribute__((vector_size(32)));
+  f64x4 sum[kVectors] = {};
+
+  double total() const {
+    double all = 0;
+    for (const f64x4& part : sum) all += (part[0] + part[1]) + (part[2] + part[3]);
+    return all;
+  }
+};
+
+KSAM_INLINE Lanes::f64x4 load_doubles(const double* p) { return load_raw<Lanes::f64x4>(p); }
+KSAM_INLINE Lanes::f64x4 load_doubles(const float* p) {
+  using f32x4 = float __attribute__((vector_size(16)));
+  return __builtin_convertvector(load_raw<f32x4>(p), Lanes::f64x4);
+}
+
+KSAM_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+KSAM_INLINE double magnitude(double x) { return __builtin_fabs(x); }
+
+// T g with T = |w| + eta, or g
+KSAM_INLINE double weighted(double g, double w, bool adaptive, double eta) {
+  return adaptive ? (magnitude(w) + eta) * g : g;
 }
 
 template <class A>
 double block_squares(A* const (&operand)[2], int n, bool adaptive, double eta) {
   const A *g = operand[0], *w = adaptive ? operand[1] : operand[0];
-  f64x16 lanes{};
+  Lanes lanes;
   int j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    const f64x16 magnitudes = magnitude(__builtin_convertvector(load(w + j), f64x16));
-    const f64x16 x =
-        weighted(__builtin_convertvector(load(g + j), f64x16), magnitudes, adaptive, eta);
-    lanes += x * x;
+  for (; j + Lanes::kCount <= n; j += Lanes::kCount) {
+    for (int i = 0; i < Lanes::kVectors; ++i) {
+      Lanes::f64x4 x = load_doubles(g + j + 4 * i);
+      if (adaptive) {
+        const Lanes::f64x4 v = load_doubles(w + j + 4 * i);
+        x = ((v < 0 ? -v : v) + eta) * x;
+      }
+      lanes.sum[i] += x * x;
+    }
   }
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  double sum = lanes.total();
   for (; j < n; ++j) {
-    const double x = weighted(double{g[j]}, magnitude(double{w[j]}), adaptive, eta);
+    const double x = weighted(g[j], w[j], adaptive, eta);
     sum += x * x;
   }
   return sum;
@@ -39,7 +64,7 @@ double sum_of_squares(const Rows<2>& rows, bool adaptive, double eta, double* pa
     double sum = 0;
     on_arithmetic(row, [&](auto type) {
       using A = typename decltype(type)::type;
-      for_each_block<A>(row, kAccess, begin, end, [&](A* const(&operand)[2], int n) {
+      for_each_block<A>(row, kAccess, false, begin, end, [&](A* const(&operand)[2], int n) {
         sum += block_squares(operand, n, adaptive, eta);
       });
     });
@@ -51,16 +76,6 @@ double sum_of_squares(const Rows<2>& rows, bool adaptive, double eta, double* pa
 }
 
 namespace {
-
-void copy_flat(const char* from, int64_t bytes, bool streaming, char* to) {
-  int64_t at = 0;
-  if (streaming && is_line_aligned(to)) {
-    for (; at + 64 <= bytes; at += 64) {
-      store_stream(reinterpret_cast<float*>(to + at), load_raw<f32x16>(from + at));
-    }
-  }
-  std::memcpy(to + at, from + at, bytes - at);
-}
 
 // The bytes of elements [begin, end) of one operand into another.
 void copy_bytes(const Operand& from, const Operand& to, int64_t begin, int64_t end,
@@ -80,6 +95,20 @@ void copy_bytes(const Operand& from, const Operand& to, int64_t begin, int64_t e
   }
 }
 
+template <class A>
+void climb(A* w, const A* g, int count, A n, A rho) {
+  KSAM_INDEPENDENT
+  for (int j = 0; j < count; ++j) w[j] = climbed(w[j], g[j], n, rho);
+}
+
+template <class A>
+void climb_adaptive(A* w, const A* g, int count, A n, A rho, A eta) {
+  KSAM_INDEPENDENT
+  for (int j = 0; j < count; ++j) {
+    w[j] = climbed_adaptive(w[j], magnitude(w[j]), g[j], n, rho, eta);
+  }
+}
+
 }  // namespace
 
 // backup <- w, bit for bit; w <- w + rho * g / norm. Bytes moved: 16 an element (read w and g,
@@ -95,12 +124,12 @@ void perturb(const Rows<3>& rows, const PerturbArgs& args) {
       constexpr double kTiny = 0x1p-126;  // the smallest normal float
       const A n = static_cast<A>(args.norm < kTiny ? kTiny : args.norm);
       const A radius = static_cast<A>(rho), eta = static_cast<A>(args.eta);
-      for_each_block<A>(row, kAccess, begin, end, [&](A* const(&p)[3], int count) {
-        for_each_vector<A>(count, false, [&](auto load, auto store, auto) {
-          const auto w = load(p[0]), g = load(p[1]);
-          store(p[0], args.adaptive ? climb_adaptive(w, magnitude(w), g, n, radius, eta)
-                                    : climb(w, g, n, radius));
-        });
+      for_each_block<A>(row, kAccess, false, begin, end, [&](A* const(&p)[3], int count) {
+        if (args.adaptive) {
+          climb_adaptive(p[0], p[1], count, n, radius, eta);
+        } else {
+          climb(p[0], p[1], count, n, radius);
+        }
       });
     });
   });

@@ -1,7 +1,8 @@
 // What becomes of an element, in the order in which it is rounded; shared by host and device.
 //
-// V is float, double or a vector of them, S the scalar. No product may be contracted with a sum:
-// the contract is the bits that ksam_kernels/perturb/reference.py computes.
+// S is float or double. No product may be contracted with a sum: the contract is the bits that
+// ksam_kernels/perturb/reference.py computes. Choices are made by values rather than branches, so
+// that loops over these formulas become vectors.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -13,71 +14,61 @@
 namespace ksam {
 
 // w + rho * g / n
-template <class V, class S>
-KSAM_HOST_DEVICE inline V climb(V w, V g, S n, S rho) {
+template <class S>
+KSAM_HOST_DEVICE inline S climbed(S w, S g, S n, S rho) {
   return w + rho * (g / n);
 }
 
 // w + rho * T^2 g / n with T = |w| + eta; n = ||T g||
-template <class V, class S>
-KSAM_HOST_DEVICE inline V climb_adaptive(V w, V magnitude, V g, S n, S rho, S eta) {
-  const V t = magnitude + eta;
+template <class S>
+KSAM_HOST_DEVICE inline S climbed_adaptive(S w, S magnitude, S g, S n, S rho, S eta) {
+  const S t = magnitude + eta;
   return w + rho * (t * (t * g / n));
 }
 
+// The gradient as an update takes it: unscaled, turned uphill if maximized, with L2 weight decay.
+template <class S>
+struct Direction {
+  S grad_scale, weight_decay;
+  bool scaled, maximize;
+
+  KSAM_HOST_DEVICE bool is_gradient() const { return !scaled && !maximize && weight_decay == 0; }
+
+  KSAM_HOST_DEVICE S operator()(S g, S w) const {
+    S d = scaled ? g / grad_scale : g;
+    d = maximize ? -d : d;
+    return weight_decay != 0 ? d + weight_decay * w : d;
+  }
+};
+
 template <class S>
 struct Sgd {
-  S lr, momentum, gain, weight_decay;  // gain = 1 - dampening
-  bool nesterov;
+  S lr, momentum, gain;  // gain = 1 - dampening
+  bool nesterov, first;  // first: no momentum yet
 
-  // d = g + weight_decay * w
-  template <class V>
-  KSAM_HOST_DEVICE V decayed(V g, V w) const {
-    return weight_decay != 0 ? g + weight_decay * w : g;
-  }
+  KSAM_HOST_DEVICE S new_momentum(S v, S d) const { return first ? d : momentum * v + gain * d; }
 
-  template <class V>
-  KSAM_HOST_DEVICE V new_momentum(V v, V d) const {
-    return momentum * v + gain * d;
-  }
-
-  template <class V>
-  KSAM_HOST_DEVICE V updated(V w, V v, V d) const {
+  KSAM_HOST_DEVICE S updated(S w, S v, S d) const {
     return w - lr * (nesterov ? d + momentum * v : v);
   }
 };
 
 template <class S>
 struct Adam {
-  S beta1, mean_gain, beta2, square_gain, eps;  // gains: 1 - beta
-  S weight_decay;                               // decoupled: 1 - lr * weight_decay
-  bool decays, decoupled;
-  bool from_old;  // beta1 > 0.5
-
-  template <class V>
-  KSAM_HOST_DEVICE void decay(V& w, V& g) const {
-    if (!decays) return;
-    if (decoupled) {
-      w = w * weight_decay;
-    } else {
-      g = g + weight_decay * w;
-    }
-  }
+  S beta1, mean_gain, beta2, square_gain;  // gains: 1 - beta
+  S eps, kept;                             // kept: 1 - lr * decoupled weight decay, or 1
+  S step_size, root_correction;            // lr / (1 - beta1^t), sqrt(1 - beta2^t)
+  bool from_old;                           // beta1 > 0.5
 
   // m + (1 - beta1) * (g - m), from the nearer end as torch.lerp does.
-  template <class V>
-  KSAM_HOST_DEVICE V new_mean(V m, V g) const {
-    return from_old ? m + mean_gain * (g - m) : g - beta1 * (g - m);
+  KSAM_HOST_DEVICE S new_mean(S m, S g) const {
+    return (from_old ? m : g) + (from_old ? mean_gain : -beta1) * (g - m);
   }
 
-  template <class V>
-  KSAM_HOST_DEVICE V new_square(V v, V g) const {
-    return beta2 * v + square_gain * g * g;
-  }
+  KSAM_HOST_DEVICE S new_square(S v, S g) const { return beta2 * v + square_gain * g * g; }
 
-  template <class V>
-  KSAM_HOST_DEVICE V updated(V w, V m, V root_v, S step_size, S root_correction) const {
-    return w - (step_size * m) / (root_v / root_correction + eps);
+  KSAM_HOST_DEVICE S updated(S w, S m, S root_v) const {
+    return w * kept - (step_size * m) / (root_v / root_correction + eps);
   }
 };
 
