@@ -8,6 +8,7 @@ kernel declines goes the long way, whose checks either name the fault or find th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ksam_kernels import backends, library
 from ksam_kernels.backends import implements
-from ksam_kernels.native import demand, extension
+from ksam_kernels.native import extension, run
 
 TensorList = Sequence[Tensor]
 
@@ -93,33 +94,16 @@ def try_update_(
 if extension is not None:
 
     @implements("native", "grad_norm", devices=("cpu",))
-    def grad_norm(grads: list[Tensor], params: list[Tensor], adaptive: bool, eta: float) -> Tensor:
+    def grad_norm(*args: Any) -> Tensor:
         norm = torch.empty((), dtype=torch.float32)
-        demand(extension.grad_norm(grads, params, adaptive, eta, norm), "grad_norm", *grads)
+        run("grad_norm", *args, norm)
         return norm
 
     @implements("native", "perturb_", devices=("cpu",))
-    def perturb_(
-        params: list[Tensor],
-        grads: list[Tensor],
-        backup: list[Tensor],
-        rho: list[float],
-        adaptive: bool,
-        eta: float,
-    ) -> Tensor:
+    def perturb_(*args: Any) -> Tensor:
         norm = torch.empty((), dtype=torch.float32)
-        accepted = extension.perturb_(params, grads, backup, rho, adaptive, eta, norm)
-        demand(accepted, "perturb_", *params, *grads, *backup)
+        run("perturb_", *args, norm)
         return norm
 
-    @implements("native", "restore_", devices=("cpu",))
-    def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
-        demand(extension.restore_(params, backup), "restore_", *params, *backup)
-
-    @implements("native", "restore_sgd_", devices=("cpu",))
-    def restore_sgd_(params: list[Tensor], *args: Any) -> None:
-        demand(extension.restore_sgd_(params, *args), "restore_sgd_", *params)
-
-    @implements("native", "restore_adam_", devices=("cpu",))
-    def restore_adam_(params: list[Tensor], *args: Any) -> None:
-        demand(extension.restore_adam_(params, *args), "restore_adam_", *params)
+    for _name in ("restore_", "restore_sgd_", "restore_adam_"):
+        implements("native", _name, devices=("cpu",))(partial(run, _name))

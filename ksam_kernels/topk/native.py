@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.backends import implements
-from ksam_kernels.native import demand, extension
+from ksam_kernels.native import extension, run
 
 if extension is not None:
 
@@ -18,5 +18,5 @@ if extension is not None:
         """Indices [k] int64, ascending, of the k largest losses."""
         losses = losses.contiguous()
         indices = losses.new_empty((k,), dtype=torch.int64)
-        demand(extension.topk_indices(losses, indices), "topk_indices", losses)
+        run("topk_indices", losses, indices)
         return indices
