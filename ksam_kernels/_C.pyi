@@ -8,6 +8,7 @@ TensorList = Sequence[Tensor]
 
 compiler: str
 cpu_isa: str
+sanitized: bool
 
 def topk_indices(losses: Tensor, out: Tensor) -> bool: ...
 def grad_norm(
