@@ -6,3 +6,6 @@ compiler: str
 cpu_isa: str
 
 def topk_indices(losses: Tensor, out: Tensor) -> bool: ...
+def compact(
+    tensors: list[Tensor], indices: Tensor, out: list[Tensor]
+) -> bool: ...
