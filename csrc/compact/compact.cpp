@@ -1,4 +1,4 @@
-// Compiled once: the work is memcpy's, which picks its instructions itself.
+// Compiled once, not per instruction set: what is not memcpy's is bound by loads and stores.
 #include "compact/compact.h"
 
 #include <algorithm>
@@ -14,6 +14,11 @@ constexpr int64_t kGrain = 128 * 1024;
 
 // What a row costs besides its bytes, in bytes: reading its index, calling memcpy.
 constexpr int64_t kRowCost = 32;
+
+// How many rows ahead the first line of a row is fetched; the processor foresees the others.
+constexpr int64_t kAhead = 8;
+
+int64_t row_cost(const Leaf& leaf) { return leaf.row_bytes + kRowCost; }
 
 // Indices [k] as they lie in memory.
 template <class Index>
@@ -31,40 +36,51 @@ auto on_indices(const Tensor& t, const Body& body) {
   return t.dtype == DType::i32 ? body(Indices<int32_t>(t)) : body(Indices<int64_t>(t));
 }
 
-// Rows of 1, 2, 4, 8 or 16 bytes (labels, masks, ids): kBytes is known, so a copy is one move.
-template <int kBytes, class Index>
+// Rows of kWord to 2 * kWord bytes (labels, masks, ids): the first kWord bytes and the last, which
+// may overlap. A call of memcpy would take twice as long.
+template <int kWord, class Index>
 void copy_small_rows(const Leaf& leaf, Indices<Index> indices, int64_t begin, int64_t end) {
+  const auto [source, stride, out, bytes] = leaf;  // locals: the stores through `out` spare them
+  const int64_t last = bytes - kWord;
   for (int64_t i = begin; i < end; ++i) {
-    std::memcpy(leaf.out + i * kBytes, leaf.source + indices[i] * leaf.source_stride, kBytes);
+    const char* row = source + indices[i] * stride;
+    std::memcpy(out + i * bytes, row, kWord);
+    if (last > 0) std::memcpy(out + i * bytes + last, row + last, kWord);
+  }
+}
+
+template <class Index>
+void copy_large_rows(const Leaf& leaf, Indices<Index> indices, int64_t begin, int64_t end) {
+  const auto [source, stride, out, bytes] = leaf;
+  for (int64_t i = begin; i < end; ++i) {
+    __builtin_prefetch(source + indices[std::min(i + kAhead, end - 1)] * stride);
+    std::memcpy(out + i * bytes, source + indices[i] * stride, bytes);
   }
 }
 
 // Rows [begin, end) of the output.
 template <class Index>
 void copy_rows(const Leaf& leaf, Indices<Index> indices, int64_t begin, int64_t end) {
-  const int64_t bytes = leaf.row_bytes;
-  if (bytes == 1) return copy_small_rows<1>(leaf, indices, begin, end);
-  if (bytes == 2) return copy_small_rows<2>(leaf, indices, begin, end);
-  if (bytes == 4) return copy_small_rows<4>(leaf, indices, begin, end);
-  if (bytes == 8) return copy_small_rows<8>(leaf, indices, begin, end);
-  if (bytes == 16) return copy_small_rows<16>(leaf, indices, begin, end);
-  for (int64_t i = begin; i < end; ++i) {
-    std::memcpy(leaf.out + i * bytes, leaf.source + indices[i] * leaf.source_stride, bytes);
-  }
+  if (leaf.row_bytes < 2) return copy_small_rows<1>(leaf, indices, begin, end);
+  if (leaf.row_bytes < 4) return copy_small_rows<2>(leaf, indices, begin, end);
+  if (leaf.row_bytes < 8) return copy_small_rows<4>(leaf, indices, begin, end);
+  if (leaf.row_bytes < 16) return copy_small_rows<8>(leaf, indices, begin, end);
+  if (leaf.row_bytes < 32) return copy_small_rows<16>(leaf, indices, begin, end);
+  if (leaf.row_bytes < 64) return copy_small_rows<32>(leaf, indices, begin, end);
+  copy_large_rows(leaf, indices, begin, end);
 }
-
-int64_t row_cost(const Leaf& leaf) { return leaf.row_bytes + kRowCost; }
 
 }  // namespace
 
-IndexRange index_range(const Tensor& t) {
+// Bytes moved: 8k read (4k for int32).
+bool in_range(const Tensor& t, int64_t rows) {
   return on_indices(t, [&](auto indices) {
-    IndexRange range{indices[0], indices[0]};
-    for (int64_t i = 1; i < t.numel; ++i) {
-      range.low = std::min(range.low, indices[i]);
-      range.high = std::max(range.high, indices[i]);
+    uint64_t bad = 0;  // its sign: that of an index, or of rows - 1 less the index, was negative
+    for (int64_t i = 0; i < t.numel; ++i) {
+      const uint64_t index = indices[i];
+      bad |= index | (rows - 1 - index);
     }
-    return range;
+    return bad >> 63 == 0;
   });
 }
 
@@ -74,18 +90,19 @@ IndexRange index_range(const Tensor& t) {
 // on which each is as long as its cost; every thread takes one stretch of the line and copies the
 // rows that begin there.
 void gather_rows(const Leaf* leaves, int64_t leaf_count, const Tensor& t) {
+  const int64_t k = t.numel;
   int64_t total = 0;
-  for (int64_t l = 0; l < leaf_count; ++l) total += t.numel * row_cost(leaves[l]);
+  for (int64_t l = 0; l < leaf_count; ++l) total += k * row_cost(leaves[l]);
   parallel_for(total, kGrain, [&](int64_t begin, int64_t end) {
     on_indices(t, [&](auto indices) {
-      int64_t start = 0;  // of the leaf
+      int64_t leaf_begin = 0;
       for (int64_t l = 0; l < leaf_count; ++l) {
         const int64_t cost = row_cost(leaves[l]);
         const auto first_row_from = [&](int64_t place) {
-          return std::clamp((place - start + cost - 1) / cost, int64_t{0}, t.numel);
+          return std::clamp((place - leaf_begin + cost - 1) / cost, int64_t{0}, k);
         };
         copy_rows(leaves[l], indices, first_row_from(begin), first_row_from(end));
-        start += t.numel * cost;
+        leaf_begin += k * cost;
       }
     });
   });

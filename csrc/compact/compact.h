@@ -15,12 +15,8 @@ struct Leaf {
   int64_t row_bytes;
 };
 
-struct IndexRange {
-  int64_t low, high;
-};
-
-// The smallest and the largest of indices [k], int32 or int64, any stride; k >= 1.
-IndexRange index_range(const Tensor& indices);
+// Whether all of indices [k], int32 or int64, any stride, are in [0, rows).
+bool in_range(const Tensor& indices, int64_t rows);
 
 // out[i] = source[indices[i]] for every leaf; indices [k] as above, each in [0, B); k >= 0.
 void gather_rows(const Leaf* leaves, int64_t leaf_count, const Tensor& indices);

@@ -1,4 +1,3 @@
-#include <string>
 #include <vector>
 
 #include "common/python.h"
@@ -10,8 +9,8 @@ namespace py = pybind11;
 namespace ksam {
 namespace {
 
-// Whether a row of `source` [B, ...] lies in memory as a row of `out` [k, ...] does, and the rows
-// of `out` are dense and follow one another: then a row is a block of bytes.
+// Whether rows are blocks of bytes: those of `source` [B, ...] lie in memory as those of `out`
+// [k, ...] do, which have no gaps in or between them.
 bool same_rows(const Tensor& source, const Tensor& out) {
   if (source.ndim < 1 || source.ndim != out.ndim || source.itemsize != out.itemsize) return false;
   int64_t row = 1, last = 0;  // elements of a row, and the place of its last one
@@ -25,7 +24,7 @@ bool same_rows(const Tensor& source, const Tensor& out) {
   return last == row - 1 && (out.strides[0] == row || out.shape[0] <= 1);
 }
 
-// The rows of each tensor, leaving out those without bytes; false where one is not taken.
+// Leaves out tensors without bytes to copy. False where a tensor is not taken.
 bool read_leaves(const std::vector<Tensor>& tensors, const std::vector<Tensor>& out, int64_t k,
                  std::vector<Leaf>* leaves) {
   if (tensors.size() != out.size()) return false;
@@ -40,8 +39,7 @@ bool read_leaves(const std::vector<Tensor>& tensors, const std::vector<Tensor>& 
   return true;
 }
 
-// tensors: each [B, ...], any dtype; indices [k] int32 or int64; out: each [k, ...], its rows laid
-// out as those of the tensor. Raises IndexError where an index is outside [0, B).
+// tensors: each [B, ...], any dtype; indices [k] int32 or int64, in [0, B); out: each [k, ...].
 bool compact(py::handle tensors_, py::handle indices_, py::handle out_) {
   std::vector<Tensor> tensors, out;
   Tensor indices;
@@ -50,14 +48,7 @@ bool compact(py::handle tensors_, py::handle indices_, py::handle out_) {
   if (indices.dtype != DType::i32 && indices.dtype != DType::i64) return false;
   std::vector<Leaf> leaves;
   if (!read_leaves(tensors, out, indices.numel, &leaves)) return false;
-  if (tensors.empty() || indices.numel == 0) return true;
-
-  const int64_t samples = tensors[0].shape[0];
-  const IndexRange range = index_range(indices);
-  if (range.low < 0 || range.high >= samples) {
-    throw py::index_error("indices holds " + std::to_string(range.low < 0 ? range.low : range.high) +
-                          ", out of range for a batch of " + std::to_string(samples) + " samples");
-  }
+  if (!tensors.empty() && !in_range(indices, tensors[0].shape[0])) return false;
   py::gil_scoped_release release;
   gather_rows(leaves.data(), static_cast<int64_t>(leaves.size()), indices);
   return true;

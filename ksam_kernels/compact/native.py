@@ -19,15 +19,16 @@ if extension is not None:
         """Rows ``tensor[indices]`` [k, ...] of every tensor, moved as bytes.
 
         The kernel takes tensors whose rows are blocks of memory: contiguous, channels-last, slices
-        along the batch, prefixes of sequences. What it declines is left to the reference (rows with
-        gaps or in another order than the result's, dtypes unknown to DLPack), and so are lazily
-        conjugated or negated tensors, whose memory holds other numbers.
+        along the batch, prefixes of sequences. What it declines is left to the reference, tensor
+        by tensor: rows with gaps or in another order than the result's, dtypes unknown to DLPack,
+        indices out of range, which the reference reports. Lazily conjugated or negated tensors go
+        there too: their memory holds other numbers, and the kernel cannot tell.
         """
-        k = indices.shape[0]
-        gathered = [empty_rows(tensor, k) for tensor in tensors]
-        lazy = any(tensor.is_conj() or tensor.is_neg() for tensor in tensors)
-        if not lazy and extension.compact(tensors, indices, gathered):
-            return gathered
+        if not any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+            k = indices.shape[0]
+            gathered = [empty_rows(tensor, k) for tensor in tensors]
+            if extension.compact(tensors, indices, gathered):
+                return gathered
         if len(tensors) == 1:
             return reference.compact(tensors, indices)
         return [compact([tensor], indices)[0] for tensor in tensors]
