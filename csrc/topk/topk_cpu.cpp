@@ -1,11 +1,13 @@
-// Selection by bisection: the range of keys that holds the k-th largest is halved by counting the
-// keys in its upper half, and every few halvings the keys outside of it are dropped; one more pass
-// writes the indices of the keys from the threshold up. Counting reads keys as fast as they can be
-// loaded, whatever their distribution: a histogram waits for its own increments.
+// Selection by bisection. The range of keys that holds the k-th largest is halved by counting the
+// keys in its upper half; every few halvings the keys outside of it are dropped; a last pass writes
+// the indices of the keys from the threshold up. Counting costs the same for any losses, spread,
+// close together or equal, and goes as fast as keys can be loaded (the increments of a histogram
+// wait for one another).
 //
-// Bytes moved, for n float losses: 4n read and 4n written for the keys, 4n for their range, 4n for
-// each of kHalvings counts, 4n to drop keys (few are left), 4n for the indices and 8k written. All
-// of it fits a cache.
+// Bytes moved for n float losses: 4n read and 4n written to make the keys, then 4n read for their
+// range, for each of kHalvings counts, to drop keys (few are left) and for the indices, 8k written.
+// All but the losses and the indices lies in a cache.
+#include <limits>
 #include <type_traits>
 
 #include "common/dispatch.h"
@@ -15,22 +17,22 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-// Between two passes that drop keys: about one in twenty is left after six.
-constexpr int kHalvings = 6;
+// Counts between two passes that drop keys. Eight leave some hundredth of them.
+constexpr int kHalvings = 8;
 
 // Keys are signed, which every instruction set can compare.
-KSAM_INLINE int32_t key_of(float x) {
-  return static_cast<int32_t>(float_key(bit_cast<uint32_t>(x)) ^ 0x80000000u);
+KSAM_INLINE int32_t signed_key(uint32_t bits) {
+  return static_cast<int32_t>(float_key(bits) ^ 0x80000000u);
 }
-KSAM_INLINE int64_t key_of(double x) {
-  return static_cast<int64_t>(float_key(bit_cast<uint64_t>(x)) ^ 0x8000000000000000ull);
+KSAM_INLINE int64_t signed_key(uint64_t bits) {
+  return static_cast<int64_t>(float_key(bits) ^ 0x8000000000000000ull);
 }
 
-// No loss has this key.
+// Below the key of every loss.
 template <class Key>
-constexpr Key kPadding = static_cast<Key>(Key{1} << (sizeof(Key) * 8 - 2)) * -2;
+constexpr Key kPadding = std::numeric_limits<Key>::min();
 
-// Keys [count], padded to whole blocks of kTopkBlock.
+// Keys [count], then padding to a whole number of blocks.
 template <class Key>
 struct Keys {
   Key* keys;
@@ -43,17 +45,21 @@ Keys<Key> padded(Key* keys, int64_t count) {
   return {keys, count};
 }
 
-// Halves are compared as the floats that they are; the conversion keeps their order.
-template <class T, class Key>
-Keys<Key> make_keys(const T* losses, int64_t n, Key* keys) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    opmath_t<T> x[kLanes];
-    store(x, load(losses + i));
-    for (int j = 0; j < kLanes; ++j) keys[i + j] = key_of(x[j]);
-  }
-  for (; i < n; ++i) keys[i] = key_of(load_one(losses + i));
+// floats [n], float or double; may be where keys [topk_padded(n)] are.
+template <class Key>
+Keys<Key> make_keys(const void* floats, int64_t n, Key* keys) {
+  const auto* bits = static_cast<const std::make_unsigned_t<Key>*>(floats);
+  for (int64_t i = 0; i < n; ++i) keys[i] = signed_key(bits[i]);
   return padded(keys, n);
+}
+
+// Halves [n] as floats [topk_padded(n)], which have the same order.
+template <class Half>
+const float* widen(const Half* losses, int64_t n, float* floats) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(floats + i, load(losses + i));
+  if (i < n) store(floats + i, load_partial(losses + i, static_cast<int>(n - i), 0));
+  return floats;
 }
 
 template <class Key>
@@ -74,23 +80,46 @@ Range<Key> range_of(const Keys<Key>& from) {
 
 template <class Key>
 int64_t count_from(const Keys<Key>& from, Key least) {
-  std::make_unsigned_t<Key> count = 0;  // as wide as a key, so that both fill a vector alike
+  std::make_unsigned_t<Key> count = 0;  // as wide as a key: a vector of counts to one of keys
+#pragma GCC unroll 4  // else half the instructions are the loop's
   for (int64_t i = 0; i < from.count; ++i) count += from.keys[i] >= least;
   return count;
 }
 
-// Bit i says whether wanted(keys[i]), keys [kTopkBlock].
-template <class Key, class Wanted>
-KSAM_INLINE uint64_t mask_of(const Key* keys, const Wanted& wanted) {
-  uint8_t flags[kTopkBlock];
-  for (int i = 0; i < kTopkBlock; ++i) flags[i] = wanted(keys[i]);
+// Bit i says whether keys[i] > bound; keys [kTopkBlock].
+#if defined(__AVX2__)
+KSAM_INLINE uint64_t mask_above(const int32_t* keys, int32_t bound) {
   uint64_t mask = 0;
   for (int i = 0; i < kTopkBlock; i += 8) {
-    // Eight bytes of 0 or 1 become eight bits: the product moves byte j to bit 56 + j.
+    const __m256i eight = load_raw<__m256i>(keys + i);
+    const __m256i above = _mm256_cmpgt_epi32(eight, _mm256_set1_epi32(bound));
+    mask |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_castsi256_ps(above))) << i;
+  }
+  return mask;
+}
+
+KSAM_INLINE uint64_t mask_above(const int64_t* keys, int64_t bound) {
+  uint64_t mask = 0;
+  for (int i = 0; i < kTopkBlock; i += 4) {
+    const __m256i four = load_raw<__m256i>(keys + i);
+    const __m256i above = _mm256_cmpgt_epi64(four, _mm256_set1_epi64x(bound));
+    mask |= static_cast<uint64_t>(_mm256_movemask_pd(_mm256_castsi256_pd(above))) << i;
+  }
+  return mask;
+}
+#else
+template <class Key>
+KSAM_INLINE uint64_t mask_above(const Key* keys, Key bound) {
+  uint8_t flags[kTopkBlock];
+  for (int i = 0; i < kTopkBlock; ++i) flags[i] = keys[i] > bound;
+  uint64_t mask = 0;
+  for (int i = 0; i < kTopkBlock; i += 8) {
+    // Eight bytes of 0 or 1 become one: the product brings byte j to bit 56 + j.
     mask |= (load_raw<uint64_t>(flags + i) * 0x0102040810204080ull) >> 56 << i;
   }
   return mask;
 }
+#endif
 
 // body(i) for every bit i that is set, upwards.
 template <class Body>
@@ -98,14 +127,14 @@ KSAM_INLINE void for_each_bit(uint64_t mask, const Body& body) {
   for (; mask != 0; mask &= mask - 1) body(__builtin_ctzll(mask));
 }
 
-// The keys in the range, moved to `kept`, which may be where they are.
+// The keys in the range, copied to `kept`, which may be where they are.
 template <class Key>
 Keys<Key> keep(const Keys<Key>& from, Range<Key> range, Key* kept) {
   int64_t count = 0;
   for (int64_t i = 0; i < from.count; i += kTopkBlock) {
     const Key* block = from.keys + i;
-    const auto inside = [&](Key key) { return key >= range.low && key <= range.high; };
-    for_each_bit(mask_of(block, inside), [&](int j) { kept[count++] = block[j]; });
+    const uint64_t inside = mask_above(block, range.low - 1) & ~mask_above(block, range.high);
+    for_each_bit(inside, [&](int j) { kept[count++] = block[j]; });
   }
   return padded(kept, count);
 }
@@ -118,11 +147,13 @@ struct Threshold {
   bool all_ties;
 };
 
+// candidates [topk_padded(count)]
 template <class Key>
 Threshold<Key> find_threshold(Keys<Key> from, int64_t k, Key* candidates) {
   for (;;) {
     auto [low, high] = range_of(from);
-    int64_t from_low = from.count, above_high = 0;  // keys: from_low >= k > above_high
+    // How many keys are >= low, and how many > high; k is between, as the k-th largest key is.
+    int64_t from_low = from.count, above_high = 0;
     for (int i = 0; i < kHalvings && low < high && from_low > k; ++i) {
       using Unsigned = std::make_unsigned_t<Key>;
       const Unsigned half = (static_cast<Unsigned>(high) - static_cast<Unsigned>(low)) / 2;
@@ -136,7 +167,7 @@ Threshold<Key> find_threshold(Keys<Key> from, int64_t k, Key* candidates) {
         above_high = count;
       }
     }
-    if (low == high || from_low == k) return {low, k - above_high, from_low == k};
+    if (from_low == k || low == high) return {low, k - above_high, from_low == k};
     from = keep(from, {low, high}, candidates);
     k -= above_high;
   }
@@ -147,21 +178,21 @@ void write_indices(const Keys<Key>& from, Threshold<Key> threshold, int64_t* out
   int64_t ties = threshold.ties;
   for (int64_t i = 0; i < from.count; i += kTopkBlock) {
     const Key* block = from.keys + i;
-    uint64_t chosen = mask_of(block, [&](Key key) { return key >= threshold.key; });
+    uint64_t chosen = mask_above(block, threshold.key - 1);
     if (!threshold.all_ties) {
-      const uint64_t above = mask_of(block, [&](Key key) { return key > threshold.key; });
+      const uint64_t above = mask_above(block, threshold.key);
       for_each_bit(chosen & ~above, [&](int j) {
-        if (--ties < 0) chosen ^= uint64_t{1} << j;
+        if (--ties < 0) chosen &= ~(uint64_t{1} << j);
       });
     }
     for_each_bit(chosen, [&](int j) { *out++ = i + j; });
   }
 }
 
-// scratch [2 * topk_padded(n)]
-template <class T, class Key>
-void select(const T* losses, int64_t n, int64_t k, Key* scratch, int64_t* out) {
-  const Keys<Key> keys = make_keys(losses, n, scratch);
+// floats [n], float or double; scratch [2 * topk_padded(n)], which may begin with them.
+template <class Key>
+void select(const void* floats, int64_t n, int64_t k, Key* scratch, int64_t* out) {
+  const Keys<Key> keys = make_keys(floats, n, scratch);
   write_indices(keys, find_threshold(keys, k, scratch + topk_padded(n)), out);
 }
 
@@ -170,10 +201,14 @@ void select(const T* losses, int64_t n, int64_t k, Key* scratch, int64_t* out) {
 void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out) {
   on_floating(losses.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    const int64_t n = losses.numel;
     if constexpr (sizeof(T) == 8) {
-      select(losses.as<T>(), losses.numel, k, static_cast<int64_t*>(scratch), out);
+      select(losses.data, n, k, static_cast<int64_t*>(scratch), out);
+    } else if constexpr (sizeof(T) == 4) {
+      select(losses.data, n, k, static_cast<int32_t*>(scratch), out);
     } else {
-      select(losses.as<T>(), losses.numel, k, static_cast<int32_t*>(scratch), out);
+      const float* floats = widen(losses.as<T>(), n, static_cast<float*>(scratch));
+      select(floats, n, k, static_cast<int32_t*>(scratch), out);
     }
   });
 }
