@@ -142,24 +142,17 @@ KSAM_INLINE Pair<V> fma(const Pair<V>& a, const Pair<V>& b, const Pair<V>& c) {
   return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
 }
 
-// The two halves of a tree or of a register.
-template <class V>
-KSAM_INLINE auto halves(const V& x) {
-  if constexpr (LaneTraits<V>::kIsPair) {
-    return x;
-  } else {
-    using Element = typename LaneTraits<V>::element;
-    return bit_cast<Pair<typename LanesOf<Element, LaneTraits<V>::kCount / 2>::type>>(x);
-  }
-}
-
 // Adds the lanes up, or finds the largest.
 template <class V, class Combine>
 KSAM_INLINE typename LaneTraits<V>::element reduce(const V& x, const Combine& combine) {
-  if constexpr (sizeof(V) > 16) {
-    const auto half = halves(x);
+  using A = typename LaneTraits<V>::element;
+  constexpr int kCount = LaneTraits<V>::kCount;
+  if constexpr (LaneTraits<V>::kIsPair) {
+    return reduce(combine(x.low, x.high), combine);
+  } else if constexpr (sizeof(V) > 16) {
+    const auto half = bit_cast<Pair<typename LanesOf<A, kCount / 2>::type>>(x);
     return reduce(combine(half.low, half.high), combine);
-  } else if constexpr (LaneTraits<V>::kCount == 4) {
+  } else if constexpr (kCount == 4) {
     return combine(combine(x[0], x[2]), combine(x[1], x[3]));
   } else {
     return combine(x[0], x[1]);

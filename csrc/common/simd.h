@@ -18,6 +18,7 @@
 #endif
 
 #define KSAM_INLINE inline __attribute__((always_inline))
+#define KSAM_INLINE_LAMBDA __attribute__((always_inline))  // behind the parameters
 
 namespace ksam::KSAM_ISA {
 

@@ -36,12 +36,12 @@ KSAM_INLINE void wide_row(const CrossEntropyGradient& args, const Target<A>& tar
                           all_lanes<V>(of_row.mass), all_lanes<V>(of_row.grad)};
   const T* logits = row_of<T>(args.forward.logits, row);
   T* out = reinterpret_cast<T*>(args.out) + row * args.forward.logits.columns;
-  for_each_block(args.forward.logits.columns, [&](int64_t begin, int64_t n) {
+  for_each_block(args.forward.logits.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const A* q = target.spread(row, begin, n, room);
     const bool has_class = target.has_hot() && y >= begin && y < begin + n;
     const A spread = has_class ? room[y - begin] : 0;
     if (has_class) room[y - begin] += target.hot(y);
-    for_each_vector(n, [&](int64_t i) {
+    for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
       const V x = load_lanes<V>(logits + begin + i);
       store_lanes(out + begin + i, slope.at(x, load_lanes<V>(q + i)));
     });

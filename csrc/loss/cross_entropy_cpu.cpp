@@ -10,29 +10,13 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-// Sixteen lanes of RowSums about one maximum.
-template <class V>
-struct LaneSums {
-  V exp, mass, dot;
-
-  KSAM_INLINE friend LaneSums operator+(const LaneSums& a, const LaneSums& b) {
-    return {a.exp + b.exp, a.mass + b.mass, a.dot + b.dot};
-  }
-  KSAM_INLINE friend LaneSums masked(const LaneSums& a, const V& keep) {
-    return {masked(a.exp, keep), masked(a.mass, keep), masked(a.dot, keep)};
-  }
-};
-
-template <class V>
-KSAM_INLINE LaneSums<V> terms(const V& z, const V& spread) {
-  return {exp_term(z), spread, spread * z};
-}
-
 template <class T>
 KSAM_INLINE opmath_t<T> largest(const T* x, int64_t n) {
   using V = Lanes<T>;
   V high = load_lanes<V>(x);
-  for_each_vector(n, [&](int64_t i) { high = larger(load_lanes<V>(x + i), high); });
+  for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
+    high = larger(load_lanes<V>(x + i), high);
+  });
   return largest_lane(high);
 }
 
@@ -43,22 +27,26 @@ KSAM_INLINE RowSums<A> wide_row(const CrossEntropy& args, const Target<A>& targe
   using V = Lanes<T>;
   const T* logits = row_of<T>(args.logits, row);
   RowSums<A> sums;
-  for_each_block(args.logits.columns, [&](int64_t begin, int64_t n) {
+  for_each_block(args.logits.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const T* x = logits + begin;
     const A high = largest(x, n);
     if (high > sums.max) raise_maximum(&sums, high);
     const V max = all_lanes<V>(origin(sums.max));
+    const A* spread = kSpread ? target.spread(row, begin, n, room) : nullptr;
+    V exp{}, mass{}, dot{};
+    for_each_sum<V>(n, [&](int64_t i, const auto& kept) KSAM_INLINE_LAMBDA {
+      const V z = load_lanes<V>(x + i) - max;
+      exp = exp + kept(exp_term(z));
+      if constexpr (kSpread) {
+        const V q = load_lanes<V>(spread + i);
+        mass = mass + kept(q);
+        dot = dot + kept(q * z);
+      }
+    });
+    sums.exp += sum_of_lanes(exp);
     if constexpr (kSpread) {
-      const A* spread = target.spread(row, begin, n, room);
-      const LaneSums<V> block = sum_of_terms<V>(n, [&](int64_t i) {
-        return terms(load_lanes<V>(x + i) - max, load_lanes<V>(spread + i));
-      });
-      sums.exp += sum_of_lanes(block.exp);
-      sums.mass += sum_of_lanes(block.mass);
-      sums.dot += sum_of_lanes(block.dot);
-    } else {
-      sums.exp += sum_of_lanes(
-          sum_of_terms<V>(n, [&](int64_t i) { return exp_term(load_lanes<V>(x + i) - max); }));
+      sums.mass += sum_of_lanes(mass);
+      sums.dot += sum_of_lanes(dot);
     }
   });
   return sums;
@@ -78,19 +66,23 @@ KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, 
   }
   V max = load_lanes<V>(x.at);
   for (int64_t c = 1; c < classes; ++c) max = larger(load_lanes<V>(x.at + c * kLanes), max);
-  LaneSums<V> total{};
+  V exp{}, mass{}, dot{};
   for (int64_t c = 0; c < classes; ++c) {
     const V z = load_lanes<V>(x.at + c * kLanes) - max;
-    const V q = kSpread ? load_lanes<V>(spread.at + c * kLanes) : V{};
-    total = total + terms(z, q);
+    exp = exp + exp_term(z);
+    if constexpr (kSpread) {
+      const V q = load_lanes<V>(spread.at + c * kLanes);
+      mass = mass + q;
+      dot = dot + q * z;
+    }
   }
   A lanes[4][kLanes];
   store_lanes(lanes[0], max);
-  store_lanes(lanes[1], total.exp);
-  store_lanes(lanes[2], total.mass);
-  store_lanes(lanes[3], total.dot);
+  store_lanes(lanes[1], exp);
+  store_lanes(lanes[2], mass);
+  store_lanes(lanes[3], dot);
   for (int64_t i = 0; i < count; ++i) {
-    sums[i] = {lanes[0][i], lanes[1][i], kSpread ? lanes[2][i] : 0, kSpread ? lanes[3][i] : 0};
+    sums[i] = {lanes[0][i], lanes[1][i], lanes[2][i], lanes[3][i]};
   }
 }
 

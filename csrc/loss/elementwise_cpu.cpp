@@ -75,12 +75,15 @@ KSAM_INLINE A wide_row(const Elementwise& args, int64_t row, A* room) {
   const T* input = row_of<T>(args.input, row);
   const A* weight = static_cast<const A*>(args.pos_weight);
   A sum = 0;
-  for_each_block(args.input.columns, [&](int64_t begin, int64_t n) {
+  for_each_block(args.input.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const A* target = staged(args.target, row, begin, n, room);
-    sum += sum_of_lanes(sum_of_terms<V>(n, [&](int64_t i) {
-      return Loss::loss(load_lanes<V>(input + begin + i), load_lanes<V>(target + i),
-                        weight_at<Loss, V>(weight, begin + i));
-    }));
+    V block{};
+    for_each_sum<V>(n, [&](int64_t i, const auto& kept) KSAM_INLINE_LAMBDA {
+      const V x = load_lanes<V>(input + begin + i);
+      const V t = load_lanes<V>(target + i);
+      block = block + kept(Loss::loss(x, t, weight_at<Loss, V>(weight, begin + i)));
+    });
+    sum += sum_of_lanes(block);
   });
   return sum;
 }
@@ -142,9 +145,9 @@ KSAM_INLINE void wide_row_backward(const ElementwiseGradient& args, int64_t row,
   const A* weight = static_cast<const A*>(forward.pos_weight);
   T* out = reinterpret_cast<T*>(args.out) + row * forward.input.columns;
   const V share = all_lanes<V>(share_of<A>(args, row));
-  for_each_block(forward.input.columns, [&](int64_t begin, int64_t n) {
+  for_each_block(forward.input.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const A* target = staged(forward.target, row, begin, n, room);
-    for_each_vector(n, [&](int64_t i) {
+    for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
       const V slope = Loss::slope(load_lanes<V>(input + begin + i), load_lanes<V>(target + i),
                                   weight_at<Loss, V>(weight, begin + i));
       store_lanes(out + begin + i, share * slope);

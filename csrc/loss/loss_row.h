@@ -34,7 +34,7 @@ KSAM_HOST_DEVICE inline A origin(A max) {
 // From the maximum so far to a larger one. All z_c <= 0, so no term of dot cancels another.
 template <class A>
 KSAM_HOST_DEVICE inline void raise_maximum(RowSums<A>* row, A max) {
-  row->exp *= exponential(row->max - max);
+  if (row->exp != 0) row->exp *= exponential(row->max - max);  // not for the first maximum
   row->dot += row->mass * (origin(row->max) - origin(max));
   row->max = max;
 }

@@ -38,17 +38,21 @@ KSAM_INLINE void for_each_block(int64_t n, const Body& body) {
   }
 }
 
-// The sum of term(i), which is about elements i .. i + 15, over [0, n), n >= kLanes.
-template <class V, class Term>
-KSAM_INLINE auto sum_of_terms(int64_t n, const Term& term) {
+// body(i, kept) for elements i .. i + 15 of [0, n), n >= kLanes, where kept(v) is v in the lanes of
+// elements that no earlier call had, and 0 in the others.
+template <class V, class Body>
+KSAM_INLINE void for_each_sum(int64_t n, const Body& body) {
   using A = typename LaneTraits<V>::element;
   static constexpr A kKeep[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                           1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-  auto sum = term(0);
-  int64_t i = kLanes;
-  for (; i + kLanes <= n; i += kLanes) sum = sum + term(i);
-  if (i < n) sum = sum + masked(term(n - kLanes), load_lanes<V>(kKeep + (n - i)));
-  return sum;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    body(i, [](const V& v) KSAM_INLINE_LAMBDA { return v; });
+  }
+  if (i < n) {
+    const V keep = load_lanes<V>(kKeep + (n - i));
+    body(n - kLanes, [&](const V& v) KSAM_INLINE_LAMBDA { return masked(v, keep); });
+  }
 }
 
 // body(i) at vectors that cover [0, n), n >= kLanes; the last may cover elements a second time.
@@ -62,7 +66,9 @@ KSAM_INLINE void for_each_vector(int64_t n, const Body& body) {
 template <class T, class A>
 KSAM_INLINE void convert(const T* from, int64_t n, A* to) {
   if (sizeof(T) == 2 && sizeof(A) == 4 && n >= kLanes) {
-    for_each_vector(n, [&](int64_t i) { store_lanes(to + i, load_lanes<Lanes<T>>(from + i)); });
+    for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
+      store_lanes(to + i, load_lanes<Lanes<T>>(from + i));
+    });
   } else {
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(load_one(from + i));
   }
