@@ -10,6 +10,9 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
+// Rows of fewer classes are narrow: they do not fill a vector.
+constexpr int64_t kNarrow = kLanes;
+
 // Numbers of one row, or of sixteen rows with a lane each.
 template <class V>
 struct Slope {
@@ -55,14 +58,14 @@ KSAM_INLINE void narrow_rows(const CrossEntropyGradient& args, const Target<A>& 
                              int64_t begin, int64_t count, const int64_t* y, A* room) {
   using V = Lanes<T>;
   const int64_t classes = args.forward.logits.columns;
-  Tile<T> x{};
-  Tile<A> q{};
+  Tile<T, kNarrow> x{};
+  Tile<A, kNarrow> q{};
   A rows[4][kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
     if (y[i] == kIgnored) continue;
     put_row(row_of<T>(args.forward.logits, begin + i), classes, i, &x);
     put_row(target.spread(begin + i, 0, classes, room), classes, i, &q);
-    if (target.has_hot()) q.at[y[i] * kLanes + i] += target.hot(y[i]);
+    if (target.has_hot()) q.at[y[i]][i] += target.hot(y[i]);
     const Slope<A> row = slope_of<A>(args, begin + i);
     rows[0][i] = row.max;
     rows[1][i] = row.log_s;
@@ -72,8 +75,8 @@ KSAM_INLINE void narrow_rows(const CrossEntropyGradient& args, const Target<A>& 
   const Slope<V> slope = {load_lanes<V>(rows[0]), load_lanes<V>(rows[1]), load_lanes<V>(rows[2]),
                           load_lanes<V>(rows[3])};
   for (int64_t c = 0; c < classes; ++c) {
-    T* at = x.at + c * kLanes;
-    store_lanes(at, slope.at(load_lanes<V>(at), load_lanes<V>(q.at + c * kLanes)));
+    T* at = x.at[c];
+    store_lanes(at, slope.at(load_lanes<V>(at), load_lanes<V>(q.at[c])));
   }
   for (int64_t i = 0; i < count; ++i) {
     take_row(x, classes, i, reinterpret_cast<T*>(args.out) + (begin + i) * classes);

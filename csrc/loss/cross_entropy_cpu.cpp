@@ -10,6 +10,9 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
+// Rows of fewer classes are narrow: up to here sums across lanes cost more than the transposition.
+constexpr int64_t kNarrow = 2 * kLanes;
+
 template <class T>
 KSAM_INLINE opmath_t<T> largest(const T* x, int64_t n) {
   using V = Lanes<T>;
@@ -58,20 +61,20 @@ KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, 
                              int64_t count, A* room, RowSums<A>* sums) {
   using V = Lanes<T>;
   const int64_t classes = args.logits.columns;
-  Tile<T> x{};
-  Tile<A> spread;
+  Tile<T, kNarrow> x{};
+  Tile<A, kNarrow> spread;
   for (int64_t i = 0; i < count; ++i) {
     put_row(row_of<T>(args.logits, begin + i), classes, i, &x);
     if constexpr (kSpread) put_row(target.spread(begin + i, 0, classes, room), classes, i, &spread);
   }
-  V max = load_lanes<V>(x.at);
-  for (int64_t c = 1; c < classes; ++c) max = larger(load_lanes<V>(x.at + c * kLanes), max);
+  V max = load_lanes<V>(x.at[0]);
+  for (int64_t c = 1; c < classes; ++c) max = larger(load_lanes<V>(x.at[c]), max);
   V exp{}, mass{}, dot{};
   for (int64_t c = 0; c < classes; ++c) {
-    const V z = load_lanes<V>(x.at + c * kLanes) - max;
+    const V z = load_lanes<V>(x.at[c]) - max;
     exp = exp + exp_term(z);
     if constexpr (kSpread) {
-      const V q = load_lanes<V>(spread.at + c * kLanes);
+      const V q = load_lanes<V>(spread.at[c]);
       mass = mass + q;
       dot = dot + q * z;
     }

@@ -8,6 +8,9 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
+// Samples of fewer elements are narrow rows: they do not fill a vector.
+constexpr int64_t kNarrow = kLanes;
+
 // (1 - t) x + (1 + (p - 1) t) softplus(-x), softplus(-x) = log1p(exp(-|x|)) + max(-x, 0).
 template <bool kWeighted>
 struct BinaryCrossEntropy {
@@ -91,7 +94,7 @@ KSAM_INLINE A wide_row(const Elementwise& args, int64_t row, A* room) {
 // Inputs and targets of up to sixteen rows of fewer than kNarrow elements, a lane each.
 template <class T, class A>
 KSAM_INLINE void fill_tiles(const Elementwise& args, int64_t begin, int64_t count, A* room,
-                            Tile<T>* x, Tile<A>* t) {
+                            Tile<T, kNarrow>* x, Tile<A, kNarrow>* t) {
   const int64_t n = args.input.columns;
   for (int64_t i = 0; i < count; ++i) {
     put_row(row_of<T>(args.input, begin + i), n, i, x);
@@ -103,12 +106,12 @@ template <class Loss, class T, class A = opmath_t<T>>
 KSAM_INLINE void narrow_rows(const Elementwise& args, int64_t begin, int64_t count, A* room,
                              A* sums) {
   using V = Lanes<T>;
-  Tile<T> x{};
-  Tile<A> t{};
+  Tile<T, kNarrow> x{};
+  Tile<A, kNarrow> t{};
   fill_tiles(args, begin, count, room, &x, &t);
   V sum{};
   for (int64_t c = 0; c < args.input.columns; ++c) {
-    sum = sum + Loss::loss(load_lanes<V>(x.at + c * kLanes), load_lanes<V>(t.at + c * kLanes),
+    sum = sum + Loss::loss(load_lanes<V>(x.at[c]), load_lanes<V>(t.at[c]),
                            weight_of_all<Loss, V>(static_cast<const A*>(args.pos_weight), c));
   }
   store_lanes(sums, sum);
@@ -160,16 +163,16 @@ KSAM_INLINE void narrow_rows_backward(const ElementwiseGradient& args, int64_t b
                                       int64_t count, A* room) {
   using V = Lanes<T>;
   const int64_t n = args.forward.input.columns;
-  Tile<T> x{};
-  Tile<A> t{};
+  Tile<T, kNarrow> x{};
+  Tile<A, kNarrow> t{};
   fill_tiles(args.forward, begin, count, room, &x, &t);
   A shares[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) shares[i] = share_of<A>(args, begin + i);
   const V share = load_lanes<V>(shares);
   for (int64_t c = 0; c < n; ++c) {
-    T* at = x.at + c * kLanes;
+    T* at = x.at[c];
     const V slope =
-        Loss::slope(load_lanes<V>(at), load_lanes<V>(t.at + c * kLanes),
+        Loss::slope(load_lanes<V>(at), load_lanes<V>(t.at[c]),
                     weight_of_all<Loss, V>(static_cast<const A*>(args.forward.pos_weight), c));
     store_lanes(at, share * slope);
   }

@@ -1,6 +1,6 @@
 // How the kernels of the loss room walk over rows, a register's worth of lanes at a time.
 //
-// Wide rows, of sixteen elements and more, go block by block: a block fits the first-level cache,
+// Wide rows, of at least sixteen elements, go block by block: a block fits the first-level cache,
 // so that a second look at it reads no memory. The last vector of a block overlaps the one before.
 // Narrow rows go sixteen at a time, transposed into a tile: a lane is a row then, and nothing is
 // added up across lanes. Either way a row's result does not depend on its neighbours.
@@ -15,7 +15,6 @@ namespace ksam::KSAM_ISA {
 
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kBlockRoom = kBlock + kLanes;  // a block takes a remainder below kLanes along
-constexpr int64_t kNarrow = kLanes;              // rows of fewer elements are narrow
 
 // Rows that a thread should have at least: waking one takes as long as some 32,000 elements.
 KSAM_INLINE int64_t row_grain(int64_t columns) {
@@ -91,20 +90,20 @@ const A* staged(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* room)
   return place;
 }
 
-// Sixteen narrow rows, transposed: element [c * kLanes + lane].
-template <class T>
+// Sixteen narrow rows, of fewer than kColumns elements, transposed: element [c][lane].
+template <class T, int64_t kColumns>
 struct Tile {
-  T at[kNarrow * kLanes];
+  T at[kColumns][kLanes];
 };
 
-template <class T, class From>
-KSAM_INLINE void put_row(const From* row, int64_t n, int lane, Tile<T>* tile) {
-  for (int64_t c = 0; c < n; ++c) tile->at[c * kLanes + lane] = row[c];
+template <class T, int64_t kColumns>
+KSAM_INLINE void put_row(const T* row, int64_t n, int64_t lane, Tile<T, kColumns>* tile) {
+  for (int64_t c = 0; c < n; ++c) tile->at[c][lane] = row[c];
 }
 
-template <class T>
-KSAM_INLINE void take_row(const Tile<T>& tile, int64_t n, int lane, T* row) {
-  for (int64_t c = 0; c < n; ++c) row[c] = tile.at[c * kLanes + lane];
+template <class T, int64_t kColumns>
+KSAM_INLINE void take_row(const Tile<T, kColumns>& tile, int64_t n, int64_t lane, T* row) {
+  for (int64_t c = 0; c < n; ++c) row[c] = tile.at[c][lane];
 }
 
 }  // namespace ksam::KSAM_ISA
