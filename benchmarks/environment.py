@@ -31,6 +31,30 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def last_level_cache_bytes(device: torch.device) -> int:
+    """Size of the GPU's L2 or the CPU's L3 cache; 32 MB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii")
+        return int(text.strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 32 << 20
+
+
+def describe_environment(device: torch.device) -> dict[str, str | int]:
+    """The machine and the software, as JSON files hold them."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "last_level_cache_bytes": last_level_cache_bytes(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
 def _cpu_name() -> str:
     # platform.processor() is empty or just the architecture on most Linux systems.
     cpuinfo = Path("/proc/cpuinfo")
