@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,13 +45,30 @@ def last_level_cache_bytes(device: torch.device) -> int:
         return 32 << 20
 
 
-def describe_environment(device: torch.device) -> dict[str, str | int]:
+def load_average() -> float | None:
+    """How many processes wanted to run in the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package; None if there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
     """The machine and the software, as JSON files hold them."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache_bytes": last_level_cache_bytes(device),
+        "load_average": load_average(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -39,6 +39,10 @@ class Tolerance:
 
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
+# Sums in another order; losses are up to some 15.
+FLOAT32 = Tolerance(rtol=1e-5, atol=1e-5)
+# Eager keeps bfloat16 from end to end: eight bits, 0.4 % of a loss.
+BFLOAT16 = Tolerance(rtol=1e-2, atol=1e-2)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from benchmarks.kernels.sam import BASES, CONTESTANTS, SamStep, Start
 
 LEGEND = sam.LEGEND
 
-# A norm over millions of elements is summed in another order by everyone. The perturbation of a
-# weight of 2e-2 is at least 1e-5 in all of the lists: 50 times what this lets pass.
-_CLOSE = Tolerance(rtol=1e-5, atol=1e-8)
+# PyTorch's norm of a tensor with millions of elements sums float32 squares in float32.
+_NORM_TOLERANCE = Tolerance(rtol=1e-4, atol=0.0)
+# A weight of 2e-2 moves by 1e-5 in the longest of the lists, more than 40 times what this lets pass.
+_TOLERANCE = Tolerance(rtol=1e-5, atol=1e-8)
 
 _HOST_COUNTS = (62, 161, 300)
 
@@ -45,7 +46,11 @@ def _norm(step: SamStep) -> Run:
 
 
 def _perturb(step: SamStep) -> Run:
-    return lambda _: (step.perturb(), step.params, step.kept)
+    def run(_: Any) -> Any:
+        step.perturb()
+        return step.params, step.kept
+
+    return run
 
 
 def _update(step: SamStep) -> Run:
@@ -90,11 +95,13 @@ def _case(
     if adaptive:  # the swap has no weighting in its single pass
         names = tuple(name for name in names if name != "swap+fused")
 
+    tolerance = _NORM_TOLERANCE if operation == "grad_norm" else _TOLERANCE
+
     def contestant(name: str) -> Contestant:
         def start(input: Start) -> Run:
             return timed(CONTESTANTS[name](input, BASES[base], adaptive=adaptive))
 
-        return Contestant(name, start, _CLOSE)
+        return Contestant(name, start, tolerance)
 
     whole_step = operation == "SAM step"
     kinds = [base] if whole_step else []

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import describe_environment, device_name
+from benchmarks.environment import (
+    describe_environment,
+    device_name,
+    load_average,
+    package_version,
+)
 from benchmarks.errors import UsageError
 from benchmarks.kernels import compact, loss, perturb, topk
 from benchmarks.kernels.case import Case
@@ -62,6 +67,7 @@ def run_benchmark(settings: Settings, device: torch.device) -> None:
     bandwidth_after = copy_bandwidth(device)
     facts = {
         "environment": environment,
+        "pytorch_optimizer": package_version("pytorch-optimizer"),
         "backend_asked_for": settings.backend,
         "quick": settings.quick,
         "copy_bytes_per_second": {"before": bandwidth, "after": bandwidth_after},
@@ -75,11 +81,17 @@ def run_benchmark(settings: Settings, device: torch.device) -> None:
 
 def _describe(settings: Settings, device: torch.device, bandwidth: float) -> str:
     """Return what the tables need to be understood, for the screen."""
+    load = load_average()
+    disturbed = (
+        f"\nOther work disturbs these figures: load average {load:.1f}."
+        if load and load > 0.5
+        else ""
+    )
     return (
         f"{device_name(device)}, torch {torch.__version__}, backend {settings.backend}\n"
         f"ksam: median time of a call; copy: the bytes it must move at least over that time, as a\n"
         f"share of the bandwidth of a copy, {_gigabytes(bandwidth)} (caches can exceed it).\n"
-        "Other columns: times in multiples of ksam's, * where ksam is the slower one."
+        f"Other columns: times in multiples of ksam's, * where ksam is the slower one.{disturbed}"
     )
 
 

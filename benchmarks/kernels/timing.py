@@ -30,19 +30,28 @@ _MIN_POOL, _MAX_POOL = 2, 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure a case: until `seconds` are over, but at least `min_rounds`."""
+    """How long to measure a case: at least `rounds` and `seconds`, which are enough for quartiles.
 
+    Where rounds take seconds each, `few_rounds` must do after `max_seconds`.
+    """
+
+    rounds: int
     seconds: float
-    min_rounds: int
+    few_rounds: int
+    max_seconds: float
     max_rounds: int = 500
 
     def done(self, rounds: int, seconds: float) -> bool:
         """Whether these rounds, which took these seconds, are enough."""
-        return rounds >= self.max_rounds or (rounds >= self.min_rounds and seconds >= self.seconds)
+        return (
+            rounds >= self.max_rounds
+            or (rounds >= self.rounds and seconds >= self.seconds)
+            or (rounds >= self.few_rounds and seconds >= self.max_seconds)
+        )
 
 
-DEFAULT_PLAN = Plan(seconds=2.0, min_rounds=11)
-QUICK_PLAN = Plan(seconds=0.1, min_rounds=3)
+DEFAULT_PLAN = Plan(rounds=11, seconds=2.0, few_rounds=5, max_seconds=8.0)
+QUICK_PLAN = Plan(rounds=3, seconds=0.1, few_rounds=1, max_seconds=1.0)
 
 
 @dataclass(frozen=True)
