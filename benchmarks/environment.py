@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +32,47 @@ def synchronize(device: torch.device) -> None:
     """Wait for all work queued on `device`, so that a clock read next is honest."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def last_level_cache_bytes(device: torch.device) -> int:
+    """Size of the GPU's L2 or the CPU's L3 cache; 32 MB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii")
+        return int(text.strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 32 << 20
+
+
+def load_average() -> float | None:
+    """How many processes wanted to run in the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package; None if there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """The machine and the software, as JSON files hold them."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "last_level_cache_bytes": last_level_cache_bytes(device),
+        "load_average": load_average(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
 
 
 def _cpu_name() -> str:

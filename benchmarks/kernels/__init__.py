@@ -1,0 +1,1 @@
+"""Microbenchmarks: every operation against what people write and the best they could write."""

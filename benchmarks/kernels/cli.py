@@ -1,0 +1,85 @@
+"""Command line of ``python -m benchmarks kernels``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import select_device
+from benchmarks.kernels.run import ROOMS, Settings, run_benchmark
+from ksam_kernels import backends, requested_backend, use_backend
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `kernels` to `parser`."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--rooms",
+        type=_parse_rooms,
+        default=ROOMS,
+        metavar="LIST",
+        help=f"comma-separated: {', '.join(ROOMS)}; default: all",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few small cases, short: is everything in order?"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=backends.CHOICES,
+        default=requested_backend(),
+        help="of ksam_kernels; default: KSAM_BACKEND, else auto",
+    )
+    parser.add_argument(
+        "--threads", type=_positive_int, metavar="N", help="CPU threads (default: PyTorch's)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/kernels"),
+        metavar="DIR",
+        help="folder for results (default: runs/kernels)",
+    )
+    for name, file_name in (
+        ("csv", "results.csv"),
+        ("json", "summary.json"),
+        ("plot", "ratios.png"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=Path, metavar="PATH", help=f"default: {file_name} in that folder"
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the benchmark that `args` describe."""
+    device = select_device(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    settings = Settings(
+        rooms=args.rooms,
+        quick=args.quick,
+        backend=args.backend,
+        csv=args.csv or args.out / "results.csv",
+        json=args.json or args.out / "summary.json",
+        plot=args.plot or args.out / "ratios.png",
+    )
+    with use_backend(args.backend):
+        run_benchmark(settings, device)
+
+
+def _parse_rooms(text: str) -> tuple[str, ...]:
+    """Parse "loss,topk" into names of rooms."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in ROOMS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a comma-separated list of {', '.join(ROOMS)}"
+        )
+    return tuple(name for name in ROOMS if name in names)
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count >= 1")
+    return int(text)

@@ -1,0 +1,137 @@
+"""One case measured: agreement first, then the times, as the report's rows."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.kernels.case import KSAM, Case, Contestant, Run, UnavailableError, size_in_bytes
+from benchmarks.kernels.timing import Plan, Quartiles, pool_size, ratios, time_in_turns
+from ksam_kernels import BackendUnavailableError, backends
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contestant's figures on a case; the times are None where it could not run, see `note`."""
+
+    room: str
+    operation: str
+    shape: str
+    dtype: str
+    extra: str
+    contestant: str
+    backend: str  # ksam's; "torch" for the others
+    floor_bytes: int
+    microseconds: Quartiles | None = None  # per call, over rounds
+    rounds: int = 0
+    share_of_copy: float | None = None  # floor bytes per second over the bandwidth of a copy
+    ratio: float | None = None  # time over ksam's, the median of the ratios within rounds
+    note: str = ""
+
+
+def measure_case(
+    case: Case, device: torch.device, plan: Plan, bandwidth: float, *, quick: bool
+) -> list[Row]:
+    """Check that all contestants agree and time them; return a row for each, ksam's first.
+
+    Args:
+        bandwidth: bytes per second of a copy.
+
+    Raises:
+        DisagreementError: a contestant computes something else than ksam.
+    """
+    try:
+        backend = backend_in_force(case, device)
+    except BackendUnavailableError as error:
+        return [_row(case, contestant, "", note=str(error)) for contestant in case.contestants]
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(case.needs_grad):
+        first = case.make_input()
+        runs, reasons = _start_all(case, first, quick=quick)
+        # The first input comes last: the check has just brought it into the caches.
+        more = 0 if case.stateful else pool_size(size_in_bytes(first), device) - 1
+        pool = [*(case.make_input() for _ in range(more)), first]
+        times = time_in_turns(runs, pool, plan, device)
+    rows = []
+    for contestant in case.contestants:
+        name = contestant.name
+        row_backend = backend if name == KSAM else "torch"
+        if name in reasons:
+            rows.append(_row(case, contestant, row_backend, note=reasons[name]))
+        else:
+            rows.append(
+                _timed_row(case, contestant, row_backend, times[name], times[KSAM], bandwidth)
+            )
+    return rows
+
+
+def backend_in_force(case: Case, device: torch.device) -> str:
+    """The backend behind ksam's contestant, joined by + where its operators have different ones.
+
+    Raises:
+        BackendUnavailableError: the backend asked for by name cannot run the case.
+    """
+    names = dict.fromkeys(backends.resolve(operator, device)[0] for operator in case.operators)
+    return "+".join(names)
+
+
+def _start_all(case: Case, input: object, *, quick: bool) -> tuple[dict[str, Run], dict[str, str]]:
+    """Start every contestant and compare what it makes of the first input with ksam's result.
+
+    Returns the runs of those that can run, and why the others cannot.
+    """
+    runs: dict[str, Run] = {}
+    reasons: dict[str, str] = {}
+    expected = None
+    for contestant in case.contestants:
+        if quick and contestant.starts_slowly:
+            reasons[contestant.name] = "left out by --quick"
+            continue
+        try:
+            run = contestant.start(input)
+        except UnavailableError as error:
+            reasons[contestant.name] = str(error)
+            continue
+        result = run(input)
+        if contestant.name == KSAM:
+            expected = result
+        else:
+            case.check_agreement(contestant, result, expected, input)
+        runs[contestant.name] = run
+    return runs, reasons
+
+
+def _row(case: Case, contestant: Contestant, backend: str, **figures: object) -> Row:
+    return Row(
+        room=case.room,
+        operation=case.operation,
+        shape=case.shape,
+        dtype=case.dtype,
+        extra=case.extra,
+        contestant=contestant.name,
+        backend=backend,
+        floor_bytes=case.floor_bytes,
+        **figures,  # type: ignore[arg-type]
+    )
+
+
+def _timed_row(
+    case: Case,
+    contestant: Contestant,
+    backend: str,
+    times: list[float],
+    yardstick: list[float],
+    bandwidth: float,
+) -> Row:
+    microseconds = Quartiles.of([1e6 * seconds for seconds in times])
+    return _row(
+        case,
+        contestant,
+        backend,
+        microseconds=microseconds,
+        rounds=len(times),
+        share_of_copy=case.floor_bytes / (1e-6 * microseconds.median) / bandwidth,
+        ratio=statistics.median(ratios(times, yardstick)),
+    )
