@@ -21,33 +21,33 @@ struct Matrix {
 };
 
 struct CrossEntropy {
-  Matrix logits;              // [N, C] floating
-  Matrix target;              // [N, 1] i32 or i64: classes; [N, C] floating: probabilities
-  const void* weight;         // [C] A, or null
+  Matrix logits;       // [N, C] floating
+  Matrix target;       // [N, 1] i32 or i64: classes; [N, C] floating: probabilities
+  const void* weight;  // [C] A, or null
   int64_t ignore_index;
   double label_smoothing;
-  float* losses;              // [N]; the backward pass takes no losses
-  void* stats;                // [N, 3] A: m = max x, log s with s = sum exp(x - m), mass = sum q
-  int64_t* first_bad;         // in: N; out: the first row whose class is out of range, if any is
+  float* losses;       // [N]; the backward pass takes no losses
+  void* stats;         // [N, 3] A: m = max x, log s with s = sum exp(x - m), mass = sum q
+  int64_t* first_bad;  // in: N; out: the first row whose class is out of range, if any is
 };
 
 struct CrossEntropyGradient {
   CrossEntropy forward;
-  Matrix grad;                // [N, 1] f32
-  char* out;                  // [N, C] of the logits' dtype, contiguous
+  Matrix grad;  // [N, 1] f32
+  char* out;    // [N, C] of the logits' dtype, contiguous
 };
 
 struct Elementwise {
-  Matrix input;               // [B, n] floating
-  Matrix target;              // [B, n] floating
-  const void* pos_weight;     // [n] A, or null; binary cross-entropy only
-  float* losses;              // [B]
+  Matrix input;            // [B, n] floating
+  Matrix target;           // [B, n] floating
+  const void* pos_weight;  // [n] A, or null; binary cross-entropy only
+  float* losses;           // [B]
 };
 
 struct ElementwiseGradient {
   Elementwise forward;
-  Matrix grad;                // [B, 1] f32
-  char* out;                  // [B, n] of the input's dtype, contiguous
+  Matrix grad;  // [B, 1] f32
+  char* out;    // [B, n] of the input's dtype, contiguous
 };
 
 KSAM_DECLARE_PER_ISA(void cross_entropy(const CrossEntropy& args);
