@@ -61,9 +61,10 @@ def wants_grad(arg: Any) -> bool:
 
 def _is_opaque(arg: Any) -> bool:
     """A tensor that may have more to it than its data: a subclass, or one that wants a gradient."""
-    if type(arg) is Tensor or type(arg) is Parameter:
+    kind = type(arg)
+    if kind is Tensor or kind is Parameter:
         return arg.requires_grad and torch.is_grad_enabled()
-    if isinstance(arg, (list, tuple)):
+    if kind is list or kind is tuple:
         return any(map(_is_opaque, arg))
     return isinstance(arg, Tensor)
 

@@ -52,7 +52,7 @@ bool read_tensor(py::handle object, Tensor* out) {
   out->shape = t.shape;
   out->strides = t.strides;
   out->ndim = t.ndim;
-  out->itemsize = t.dtype.bits / 8 * t.dtype.lanes;
+  out->itemsize = t.dtype.bits * t.dtype.lanes / 8;  // float4 comes as two lanes of half a byte
   out->device_type = t.device.type;
   out->device_id = t.device.id;
   out->dtype = dtype_of(t.dtype);

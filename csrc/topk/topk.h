@@ -9,9 +9,14 @@
 
 namespace ksam {
 
+// Keys are read in whole blocks of this many.
+constexpr int kTopkBlock = 64;
+
+inline int64_t topk_padded(int64_t n) { return (n + kTopkBlock - 1) / kTopkBlock * kTopkBlock; }
+
 // Bytes of scratch that topk_indices needs for n losses: their keys, and the candidates among them.
 inline int64_t topk_scratch_bytes(DType dtype, int64_t n) {
-  return 2 * n * (dtype == DType::f64 ? 8 : 4);
+  return 2 * topk_padded(n) * (dtype == DType::f64 ? 8 : 4);
 }
 
 // losses [n], floating, contiguous; out [k]; 1 <= k <= n.

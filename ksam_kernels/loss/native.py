@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ksam_kernels.backends import implements
 from ksam_kernels.checks import opmath_dtype
-from ksam_kernels.native import demand, extension
+from ksam_kernels.native import extension, run
 
 
 def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
@@ -42,10 +42,7 @@ if extension is not None:
         options = ignore_index, label_smoothing
         if not extension.cross_entropy(logits, target, weight, *options, *outputs):
             logits, target = logits.contiguous(), target.contiguous()
-            accepted = extension.cross_entropy(
-                logits, target, _weight(weight, logits), *options, *outputs
-            )
-            demand(accepted, "cross_entropy", logits, target, weight)
+            run("cross_entropy", logits, target, _weight(weight, logits), *options, *outputs)
         return outputs
 
     @implements("native", "select_cross_entropy", devices=("cpu",))
@@ -62,10 +59,7 @@ if extension is not None:
         options = ignore_index, label_smoothing
         if not extension.select_cross_entropy(logits, target, weight, *options, *outputs):
             logits, target = logits.contiguous(), target.contiguous()
-            accepted = extension.select_cross_entropy(
-                logits, target, _weight(weight, logits), *options, *outputs
-            )
-            demand(accepted, "select_cross_entropy", logits, target, weight)
+            run("select_cross_entropy", logits, target, _weight(weight, logits), *options, *outputs)
         return outputs
 
     @implements("native", "cross_entropy_backward", devices=("cpu",))
@@ -84,10 +78,16 @@ if extension is not None:
         if not extension.cross_entropy_backward(grad, logits, target, stats, weight, *options, out):
             grad, stats = grad.float().contiguous(), stats.contiguous()
             logits, target = logits.contiguous(), target.contiguous()
-            accepted = extension.cross_entropy_backward(
-                grad, logits, target, stats, _weight(weight, logits), *options, out
+            run(
+                "cross_entropy_backward",
+                grad,
+                logits,
+                target,
+                stats,
+                _weight(weight, logits),
+                *options,
+                out,
             )
-            demand(accepted, "cross_entropy_backward", grad, logits, target, stats, weight)
         return out
 
     def _pos_weight(pos_weight: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -103,10 +103,13 @@ if extension is not None:
         """Losses [B] float32."""
         logits, target = logits.contiguous(), target.contiguous()
         losses = torch.empty(logits.shape[0], dtype=torch.float32)
-        accepted = extension.binary_cross_entropy_with_logits(
-            logits, target, _pos_weight(pos_weight, logits), losses
+        run(
+            "binary_cross_entropy_with_logits",
+            logits,
+            target,
+            _pos_weight(pos_weight, logits),
+            losses,
         )
-        demand(accepted, "binary_cross_entropy_with_logits", logits, target, pos_weight)
         return losses
 
     @implements("native", "binary_cross_entropy_with_logits_backward", devices=("cpu",))
@@ -119,10 +122,14 @@ if extension is not None:
         """Gradient [B, ...] of the logits, in their dtype."""
         logits, target = logits.contiguous(), target.contiguous()
         out = torch.empty(logits.shape, dtype=logits.dtype)
-        accepted = extension.binary_cross_entropy_with_logits_backward(
-            grad.float(), logits, target, _pos_weight(pos_weight, logits), out
+        run(
+            "binary_cross_entropy_with_logits_backward",
+            grad.float(),
+            logits,
+            target,
+            _pos_weight(pos_weight, logits),
+            out,
         )
-        demand(accepted, "binary_cross_entropy_with_logits_backward", grad, logits, target)
         return out
 
     @implements("native", "mse", devices=("cpu",))
@@ -133,7 +140,7 @@ if extension is not None:
         """Losses [B] float32."""
         pred, target = pred.contiguous(), target.contiguous()
         losses = torch.empty(pred.shape[0], dtype=torch.float32)
-        demand(extension.mse(pred, target, losses), "mse", pred, target)
+        run("mse", pred, target, losses)
         return losses
 
     @implements("native", "mse_backward", devices=("cpu",))
