@@ -90,13 +90,16 @@ class NinjaBuildExt(build_ext):
         import ninja
         import pybind11
 
-        includes = [CSRC, sysconfig.get_paths()["include"], pybind11.get_include()]
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / "native" / str(sysconfig.get_config_var("SOABI"))
         folder.mkdir(parents=True, exist_ok=True)
+        # pip's build environments have a new path each time, which would make every command new.
+        headers = folder / "pybind11"
+        headers.unlink(missing_ok=True)
+        headers.symlink_to(pybind11.get_include())
         library = folder / target.name
-        (folder / "build.ninja").write_text(_ninja_file(compiler(), includes, library))
+        (folder / "build.ninja").write_text(_ninja_file(compiler(), headers, library))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
@@ -118,9 +121,11 @@ def _ninja_path(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _ninja_file(cxx: list[str], includes: list[object], library: Path) -> str:
+def _ninja_file(cxx: list[str], pybind11: Path, library: Path) -> str:
     """build.ninja: one object per source, three per ``*_cpu.cpp``, one library."""
-    flags = [*CXX_FLAGS, *mode_flags(), *(f"-I{path}" for path in includes)]
+    # System headers are left out of the dependencies that -MMD writes.
+    system = (sysconfig.get_paths()["include"], pybind11)
+    flags = [*CXX_FLAGS, *mode_flags(), f"-I{CSRC}", *(f"-isystem{path}" for path in system)]
     lines = [
         f"cxx = {' '.join(map(_escape, cxx))}",
         f"cxx_flags = {' '.join(map(_escape, flags))}",

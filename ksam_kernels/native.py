@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor  # torch first: the extension looks for its thread pool
 
 try:
-    from ksam_kernels import _C as extension  # noqa: N811
+    import ksam_kernels._C as extension  # noqa: N811
 except ModuleNotFoundError:  # any other ImportError is a broken installation: let it be seen
     extension = None  # type: ignore[assignment]
 
