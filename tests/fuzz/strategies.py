@@ -122,11 +122,10 @@ def copy_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(storage, *where)  # type: ignore[call-overload]
 
 
-def gaps(tensor: Tensor) -> bytes:
-    """The memory around the tensor's elements, which nothing may write."""
-    copy = copy_of(tensor)
-    copy.zero_()
-    return bytes(copy.untyped_storage().tolist())
+def gaps(tensor: Tensor) -> Tensor:
+    """The memory around the tensor's elements, which nothing may write, as bytes."""
+    copy = copy_of(tensor).zero_()
+    return torch.empty(0, dtype=torch.uint8).set_(copy.untyped_storage())  # type: ignore[call-overload]
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:
