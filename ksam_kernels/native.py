@@ -9,14 +9,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor  # torch first: the extension looks for its thread pool
+import torch  # before the extension, which looks for its thread pool
+from torch import Tensor
+
+from ksam_kernels import backends, library
 
 try:
     import ksam_kernels._C as extension  # noqa: N811
 except ModuleNotFoundError:  # any other ImportError is a broken installation: let it be seen
     extension = None  # type: ignore[assignment]
 
-__all__ = ["extension", "run"]
+__all__ = ["direct", "extension", "run"]
+
+
+def direct(name: str) -> Any:
+    """The kernel for a public function to try before its own checks, which take longer than a
+    small kernel; None where anything but a call of it would happen."""
+    if (
+        extension is None
+        or not library.is_eager()
+        or torch.is_inference_mode_enabled()  # whose tensors have no version counters
+        or backends.requested_backend() not in ("auto", "native")
+    ):
+        return None
+    return getattr(extension, name)
 
 
 def _plain(arg: Any) -> Any:

@@ -83,9 +83,10 @@ bool read_cross_entropy(py::handle logits_, py::handle target, py::handle weight
   Tensor logits;
   if (!read_rows(logits_, &logits, &args->logits) || !is_floating(logits.dtype)) return false;
   if (!read_target(target, logits, &args->target)) return false;
-  if (!read_weight(weight, opmath_of(logits.dtype), args->logits.columns, &args->weight)) {
-    return false;
-  }
+  const int64_t classes = args->logits.columns;
+  Tensor w;
+  if (!read_optional(weight, &w) || (w.data != nullptr && w.ndim != 1)) return false;
+  if (!read_weight(weight, opmath_of(logits.dtype), classes, &args->weight)) return false;
   args->ignore_index = ignore_index;
   args->label_smoothing = label_smoothing;
   return true;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ksam_kernels.backends import implements
 from ksam_kernels.checks import opmath_dtype
-from ksam_kernels.native import extension, run
+from ksam_kernels.native import direct, extension, run
 
 
 def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
@@ -25,6 +25,53 @@ def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
     *rows, _ = logits.shape  # ints of a list are read in half the time of a torch.Size
     losses = torch.empty(rows, dtype=torch.float32)
     return losses, torch.empty(*rows, 3, dtype=opmath_dtype(logits.dtype))
+
+
+def _needs_nothing(logits: Tensor, target: Tensor, weight: Tensor | None, *options: float) -> bool:
+    """Whether a kernel may be tried with arguments that are not checked: no gradient is wanted of
+    any, and the options, which no kernel checks, are in their ranges."""
+    ignore_index, label_smoothing = options
+    return (
+        type(logits) is Tensor
+        and type(target) is Tensor
+        and logits.dim() > 0
+        and 0 <= label_smoothing <= 1
+        and (ignore_index < 0 or not target.is_floating_point())
+        and not (
+            torch.is_grad_enabled()
+            and (
+                logits.requires_grad
+                or target.requires_grad
+                or (weight is not None and weight.requires_grad)
+            )
+        )
+    )
+
+
+def try_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, *options: float
+) -> Tensor | None:
+    """The losses, if the kernel takes the arguments as they are."""
+    kernel = direct("cross_entropy")
+    if kernel is None or not _needs_nothing(logits, target, weight, *options):
+        return None
+    outputs = _outputs(logits)
+    return outputs[0] if kernel(logits, target, weight, *options, *outputs) else None
+
+
+def try_select_cross_entropy(
+    logits: Tensor, target: Tensor, k: int, weight: Tensor | None, *options: float
+) -> tuple[Tensor, Tensor] | None:
+    """Losses and indices, if the kernel takes the arguments as they are."""
+    kernel = direct("select_cross_entropy")
+    if kernel is None or not _needs_nothing(logits, target, weight, *options):
+        return None
+    if type(k) is not int or k < 1 or logits.dim() != 2:
+        return None
+    losses, stats = _outputs(logits)
+    indices = torch.empty(k, dtype=torch.int64)
+    accepted = kernel(logits, target, weight, *options, losses, stats, indices)
+    return (losses, indices) if accepted else None
 
 
 if extension is not None:

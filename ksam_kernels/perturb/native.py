@@ -14,23 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksam_kernels import backends, library
+from ksam_kernels import library
 from ksam_kernels.backends import implements
-from ksam_kernels.native import extension, run
+from ksam_kernels.native import direct, extension, run
 
 TensorList = Sequence[Tensor]
-
-
-def _kernel(name: str) -> Any:
-    """The extension's function where nothing but a call of it would happen, else None."""
-    if (
-        extension is None
-        or not library.is_eager()
-        or torch.is_inference_mode_enabled()  # whose tensors have no version counters
-        or backends.requested_backend() not in ("auto", "native")
-    ):
-        return None
-    return getattr(extension, name)
 
 
 def _mark_written(*lists: TensorList) -> None:
@@ -42,7 +30,7 @@ def _mark_written(*lists: TensorList) -> None:
 def try_grad_norm(
     grads: list[Tensor], params: list[Tensor], adaptive: bool, eta: float
 ) -> Tensor | None:
-    kernel = _kernel("grad_norm")
+    kernel = direct("grad_norm")
     if kernel is None or (torch.is_grad_enabled() and any(map(library.wants_grad, grads))):
         return None
     norm = torch.empty((), dtype=torch.float32)
@@ -57,7 +45,7 @@ def try_perturb_(
     adaptive: bool,
     eta: float,
 ) -> Tensor | None:
-    kernel = _kernel("perturb_")
+    kernel = direct("perturb_")
     if kernel is None:
         return None
     norm = torch.empty((), dtype=torch.float32)
@@ -68,7 +56,7 @@ def try_perturb_(
 
 
 def try_restore_(params: list[Tensor], backup: list[Tensor]) -> bool:
-    kernel = _kernel("restore_")
+    kernel = direct("restore_")
     if kernel is None or not kernel(params, backup):
         return False
     _mark_written(params)
@@ -84,7 +72,7 @@ def try_update_(
     *options: Any,
 ) -> bool:
     """``restore_sgd_`` or ``restore_adam_``: the lists in ``states`` are written."""
-    kernel = _kernel(name)
+    kernel = direct(name)
     if kernel is None or not kernel(params, backup, grads, *states, *options):
         return False
     _mark_written(params, *states)

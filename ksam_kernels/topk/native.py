@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.backends import implements
-from ksam_kernels.native import extension, run
+from ksam_kernels.native import direct, extension, run
+
+
+def try_topk_indices(losses: Tensor, k: int) -> Tensor | None:
+    """The indices, if the kernel takes the losses as they are."""
+    kernel = direct("topk_indices")
+    if kernel is None or type(k) is not int or k < 1:
+        return None
+    indices = torch.empty(k, dtype=torch.int64)
+    return indices if kernel(losses, indices) else None
+
 
 if extension is not None:
 
