@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ksam_kernels import library
 from ksam_kernels.checks import INDEX, check_dtype
+from ksam_kernels.compact import native
 from ksam_kernels.compact.tree import batched_tensors, check_same_rows, map_batched
 
 __all__ = ["compact_batch"]
 
 T = TypeVar("T")
 
+_CPU = {torch.device("cpu")}
+
 
 def _gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
     """One operator call per device; indices that lie elsewhere are copied over once each."""
     devices = {tensor.device for tensor in tensors}
+    if devices == _CPU:
+        quick = native.try_compact(tensors, indices)
+        if quick is not None:
+            return quick
     if len(devices) == 1:
         gathered: list[Tensor] = library.call("compact", tensors, indices.to(devices.pop()))
         return gathered

@@ -7,7 +7,18 @@ from torch import Tensor
 from ksam_kernels.backends import implements
 from ksam_kernels.compact import reference
 from ksam_kernels.compact.operators import empty_rows
-from ksam_kernels.native import extension
+from ksam_kernels.native import direct, extension
+
+
+def try_compact(tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
+    """The rows, if the kernel takes the tensors as they are; CPU tensors only."""
+    kernel = direct("compact")
+    if kernel is None or any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+        return None
+    k = indices.shape[0]
+    gathered = [empty_rows(tensor, k) for tensor in tensors]
+    return gathered if kernel(tensors, indices, gathered) else None
+
 
 if extension is not None:
 
