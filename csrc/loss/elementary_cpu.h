@@ -40,7 +40,9 @@ KSAM_INLINE V exp_term(const V& x) {
     p = fma(p, f, broadcast<V>(0.693147f));
     p = fma(p, f, broadcast<V>(1.0f));
     const V e = bit_cast<V>(bit_cast<i32>(p) + (bit_cast<i32>(n) << 23));
-    return x < -87.0f ? V{} : e;
+    // The sum of a NaN's bits and another's may be any number: NaN fails the comparison, and
+    // larger() returns its second argument then.
+    return x >= -87.0f ? e : larger(V{}, x);
   }
 }
 
