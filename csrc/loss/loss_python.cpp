@@ -42,7 +42,9 @@ bool read_rows(py::handle object, Tensor* t, Matrix* rows) {
   rows->data = t->data;
   rows->dtype = t->dtype;
   rows->columns = t->shape[last];
-  if (rows->columns < 1 || (rows->columns > 1 && t->strides[last] != 1)) return false;
+  if (rows->columns < 1) return false;
+  // torch takes any strides for contiguous where there are no elements, and rearranges nothing.
+  if (rows->columns > 1 && t->strides[last] != 1 && t->numel > 0) return false;
   return flatten(*t, last, &rows->rows, &rows->stride);
 }
 
