@@ -15,6 +15,7 @@ constexpr int64_t kNarrow = kLanes;
 template <bool kWeighted>
 struct BinaryCrossEntropy {
   static constexpr bool kReadsWeight = kWeighted;
+  static constexpr int kFactor = 1;
 
   template <class V>
   static KSAM_INLINE V positive(const V& t, const V& p) {
@@ -43,6 +44,7 @@ struct BinaryCrossEntropy {
 // (x - t)^2
 struct SquaredError {
   static constexpr bool kReadsWeight = false;
+  static constexpr int kFactor = 2;  // of the slope; with g / n, or it might overflow
 
   template <class V>
   static KSAM_INLINE V loss(const V& x, const V& t, const V&) {
@@ -51,8 +53,7 @@ struct SquaredError {
 
   template <class V>
   static KSAM_INLINE V slope(const V& x, const V& t, const V&) {
-    const V difference = x - t;
-    return difference + difference;
+    return x - t;
   }
 };
 
@@ -147,7 +148,7 @@ KSAM_INLINE void wide_row_backward(const ElementwiseGradient& args, int64_t row,
   const T* input = row_of<T>(forward.input, row);
   const A* weight = static_cast<const A*>(forward.pos_weight);
   T* out = reinterpret_cast<T*>(args.out) + row * forward.input.columns;
-  const V share = all_lanes<V>(share_of<A>(args, row));
+  const V share = all_lanes<V>(Loss::kFactor * share_of<A>(args, row));
   for_each_block(forward.input.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const A* target = staged(forward.target, row, begin, n, room);
     for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
@@ -167,7 +168,7 @@ KSAM_INLINE void narrow_rows_backward(const ElementwiseGradient& args, int64_t b
   Tile<A, kNarrow> t{};
   fill_tiles(args.forward, begin, count, room, &x, &t);
   A shares[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) shares[i] = share_of<A>(args, begin + i);
+  for (int64_t i = 0; i < count; ++i) shares[i] = Loss::kFactor * share_of<A>(args, begin + i);
   const V share = load_lanes<V>(shares);
   for (int64_t c = 0; c < n; ++c) {
     T* at = x.at[c];
