@@ -24,7 +24,7 @@ _EXAMPLES = int(os.environ.get("KSAM_FUZZ_EXAMPLES", "0"))
 
 #: Decorator of every fuzz test.
 fuzz = settings(
-    max_examples=_EXAMPLES or 60,
+    max_examples=_EXAMPLES or 120,
     derandomize=not _EXAMPLES,
     database=None,
     deadline=None,
