@@ -107,8 +107,8 @@ def gradient_tolerance(case: Case, upstream: Tensor, gradient: Tensor) -> Tensor
 
     log p_c is off by (8 + sqrt C + 3 |log p_c|) u as above, which is p_c's relative error; mass and
     q have 4 roundings each, the mass sqrt(C) more from its sum. For float64 logits the oracle is no
-    more exact than what it judges: autograd adds a row's C gradients one after the other. Where p_c is
-    denormal its rounding is absolute, and multiplied by g and the mass.
+    more exact than what it judges: autograd adds a row's C gradients one after the other. Where p_c
+    is denormal its rounding is absolute, and multiplied by g and the mass.
     """
     u, terms = arithmetic_unit(case.logits.dtype), math.sqrt(case.classes)
     q = target_distribution(case)
