@@ -30,7 +30,7 @@ KSAM_INLINE V exp_term(const V& x) {
   } else if constexpr (sizeof(Element<V>) == 8) {
     return lane_by_lane(x, [](double lane) { return __builtin_exp(lane); });
   } else {
-    using i32 = typename LikeOf<V>::i32;
+    using u32 = typename LikeOf<V>::u32;  // may wrap, in lanes that are dropped
     const V y = x * kLog2E;
     const V n = y + kRound;
     const V f = y - (n - kRound);  // [-0.5, 0.5], exactly
@@ -39,7 +39,7 @@ KSAM_INLINE V exp_term(const V& x) {
     p = fma(p, f, broadcast<V>(0.24022242f));
     p = fma(p, f, broadcast<V>(0.693147f));
     p = fma(p, f, broadcast<V>(1.0f));
-    const V e = bit_cast<V>(bit_cast<i32>(p) + (bit_cast<i32>(n) << 23));
+    const V e = bit_cast<V>(bit_cast<u32>(p) + (bit_cast<u32>(n) << 23));
     // The sum of a NaN's bits and another's may be any number: NaN fails the comparison, and
     // larger() returns its second argument then.
     return x >= -87.0f ? e : larger(V{}, x);
@@ -56,6 +56,7 @@ KSAM_INLINE V exp_accurate(const V& x) {
     return lane_by_lane(x, [](double lane) { return __builtin_exp(lane); });
   } else {
     using i32 = typename LikeOf<V>::i32;
+    using u32 = typename LikeOf<V>::u32;  // may wrap, in lanes that are dropped
     const V rounded = x * kLog2E + kRound;
     const V n = rounded - kRound;
     V r = fma(n, broadcast<V>(-0x1.63p-1f), x);
@@ -65,8 +66,8 @@ KSAM_INLINE V exp_accurate(const V& x) {
     p = fma(p, r, broadcast<V>(0.16666432f));
     p = fma(p, r, broadcast<V>(0.49999994f));
     p = fma(p * r, r, r) + 1.0f;
-    const i32 power = bit_cast<i32>(rounded) - bit_cast<i32>(broadcast<V>(kRound));
-    const i32 half = power >> 1;
+    const u32 power = bit_cast<u32>(rounded) - bit_cast<u32>(broadcast<V>(kRound));
+    const u32 half = bit_cast<u32>(bit_cast<i32>(power) >> 1);
     const V e = p * bit_cast<V>((half + 127) << 23) * bit_cast<V>((power - half + 127) << 23);
     return x < -105.0f ? V{} : e;  // less than half of the smallest denormal number
   }
