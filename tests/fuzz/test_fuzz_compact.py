@@ -93,9 +93,8 @@ def lazily(tree: object, flags: int) -> object:
 
 def is_usual(source: Tensor) -> bool:
     """What the kernel has to take itself, rather than leave it to the reference."""
-    return source.dtype in (torch.bool, *FLOATS, torch.int32, torch.int64) and (
-        source.is_contiguous()
-    )
+    dtypes = (torch.bool, *FLOATS, torch.int32, torch.int64)
+    return source.dtype in dtypes and source.is_contiguous() and source.numel() > 0
 
 
 def in_range(spec: Spec, rows: int) -> Tensor:
