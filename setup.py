@@ -35,7 +35,6 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 CXX_FLAGS = [
     "-std=c++17",
-    "-O3",
     "-g0",
     "-fPIC",
     "-fvisibility=hidden",
@@ -66,11 +65,18 @@ def compiler() -> list[str]:
     return [found]
 
 
-def sanitizer_flags() -> list[str]:
+def mode_flags() -> list[str]:
+    """Optimized, or instrumented."""
     names = os.environ.get("KSAM_SANITIZE")
     if not names:
-        return []
-    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
+        return ["-O3"]
+    return [
+        "-O1",
+        "-g1",
+        f"-fsanitize={names}",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ]
 
 
 class NinjaBuildExt(build_ext):
@@ -84,15 +90,16 @@ class NinjaBuildExt(build_ext):
         import ninja
         import pybind11
 
-        includes = [CSRC, sysconfig.get_paths()["include"], pybind11.get_include()]
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = ROOT / "build" / "native" / f"{sysconfig.get_config_var('SOABI')}"
-        if os.environ.get("KSAM_SANITIZE"):
-            folder = folder.with_name(folder.name + "-sanitized")
+        folder = ROOT / "build" / "native" / str(sysconfig.get_config_var("SOABI"))
         folder.mkdir(parents=True, exist_ok=True)
+        # pip's build environments have a new path each time, which would make every command new.
+        headers = folder / "pybind11"
+        headers.unlink(missing_ok=True)
+        headers.symlink_to(pybind11.get_include())
         library = folder / target.name
-        (folder / "build.ninja").write_text(_ninja_file(compiler(), includes, library))
+        (folder / "build.ninja").write_text(_ninja_file(compiler(), headers, library))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
@@ -102,7 +109,7 @@ class NinjaBuildExt(build_ext):
                 "KSAM_NATIVE=0 installs the slower pure-PyTorch reference backend alone."
             )
         shutil.copy2(library, target)
-        print(f"ksam: built {target.name} for {', '.join(ISA_FLAGS)}; no CUDA sources yet")
+        print(f"ksam: built {target.name}, CPU only ({', '.join(ISA_FLAGS)}); no CUDA kernels yet")
 
 
 def _escape(path: object) -> str:
@@ -114,13 +121,15 @@ def _ninja_path(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _ninja_file(cxx: list[str], includes: list[object], library: Path) -> str:
+def _ninja_file(cxx: list[str], pybind11: Path, library: Path) -> str:
     """build.ninja: one object per source, three per ``*_cpu.cpp``, one library."""
-    flags = [*CXX_FLAGS, *sanitizer_flags(), *(f"-I{path}" for path in includes)]
+    # System headers are left out of the dependencies that -MMD writes.
+    system = (sysconfig.get_paths()["include"], pybind11)
+    flags = [*CXX_FLAGS, *mode_flags(), f"-I{CSRC}", *(f"-isystem{path}" for path in system)]
     lines = [
         f"cxx = {' '.join(map(_escape, cxx))}",
         f"cxx_flags = {' '.join(map(_escape, flags))}",
-        f"link_flags = {' '.join(['-shared', *sanitizer_flags()])}",
+        f"link_flags = {' '.join(['-shared', *mode_flags()])}",
         "rule compile",
         "  command = $cxx $cxx_flags $isa_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -144,8 +153,18 @@ def _ninja_file(cxx: list[str], includes: list[object], library: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-native = os.environ.get("KSAM_NATIVE", "1") != "0"
-setup(
-    ext_modules=[Extension("ksam_kernels._C", sources=[])] if native else [],
-    cmdclass={"build_ext": NinjaBuildExt},
-)
+def extensions() -> list[Extension]:
+    """The extension, or none if KSAM_NATIVE=0."""
+    if os.environ.get("KSAM_NATIVE", "1") == "0":
+        if "editable_wheel" in sys.argv:  # it would be imported from the source tree
+            for built in (ROOT / "ksam_kernels").glob("_C.*.so"):
+                built.unlink()
+        return []
+    sources, headers = (
+        [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob(pattern))]
+        for pattern in ("*.cpp", "*.h")
+    )
+    return [Extension("ksam_kernels._C", sources=sources, depends=headers)]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})

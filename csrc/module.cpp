@@ -17,6 +17,11 @@ PYBIND11_MODULE(_C, m) {
   ksam::load_thread_pool();
   m.attr("cpu_isa") = ksam::isa_name(ksam::current_isa());
   m.attr("compiler") = __VERSION__;
+#if defined(__SANITIZE_ADDRESS__)
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
   ksam::bind_loss(m);
   ksam::bind_topk(m);
   ksam::bind_compact(m);

@@ -1,8 +1,96 @@
 """Compiled kernels. Each returns False, and has written nothing, where it declines an argument."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+TensorList = Sequence[Tensor]
 
 compiler: str
 cpu_isa: str
+sanitized: bool
 
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    losses: Tensor,
+    stats: Tensor,
+) -> bool: ...
+def select_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    losses: Tensor,
+    stats: Tensor,
+    indices: Tensor,
+) -> bool: ...
+def cross_entropy_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    out: Tensor,
+) -> bool: ...
+def binary_cross_entropy_with_logits(
+    logits: Tensor, target: Tensor, pos_weight: Tensor | None, losses: Tensor
+) -> bool: ...
+def binary_cross_entropy_with_logits_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, pos_weight: Tensor | None, out: Tensor
+) -> bool: ...
+def mse(pred: Tensor, target: Tensor, losses: Tensor) -> bool: ...
+def mse_backward(grad: Tensor, pred: Tensor, target: Tensor, out: Tensor) -> bool: ...
 def topk_indices(losses: Tensor, out: Tensor) -> bool: ...
+def compact(tensors: TensorList, indices: Tensor, out: TensorList) -> bool: ...
+def grad_norm(
+    grads: TensorList, params: TensorList, adaptive: bool, eta: float, out: Tensor
+) -> bool: ...
+def perturb_(
+    params: TensorList,
+    grads: TensorList,
+    backup: TensorList,
+    rho: float | list[float],
+    adaptive: bool,
+    eta: float,
+    out: Tensor,
+) -> bool: ...
+def restore_(params: TensorList, backup: TensorList) -> bool: ...
+def restore_sgd_(
+    params: TensorList,
+    backup: TensorList,
+    grads: TensorList,
+    momentum_buffers: TensorList,
+    steps: TensorList,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> bool: ...
+def restore_adam_(
+    params: TensorList,
+    backup: TensorList,
+    grads: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    steps: TensorList,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> bool: ...

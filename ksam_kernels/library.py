@@ -55,11 +55,18 @@ def is_eager() -> bool:
     return not torch.compiler.is_compiling() and not _len_torch_dispatch_stack()
 
 
+def wants_grad(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.requires_grad
+
+
 def _is_opaque(arg: Any) -> bool:
     """A tensor that may have more to it than its data: a subclass, or one that wants a gradient."""
-    if type(arg) is Tensor or type(arg) is Parameter:
-        return bool(arg.requires_grad and torch.is_grad_enabled())
-    return (isinstance(arg, (list, tuple)) and any(map(_is_opaque, arg))) or isinstance(arg, Tensor)
+    kind = type(arg)
+    if kind is Tensor or kind is Parameter:
+        return arg.requires_grad and torch.is_grad_enabled()
+    if isinstance(arg, (list, tuple)):
+        return any(map(_is_opaque, arg))
+    return isinstance(arg, Tensor)
 
 
 def call(name: str, *args: Any) -> Any:

@@ -7,26 +7,53 @@ layout, a subclass of Tensor).
 
 from __future__ import annotations
 
-from torch import Tensor  # torch first: the extension looks for its thread pool
+from typing import Any
+
+import torch  # before the extension, which looks for its thread pool
+from torch import Tensor
+
+from ksam_kernels import backends, library
 
 try:
-    from ksam_kernels import _C as extension  # noqa: N811
+    import ksam_kernels._C as extension  # noqa: N811
 except ModuleNotFoundError:  # any other ImportError is a broken installation: let it be seen
     extension = None  # type: ignore[assignment]
 
-__all__ = ["demand", "extension"]
+__all__ = ["direct", "extension", "run"]
 
 
-def demand(accepted: bool, operator: str, *tensors: Tensor | None) -> None:
-    """The operator's public function checked the arguments: a kernel that declines them is wrong.
+def direct(name: str) -> Any:
+    """The kernel for a public function to try before its own checks, which take longer than a
+    small kernel; None where anything but a call of it would happen."""
+    if (
+        extension is None
+        or not library.is_eager()
+        or torch.is_inference_mode_enabled()  # whose tensors have no version counters
+        or backends.requested_backend() not in ("auto", "native")
+    ):
+        return None
+    return getattr(extension, name)
+
+
+def _plain(arg: Any) -> Any:
+    """The same memory without what a subclass makes of it, which its own dispatch has done."""
+    if isinstance(arg, Tensor):
+        return arg.as_subclass(Tensor)
+    return [_plain(item) for item in arg] if isinstance(arg, (list, tuple)) else arg
+
+
+def _shown(arg: Any) -> str:
+    if isinstance(arg, Tensor):
+        return f"{arg.dtype} {tuple(arg.shape)} strides {arg.stride()} on {arg.device}"
+    return f"[{', '.join(map(_shown, arg))}]" if isinstance(arg, (list, tuple)) else repr(arg)
+
+
+def run(name: str, *args: Any) -> None:
+    """Call a kernel of the extension with arguments that the public function has checked.
 
     Raises:
-        RuntimeError: the kernel returned False.
+        RuntimeError: it declined them all the same.
     """
-    if not accepted:
-        shown = ", ".join(
-            f"{t.dtype} {tuple(t.shape)} strides {t.stride()} on {t.device}"
-            for t in tensors
-            if t is not None
-        )
-        raise RuntimeError(f"the native kernel of {operator} does not take {shown}")
+    kernel = getattr(extension, name)
+    if not kernel(*args) and not kernel(*map(_plain, args)):
+        raise RuntimeError(f"the native kernel of {name} does not take {_shown(args)}")

@@ -16,7 +16,7 @@ LEGEND = sam.LEGEND
 
 # PyTorch's norm of a tensor with millions of elements sums float32 squares in float32.
 _NORM_TOLERANCE = Tolerance(rtol=1e-4, atol=0.0)
-# A weight of 2e-2 moves by 1e-5 in the longest of the lists: over 40 times what this lets pass.
+# A weight of 2e-2 moves by 1e-5 in the longest list, more than 40 times what this lets pass.
 _TOLERANCE = Tolerance(rtol=1e-5, atol=1e-8)
 
 _HOST_COUNTS = (62, 161, 300)

@@ -52,7 +52,7 @@ bool read_tensor(py::handle object, Tensor* out) {
   out->shape = t.shape;
   out->strides = t.strides;
   out->ndim = t.ndim;
-  out->itemsize = t.dtype.bits / 8 * t.dtype.lanes;
+  out->itemsize = t.dtype.bits * t.dtype.lanes / 8;  // float4 comes as two lanes of half a byte
   out->device_type = t.device.type;
   out->device_id = t.device.id;
   out->dtype = dtype_of(t.dtype);
@@ -67,7 +67,9 @@ bool read_tensors(py::handle list, std::vector<Tensor>* out) {
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
   PyObject** begin = PySequence_Fast_ITEMS(items);
   out->resize(count);
+  constexpr Py_ssize_t kAhead = 8;  // a model's forward pass has pushed the objects out of the cache
   for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) __builtin_prefetch(begin[i + kAhead]);
     if (!read_tensor(begin[i], &(*out)[i])) return false;
   }
   return true;

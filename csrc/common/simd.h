@@ -18,6 +18,7 @@
 #endif
 
 #define KSAM_INLINE inline __attribute__((always_inline))
+#define KSAM_INLINE_LAMBDA __attribute__((always_inline))  // behind the parameters
 
 namespace ksam::KSAM_ISA {
 
@@ -27,7 +28,10 @@ using f32x16 = float __attribute__((vector_size(64)));
 using f64x16 = double __attribute__((vector_size(128)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u64x16 = uint64_t __attribute__((vector_size(128)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
+using f32x8 = float __attribute__((vector_size(32)));
+using u16x8 = uint16_t __attribute__((vector_size(16)));
 
 // Storage types; all arithmetic is float, or double on double.
 struct bf16 {
@@ -82,61 +86,96 @@ KSAM_INLINE T load_raw(const void* p) {
   return value;
 }
 
-KSAM_INLINE f32x16 to_float(u16x16 h, bf16) {
-  return bit_cast<f32x16>(__builtin_convertvector(h, u32x16) << 16);
+// Vectors of as many lanes as the vector V has.
+template <class V>
+struct LikeOf {
+  static constexpr int kCount = sizeof(V) / sizeof(V{}[0]);
+  typedef float f32 __attribute__((vector_size(4 * kCount)));
+  typedef int32_t i32 __attribute__((vector_size(4 * kCount)));
+  typedef uint32_t u32 __attribute__((vector_size(4 * kCount)));
+  typedef uint16_t u16 __attribute__((vector_size(2 * kCount)));
+};
+
+// Halves of any number of lanes to floats and back.
+template <class Half>
+KSAM_INLINE typename LikeOf<Half>::f32 to_float(Half h, bf16) {
+  using Like = LikeOf<Half>;
+  return bit_cast<typename Like::f32>(__builtin_convertvector(h, typename Like::u32) << 16);
 }
 
+#if defined(__AVX2__)
+// GCC widens two halves of four.
+KSAM_INLINE f32x8 to_float(u16x8 h, bf16) {
+  return bit_cast<f32x8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h)), 16));
+}
+#endif
+
 // Nearest, ties to even; NaN becomes the quiet NaN.
-KSAM_INLINE u16x16 from_float(f32x16 x, bf16) {
-  const u32x16 b = bit_cast<u32x16>(x);
-  const u32x16 rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  return __builtin_convertvector(x != x ? u32x16{} + 0x7fc0 : rounded, u16x16);
+template <class V>
+KSAM_INLINE typename LikeOf<V>::u16 from_float(V x, bf16) {
+  using u32 = typename LikeOf<V>::u32;
+  const u32 b = bit_cast<u32>(x);
+  const u32 rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x != x ? u32{} + 0x7fc0 : rounded, typename LikeOf<V>::u16);
 }
 
 #if defined(__F16C__)
+KSAM_INLINE f32x8 to_float(u16x8 h, f16) {
+  return bit_cast<f32x8>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));
+}
+
+KSAM_INLINE u16x8 from_float(f32x8 x, f16) {
+  return bit_cast<u16x8>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+
 KSAM_INLINE f32x16 to_float(u16x16 h, f16) {
   struct {
-    __m256 low, high;
+    f32x8 low, high;
   } x;
-  x.low = _mm256_cvtph_ps(load_raw<__m128i>(&h));
-  x.high = _mm256_cvtph_ps(load_raw<__m128i>(reinterpret_cast<const char*>(&h) + 16));
+  x.low = to_float(load_raw<u16x8>(&h), f16{});
+  x.high = to_float(load_raw<u16x8>(reinterpret_cast<const char*>(&h) + 16), f16{});
   return bit_cast<f32x16>(x);
 }
 
 KSAM_INLINE u16x16 from_float(f32x16 x, f16) {
   struct {
-    __m128i low, high;
+    u16x8 low, high;
   } h;
-  h.low = _mm256_cvtps_ph(load_raw<__m256>(&x), _MM_FROUND_TO_NEAREST_INT);
-  h.high = _mm256_cvtps_ph(load_raw<__m256>(reinterpret_cast<const char*>(&x) + 32),
-                           _MM_FROUND_TO_NEAREST_INT);
+  h.low = from_float(load_raw<f32x8>(&x), f16{});
+  h.high = from_float(load_raw<f32x8>(reinterpret_cast<const char*>(&x) + 32), f16{});
   return bit_cast<u16x16>(h);
 }
 #else
 // By integers, so that a flush-to-zero mode does not touch the denormal halves.
-KSAM_INLINE f32x16 to_float(u16x16 h, f16) {
-  const u32x16 b = __builtin_convertvector(h, u32x16);
-  const u32x16 sign = (b & 0x8000) << 16;
-  const u32x16 magnitude = b & 0x7fff;
-  const u32x16 normal = (magnitude << 13) + (112u << 23);
-  const u32x16 special = (magnitude << 13) | 0x7f800000;  // infinity and NaN
-  const i32x16 count = bit_cast<i32x16>(magnitude);
-  const u32x16 denormal = bit_cast<u32x16>(__builtin_convertvector(count, f32x16) * 0x1p-24f);
-  const u32x16 finite = magnitude < 0x0400 ? denormal : normal;
-  return bit_cast<f32x16>(sign | (magnitude >= 0x7c00 ? special : finite));
+template <class Half>
+KSAM_INLINE typename LikeOf<Half>::f32 to_float(Half h, f16) {
+  using f32 = typename LikeOf<Half>::f32;
+  using i32 = typename LikeOf<Half>::i32;
+  using u32 = typename LikeOf<Half>::u32;
+  const u32 b = __builtin_convertvector(h, u32);
+  const u32 sign = (b & 0x8000) << 16;
+  const u32 magnitude = b & 0x7fff;
+  const u32 normal = (magnitude << 13) + (112u << 23);
+  const u32 special = (magnitude << 13) | 0x7f800000;  // infinity and NaN
+  const i32 count = bit_cast<i32>(magnitude);
+  const u32 denormal = bit_cast<u32>(__builtin_convertvector(count, f32) * 0x1p-24f);
+  const u32 finite = magnitude < 0x0400 ? denormal : normal;
+  return bit_cast<f32>(sign | (magnitude >= 0x7c00 ? special : finite));
 }
 
-KSAM_INLINE u16x16 from_float(f32x16 x, f16) {
-  const u32x16 b = bit_cast<u32x16>(x);
-  const u32x16 sign = (b >> 16) & 0x8000;
-  const u32x16 a = b & 0x7fffffff;
-  u32x16 normal = (a + 0xfff + ((a >> 13) & 1) - (112u << 23)) >> 13;
-  normal = a >= 0x477ff000 ? u32x16{} + 0x7c00 : normal;  // 65520 and above round to infinity
+template <class V>
+KSAM_INLINE typename LikeOf<V>::u16 from_float(V x, f16) {
+  using u32 = typename LikeOf<V>::u32;
+  const u32 b = bit_cast<u32>(x);
+  const u32 sign = (b >> 16) & 0x8000;
+  const u32 a = b & 0x7fffffff;
+  u32 normal = (a + 0xfff + ((a >> 13) & 1) - (112u << 23)) >> 13;
+  normal = a >= 0x477ff000 ? u32{} + 0x7c00 : normal;  // 65520 and above round to infinity
   // 0.5 + x rounds x to multiples of 2^-24, the spacing of denormal halves.
-  const u32x16 denormal = bit_cast<u32x16>(bit_cast<f32x16>(a) + 0.5f) - 0x3f000000;
-  u32x16 h = a < 0x38800000 ? denormal : normal;
-  h = a > 0x7f800000 ? u32x16{} + 0x7e00 : h;
-  return __builtin_convertvector(h | sign, u16x16);
+  const u32 denormal = bit_cast<u32>(bit_cast<V>(a) + 0.5f) - 0x3f000000;
+  u32 h = a < 0x38800000 ? denormal : normal;
+  h = a > 0x7f800000 ? u32{} + 0x7e00 : h;
+  return __builtin_convertvector(h | sign, typename LikeOf<V>::u16);
 }
 #endif
 
@@ -151,6 +190,33 @@ template <class Half>
 KSAM_INLINE void store(Half* p, f32x16 x) {
   const u16x16 h = from_float(x, Half{});
   std::memcpy(p, &h, sizeof(h));
+}
+
+// 64 bytes past the caches to an address aligned to as many; then call stream_fence().
+KSAM_INLINE void stream_line(const char* from, char* to) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_raw<__m512i>(from));
+#elif defined(__AVX__)
+  for (int i = 0; i < 64; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load_raw<__m256i>(from + i));
+  }
+#elif defined(__SSE2__)
+  for (int i = 0; i < 64; i += 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), load_raw<__m128i>(from + i));
+  }
+#else
+  std::memcpy(to, from, 64);
+#endif
+}
+
+KSAM_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+KSAM_INLINE bool is_line_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
 // The first `count` < 16 elements, `fill` behind them.
@@ -172,20 +238,29 @@ KSAM_INLINE void store_partial(T* p, vec_t<T> x, int count) {
 
 template <class T>
 KSAM_INLINE opmath_t<T> load_one(const T* p) {
-  if constexpr (sizeof(T) == sizeof(opmath_t<T>)) return *reinterpret_cast<const opmath_t<T>*>(p);
-  return load_partial(p, 1, 0)[0];
+  if constexpr (sizeof(T) == sizeof(opmath_t<T>)) {
+    return *p;
+  } else {
+    return to_float(u16x8{p->bits}, T{})[0];
+  }
 }
 
+// a * b + c, rounded once; twice where the machine has no fused multiply-add.
+template <class V>
+KSAM_INLINE V fma(V a, V b, V c) {
 #if defined(__FMA__)
-// a * b + c, rounded once.
-KSAM_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-  f32x16 r;
-  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  V r;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) {
+    if constexpr (sizeof(a[0]) == 4) {
+      r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    } else {
+      r[i] = __builtin_fma(a[i], b[i], c[i]);
+    }
+  }
   return r;
-}
 #else
-// a * b + c, rounded twice: this machine has no fused multiply-add.
-KSAM_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
+  return a * b + c;
 #endif
+}
 
 }  // namespace ksam::KSAM_ISA

@@ -44,6 +44,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 }
 
 inline bool is_contiguous(const Tensor& t) {
+  if (t.numel == 0) return true;
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
     if (t.shape[i] > 1 && t.strides[i] != expected) return false;

@@ -9,12 +9,20 @@
 
 namespace ksam {
 
-// Bytes of scratch that topk_indices needs for n losses: their keys, and the candidates among them.
-inline int64_t topk_scratch_bytes(DType dtype, int64_t n) {
-  return 2 * n * (dtype == DType::f64 ? 8 : 4);
+// Keys are read in whole blocks of this many.
+constexpr int kTopkBlock = 64;
+
+// n in whole blocks. Static: common/isa.h says what becomes of inline functions in *_cpu.cpp files.
+static inline int64_t topk_padded(int64_t n) {
+  return (n + kTopkBlock - 1) / kTopkBlock * kTopkBlock;
 }
 
-// losses [n], floating, contiguous; out [k]; 1 <= k <= n.
+// Bytes of scratch that topk_indices needs for n losses: their keys, and the candidates among them.
+inline int64_t topk_scratch_bytes(DType dtype, int64_t n) {
+  return 2 * topk_padded(n) * (dtype == DType::f64 ? 8 : 4);
+}
+
+// losses [n], floating, contiguous; out [k]; 1 <= k <= n < 2^32.
 KSAM_DECLARE_PER_ISA(void topk_indices(const Tensor& losses, int64_t k, void* scratch,
                                        int64_t* out);)
 

@@ -1,8 +1,15 @@
-// Radix selection: the k-th largest key is found digit by digit from the top, each time keeping the
-// keys that share the digits so far; one more pass writes the indices of the keys above it.
+// Selection by bisection. The range of keys that holds the k-th largest is halved by counting the
+// keys in its upper half; every few halvings the keys outside of it are dropped; a last pass writes
+// the indices of the keys from the threshold up. Counting costs the same for any losses, spread,
+// close together or equal, and goes as fast as keys can be loaded (the increments of a histogram
+// wait for one another).
 //
-// Bytes moved: 4n read and 4n written for the keys, 4n for the first histogram, 4n for the indices
-// and 8k written; the candidates after the first digit are few. All of it fits a cache.
+// Bytes moved for n float losses: 4n read and 4n written to make the keys, then 4n read for their
+// range, for each of kHalvings counts, to drop keys (few are left) and for the indices, 8k written.
+// All but the losses and the indices lies in a cache.
+#include <limits>
+#include <type_traits>
+
 #include "common/dispatch.h"
 #include "topk/topk.h"
 #include "topk/topk_key.h"
@@ -10,109 +17,183 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
+// Counts between two passes that drop keys. Eight leave some hundredth of them.
+constexpr int kHalvings = 8;
 
-// Keys whose bits differ only below `bits` from those of one another.
+// Keys are signed, which every instruction set can compare.
+KSAM_INLINE int32_t signed_key(uint32_t bits) {
+  return static_cast<int32_t>(float_key(bits) ^ 0x80000000u);
+}
+KSAM_INLINE int64_t signed_key(uint64_t bits) {
+  return static_cast<int64_t>(float_key(bits) ^ 0x8000000000000000ull);
+}
+
+// Below the key of every loss.
+template <class Key>
+constexpr Key kPadding = std::numeric_limits<Key>::min();
+
+// Keys [count], then padding to a whole number of blocks.
 template <class Key>
 struct Keys {
   Key* keys;
   int64_t count;
-  int bits;
 };
 
 template <class Key>
-int width(Key x) {  // of the binary number
-  return x == 0 ? 0 : sizeof(Key) * 8 - (sizeof(Key) == 8 ? __builtin_clzll(x) : __builtin_clz(x));
+Keys<Key> padded(Key* keys, int64_t count) {
+  for (int64_t i = count; i < topk_padded(count); ++i) keys[i] = kPadding<Key>;
+  return {keys, count};
 }
 
-KSAM_INLINE uint32_t key_of(float x) { return float_key(bit_cast<uint32_t>(x)); }
-KSAM_INLINE uint64_t key_of(double x) { return float_key(bit_cast<uint64_t>(x)); }
+// floats [n], float or double; may be where keys [topk_padded(n)] are.
+template <class Key>
+Keys<Key> make_keys(const void* floats, int64_t n, Key* keys) {
+  const auto* bits = static_cast<const std::make_unsigned_t<Key>*>(floats);
+  for (int64_t i = 0; i < n; ++i) keys[i] = signed_key(bits[i]);
+  return padded(keys, n);
+}
 
-// Halves are compared as the floats that they are; the conversion keeps their order.
-template <class T, class Key>
-Keys<Key> make_keys(const T* losses, int64_t n, Key* keys) {
-  Key low = ~Key{0}, high = 0;
-  const auto add = [&](opmath_t<T> x, int64_t i) {
-    const Key key = key_of(x);
-    keys[i] = key;
+// Halves [n] as floats [topk_padded(n)], which have the same order.
+template <class Half>
+const float* widen(const Half* losses, int64_t n, float* floats) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(floats + i, load(losses + i));
+  if (i < n) store(floats + i, load_partial(losses + i, static_cast<int>(n - i), 0));
+  return floats;
+}
+
+template <class Key>
+struct Range {
+  Key low, high;  // both inclusive
+};
+
+template <class Key>
+Range<Key> range_of(const Keys<Key>& from) {
+  Key low = from.keys[0], high = low;
+  for (int64_t i = 1; i < from.count; ++i) {
+    const Key key = from.keys[i];
     low = key < low ? key : low;
     high = key > high ? key : high;
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const vec_t<T> x = load(losses + i);
-    for (int j = 0; j < kLanes; ++j) add(x[j], i + j);
   }
-  for (; i < n; ++i) add(load_one(losses + i), i);
-  return {keys, n, width<Key>(low ^ high)};
+  return {low, high};
 }
 
-// The bucket of the top digit that holds the rank-th largest key, and the rank inside of it.
 template <class Key>
-int find_digit(const Keys<Key>& from, int shift, Key mask, int64_t* rank) {
-  // Two tables: neighbours with equal digits would otherwise wait for each other's count.
-  uint32_t counts[2][kDigits] = {};
-  const int64_t even = from.count & ~int64_t{1};
-  for (int64_t i = 0; i < even; i += 2) {
-    ++counts[0][(from.keys[i] >> shift) & mask];
-    ++counts[1][(from.keys[i + 1] >> shift) & mask];
-  }
-  if (even < from.count) ++counts[0][(from.keys[even] >> shift) & mask];
-  int digit = static_cast<int>(mask);
-  for (;; --digit) {
-    const int64_t count = int64_t{counts[0][digit]} + counts[1][digit];
-    if (*rank <= count) return digit;
-    *rank -= count;
-  }
+int64_t count_from(const Keys<Key>& from, Key least) {
+  std::make_unsigned_t<Key> count = 0;  // as wide as a key: a vector of counts to one of keys
+#pragma GCC unroll 4  // else half the instructions are the loop's
+  for (int64_t i = 0; i < from.count; ++i) count += from.keys[i] >= least;
+  return count;
 }
 
-// The key of rank `rank` (1 is the largest). On return `rank` says how many of the keys equal to it
-// are among the largest, and `equal` how many there are.
+// Bit i says whether keys[i] > bound; keys [kTopkBlock].
+#if defined(__AVX2__)
+KSAM_INLINE uint64_t mask_above(const int32_t* keys, int32_t bound) {
+  uint64_t mask = 0;
+  for (int i = 0; i < kTopkBlock; i += 8) {
+    const __m256i eight = load_raw<__m256i>(keys + i);
+    const __m256i above = _mm256_cmpgt_epi32(eight, _mm256_set1_epi32(bound));
+    mask |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_castsi256_ps(above))) << i;
+  }
+  return mask;
+}
+
+KSAM_INLINE uint64_t mask_above(const int64_t* keys, int64_t bound) {
+  uint64_t mask = 0;
+  for (int i = 0; i < kTopkBlock; i += 4) {
+    const __m256i four = load_raw<__m256i>(keys + i);
+    const __m256i above = _mm256_cmpgt_epi64(four, _mm256_set1_epi64x(bound));
+    mask |= static_cast<uint64_t>(_mm256_movemask_pd(_mm256_castsi256_pd(above))) << i;
+  }
+  return mask;
+}
+#else
 template <class Key>
-Key kth_largest(Keys<Key> from, Key* candidates, int64_t* rank, int64_t* equal) {
-  while (from.bits > 0) {
-    const int digit_bits = from.bits < kDigitBits ? from.bits : kDigitBits;
-    const int shift = from.bits - digit_bits;
-    const Key mask = (Key{1} << digit_bits) - 1;
-    const Key digit = find_digit(from, shift, mask, rank);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < from.count; ++i) {  // in place from the second digit on
-      const Key key = from.keys[i];
-      candidates[kept] = key;
-      kept += ((key >> shift) & mask) == digit;
+KSAM_INLINE uint64_t mask_above(const Key* keys, Key bound) {
+  uint8_t flags[kTopkBlock];
+  for (int i = 0; i < kTopkBlock; ++i) flags[i] = keys[i] > bound;
+  uint64_t mask = 0;
+  for (int i = 0; i < kTopkBlock; i += 8) {
+    // Eight bytes of 0 or 1 become one: the product brings byte j to bit 56 + j.
+    mask |= (load_raw<uint64_t>(flags + i) * 0x0102040810204080ull) >> 56 << i;
+  }
+  return mask;
+}
+#endif
+
+// body(i) for every bit i that is set, upwards.
+template <class Body>
+KSAM_INLINE void for_each_bit(uint64_t mask, const Body& body) {
+  for (; mask != 0; mask &= mask - 1) body(__builtin_ctzll(mask));
+}
+
+// The keys in the range, copied to `kept`, which may be where they are.
+template <class Key>
+Keys<Key> keep(const Keys<Key>& from, Range<Key> range, Key* kept) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < from.count; i += kTopkBlock) {
+    const Key* block = from.keys + i;
+    const uint64_t inside = mask_above(block, range.low - 1) & ~mask_above(block, range.high);
+    for_each_bit(inside, [&](int j) { kept[count++] = block[j]; });
+  }
+  return padded(kept, count);
+}
+
+// Keys above `key` are chosen, and of those equal to it the first `ties`, which may be all.
+template <class Key>
+struct Threshold {
+  Key key;
+  int64_t ties;
+  bool all_ties;
+};
+
+// candidates [topk_padded(count)]
+template <class Key>
+Threshold<Key> find_threshold(Keys<Key> from, int64_t k, Key* candidates) {
+  for (;;) {
+    auto [low, high] = range_of(from);
+    // How many keys are >= low, and how many > high; k is between, as the k-th largest key is.
+    int64_t from_low = from.count, above_high = 0;
+    for (int i = 0; i < kHalvings && low < high && from_low > k; ++i) {
+      using Unsigned = std::make_unsigned_t<Key>;
+      const Unsigned half = (static_cast<Unsigned>(high) - static_cast<Unsigned>(low)) / 2;
+      const Key middle = static_cast<Key>(static_cast<Unsigned>(low) + half + 1);
+      const int64_t count = count_from(from, middle);
+      if (count >= k) {
+        low = middle;
+        from_low = count;
+      } else {
+        high = middle - 1;
+        above_high = count;
+      }
     }
-    from = {candidates, kept, shift};
+    if (from_low == k || low == high) return {low, k - above_high, from_low == k};
+    from = keep(from, {low, high}, candidates);
+    k -= above_high;
   }
-  *equal = from.count;
-  return from.keys[0];
 }
 
 template <class Key>
-void write_indices(const Key* keys, Key threshold, int64_t ties, bool all_ties, int64_t k,
-                   int64_t* out) {
-  int64_t written = 0;
-  if (all_ties) {
-    for (int64_t i = 0; written < k; ++i) {
-      out[written] = i;
-      written += keys[i] >= threshold;
+void write_indices(const Keys<Key>& from, Threshold<Key> threshold, int64_t* out) {
+  int64_t ties = threshold.ties;
+  for (int64_t i = 0; i < from.count; i += kTopkBlock) {
+    const Key* block = from.keys + i;
+    uint64_t chosen = mask_above(block, threshold.key - 1);
+    if (!threshold.all_ties) {
+      const uint64_t above = mask_above(block, threshold.key);
+      for_each_bit(chosen & ~above, [&](int j) {
+        if (--ties < 0) chosen &= ~(uint64_t{1} << j);
+      });
     }
-    return;
-  }
-  for (int64_t i = 0; written < k; ++i) {
-    const bool tie = keys[i] == threshold && ties > 0;
-    ties -= tie;
-    out[written] = i;
-    written += keys[i] > threshold || tie;
+    for_each_bit(chosen, [&](int j) { *out++ = i + j; });
   }
 }
 
-template <class T, class Key>
-void select(const T* losses, int64_t n, int64_t k, Key* scratch, int64_t* out) {
-  const Keys<Key> keys = make_keys(losses, n, scratch);
-  int64_t ties = k, equal = 0;
-  const Key threshold = kth_largest(keys, scratch + n, &ties, &equal);
-  write_indices(scratch, threshold, ties, ties == equal, k, out);
+// floats [n], float or double; scratch [2 * topk_padded(n)], which may begin with them.
+template <class Key>
+void select(const void* floats, int64_t n, int64_t k, Key* scratch, int64_t* out) {
+  const Keys<Key> keys = make_keys(floats, n, scratch);
+  write_indices(keys, find_threshold(keys, k, scratch + topk_padded(n)), out);
 }
 
 }  // namespace
@@ -120,10 +201,14 @@ void select(const T* losses, int64_t n, int64_t k, Key* scratch, int64_t* out) {
 void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out) {
   on_floating(losses.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    const int64_t n = losses.numel;
     if constexpr (sizeof(T) == 8) {
-      select(losses.as<T>(), losses.numel, k, static_cast<uint64_t*>(scratch), out);
+      select(losses.data, n, k, static_cast<int64_t*>(scratch), out);
+    } else if constexpr (sizeof(T) == 4) {
+      select(losses.data, n, k, static_cast<int32_t*>(scratch), out);
     } else {
-      select(losses.as<T>(), losses.numel, k, static_cast<uint32_t*>(scratch), out);
+      const float* floats = widen(losses.as<T>(), n, static_cast<float*>(scratch));
+      select(floats, n, k, static_cast<int32_t*>(scratch), out);
     }
   });
 }

@@ -9,24 +9,31 @@ from torch import Tensor
 
 from ksam_kernels import library
 from ksam_kernels.checks import INDEX, check_dtype
+from ksam_kernels.compact import native
 from ksam_kernels.compact.tree import batched_tensors, check_same_rows, map_batched
 
 __all__ = ["compact_batch"]
 
 T = TypeVar("T")
 
+_CPU = {torch.device("cpu")}
+
 
 def _gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
     """One operator call per device; indices that lie elsewhere are copied over once each."""
-    rows: list[Tensor] = [torch.empty(0)] * len(tensors)
-    for device in {tensor.device: None for tensor in tensors}:
+    devices = {tensor.device for tensor in tensors}
+    if devices == _CPU:
+        quick = native.try_compact(tensors, indices)
+        if quick is not None:
+            return quick
+    if len(devices) == 1:
+        gathered: list[Tensor] = library.call("compact", tensors, indices.to(devices.pop()))
+        return gathered
+    rows = dict.fromkeys(range(len(tensors)), indices)
+    for device in devices:
         places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        chosen = [tensors[i] for i in places]
-        for i, gathered in zip(
-            places, library.call("compact", chosen, indices.to(device)), strict=True
-        ):
-            rows[i] = gathered
-    return rows
+        rows.update(zip(places, _gather([tensors[i] for i in places], indices), strict=True))
+    return list(rows.values())
 
 
 def compact_batch(batch: T, indices: Tensor) -> T:
@@ -57,7 +64,7 @@ def compact_batch(batch: T, indices: Tensor) -> T:
         raise ValueError(f"indices must be one-dimensional, got shape {tuple(indices.shape)}")
     tensors = batched_tensors(batch)
     check_same_rows(batch, tensors)
-    with torch.no_grad():
-        gathered = iter(_gather(tensors, indices))
+    constants = [t.detach() if t.requires_grad else t for t in tensors]
+    gathered = iter(_gather(constants, indices))
     compacted: T = map_batched(lambda _: next(gathered), batch)
     return compacted

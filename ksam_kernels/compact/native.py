@@ -1,1 +1,45 @@
-"""The compact room by the compiled extension."""
+"""Batch compaction by the compiled extension."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ksam_kernels.backends import implements
+from ksam_kernels.compact import reference
+from ksam_kernels.compact.operators import empty_rows
+from ksam_kernels.native import direct, extension
+
+
+def try_compact(tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
+    """The rows, if the kernel takes the tensors as they are; CPU tensors only."""
+    kernel = direct("compact")
+    if kernel is None or any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+        return None
+    k = indices.shape[0]
+    gathered = [empty_rows(tensor, k) for tensor in tensors]
+    return gathered if kernel(tensors, indices, gathered) else None
+
+
+if extension is not None:
+
+    @implements("native", "compact", devices=("cpu",))
+    def compact(
+        tensors: list[Tensor],  # each [B, ...]
+        indices: Tensor,  # [k]
+    ) -> list[Tensor]:
+        """Rows ``tensor[indices]`` [k, ...] of every tensor, moved as bytes.
+
+        The kernel takes tensors whose rows are blocks of memory: contiguous, channels-last, slices
+        along the batch, prefixes of sequences. What it declines is left to the reference, tensor
+        by tensor: rows with gaps or in another order than the result's, dtypes unknown to DLPack,
+        indices out of range, which the reference reports. Lazily conjugated or negated tensors go
+        there too: their memory holds other numbers, and the kernel cannot tell.
+        """
+        if not any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+            k = indices.shape[0]
+            gathered = [empty_rows(tensor, k) for tensor in tensors]
+            if extension.compact(tensors, indices, gathered):
+                return gathered
+        if len(tensors) == 1:
+            return reference.compact(tensors, indices)
+        return [compact([tensor], indices)[0] for tensor in tensors]

@@ -15,6 +15,7 @@ from ksam_kernels.checks import (
     check_shape,
     check_tensor,
 )
+from ksam_kernels.loss import native
 from ksam_kernels.topk.functional import check_k
 
 __all__ = [
@@ -95,6 +96,9 @@ def cross_entropy(
         IndexError: on the CPU, a class outside [0, C) that is not ``ignore_index`` (a GPU raises a
             device-side assertion instead).
     """
+    quick = native.try_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    if quick is not None:
+        return quick
     _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
     losses: Tensor
     losses, _ = library.call("cross_entropy", logits, target, weight, ignore_index, label_smoothing)
@@ -124,13 +128,15 @@ def select_cross_entropy(
         ValueError: logits that are not two-dimensional, k outside [1, B]; and all that
             :func:`cross_entropy` raises.
     """
-    _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    options = weight, ignore_index, label_smoothing
+    quick = native.try_select_cross_entropy(logits, target, k, *options)
+    if quick is not None:
+        return quick
+    _check_cross_entropy(logits, target, *options)
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
     check_k(k, logits.shape[0])
-    losses, _, indices = library.call(
-        "select_cross_entropy", logits, target, k, weight, ignore_index, label_smoothing
-    )
+    losses, _, indices = library.call("select_cross_entropy", logits, target, k, *options)
     return losses, indices
 
 

@@ -1,1 +1,203 @@
-"""The loss room by the compiled extension."""
+"""Per-sample losses by the compiled extension.
+
+The kernels take logits whose rows have unit stride inside, and weights in the dtype of the
+arithmetic. That is what almost every call has, so it is tried first; only where the kernel declines
+are the arguments rearranged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ksam_kernels.backends import implements
+from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.native import direct, extension, run
+
+
+def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
+    """Contiguous, in the dtype of the arithmetic on ``like``."""
+    return None if weight is None else weight.to(opmath_dtype(like.dtype)).contiguous()
+
+
+def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [...] and row statistics [..., 3], to be written."""
+    *rows, _ = logits.shape  # ints of a list are read in half the time of a torch.Size
+    losses = torch.empty(rows, dtype=torch.float32)
+    return losses, torch.empty(*rows, 3, dtype=opmath_dtype(logits.dtype))
+
+
+def _needs_nothing(logits: Tensor, target: Tensor, weight: Tensor | None, *options: float) -> bool:
+    """Whether a kernel may be tried with arguments that are not checked: no gradient is wanted of
+    any, and the options, which no kernel checks, are in their ranges."""
+    ignore_index, label_smoothing = options
+    return (
+        type(logits) is Tensor
+        and type(target) is Tensor
+        and logits.dim() > 0
+        and 0 <= label_smoothing <= 1
+        and (ignore_index < 0 or not target.is_floating_point())
+        and not (
+            torch.is_grad_enabled()
+            and (
+                logits.requires_grad
+                or target.requires_grad
+                or (weight is not None and weight.requires_grad)
+            )
+        )
+    )
+
+
+def try_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, *options: float
+) -> Tensor | None:
+    """The losses, if the kernel takes the arguments as they are."""
+    kernel = direct("cross_entropy")
+    if kernel is None or not _needs_nothing(logits, target, weight, *options):
+        return None
+    outputs = _outputs(logits)
+    return outputs[0] if kernel(logits, target, weight, *options, *outputs) else None
+
+
+def try_select_cross_entropy(
+    logits: Tensor, target: Tensor, k: int, weight: Tensor | None, *options: float
+) -> tuple[Tensor, Tensor] | None:
+    """Losses and indices, if the kernel takes the arguments as they are."""
+    kernel = direct("select_cross_entropy")
+    if kernel is None or not _needs_nothing(logits, target, weight, *options):
+        return None
+    if type(k) is not int or k < 1 or logits.dim() != 2:
+        return None
+    losses, stats = _outputs(logits)
+    indices = torch.empty(k, dtype=torch.int64)
+    accepted = kernel(logits, target, weight, *options, losses, stats, indices)
+    return (losses, indices) if accepted else None
+
+
+if extension is not None:
+
+    @implements("native", "cross_entropy", devices=("cpu",))
+    def cross_entropy(
+        logits: Tensor,  # [..., C]
+        target: Tensor,  # [...] or [..., C]
+        weight: Tensor | None,  # [C]
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [...] float32 and row statistics [..., 3] for the backward pass."""
+        outputs = _outputs(logits)
+        options = ignore_index, label_smoothing
+        if not extension.cross_entropy(logits, target, weight, *options, *outputs):
+            logits, target = logits.contiguous(), target.contiguous()
+            run("cross_entropy", logits, target, _weight(weight, logits), *options, *outputs)
+        return outputs
+
+    @implements("native", "select_cross_entropy", devices=("cpu",))
+    def select_cross_entropy(
+        logits: Tensor,  # [B, C]
+        target: Tensor,  # [B] or [B, C]
+        k: int,
+        weight: Tensor | None,  # [C]
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [B], row statistics [B, 3] and indices [k] of the k largest losses."""
+        outputs = *_outputs(logits), torch.empty(k, dtype=torch.int64)
+        options = ignore_index, label_smoothing
+        if not extension.select_cross_entropy(logits, target, weight, *options, *outputs):
+            logits, target = logits.contiguous(), target.contiguous()
+            run("select_cross_entropy", logits, target, _weight(weight, logits), *options, *outputs)
+        return outputs
+
+    @implements("native", "cross_entropy_backward", devices=("cpu",))
+    def cross_entropy_backward(
+        grad: Tensor,  # [...]
+        logits: Tensor,  # [..., C]
+        target: Tensor,  # [...] or [..., C]
+        stats: Tensor,  # [..., 3]
+        weight: Tensor | None,  # [C]
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> Tensor:
+        """Gradient [..., C] of the logits, in their dtype."""
+        out = torch.empty(logits.shape, dtype=logits.dtype)
+        options = ignore_index, label_smoothing
+        if not extension.cross_entropy_backward(grad, logits, target, stats, weight, *options, out):
+            grad, stats = grad.float().contiguous(), stats.contiguous()
+            logits, target = logits.contiguous(), target.contiguous()
+            run(
+                "cross_entropy_backward",
+                grad,
+                logits,
+                target,
+                stats,
+                _weight(weight, logits),
+                *options,
+                out,
+            )
+        return out
+
+    def _pos_weight(pos_weight: Tensor | None, logits: Tensor) -> Tensor | None:
+        """One weight per element of a sample."""
+        return _weight(None if pos_weight is None else pos_weight.expand(logits.shape[1:]), logits)
+
+    @implements("native", "binary_cross_entropy_with_logits", devices=("cpu",))
+    def binary_cross_entropy_with_logits(
+        logits: Tensor,  # [B, ...]
+        target: Tensor,  # [B, ...]
+        pos_weight: Tensor | None,  # broadcasts to the trailing dimensions
+    ) -> Tensor:
+        """Losses [B] float32."""
+        logits, target = logits.contiguous(), target.contiguous()
+        losses = torch.empty(logits.shape[0], dtype=torch.float32)
+        run(
+            "binary_cross_entropy_with_logits",
+            logits,
+            target,
+            _pos_weight(pos_weight, logits),
+            losses,
+        )
+        return losses
+
+    @implements("native", "binary_cross_entropy_with_logits_backward", devices=("cpu",))
+    def binary_cross_entropy_with_logits_backward(
+        grad: Tensor,  # [B]
+        logits: Tensor,  # [B, ...]
+        target: Tensor,  # [B, ...]
+        pos_weight: Tensor | None,
+    ) -> Tensor:
+        """Gradient [B, ...] of the logits, in their dtype."""
+        logits, target = logits.contiguous(), target.contiguous()
+        out = torch.empty(logits.shape, dtype=logits.dtype)
+        run(
+            "binary_cross_entropy_with_logits_backward",
+            grad.float(),
+            logits,
+            target,
+            _pos_weight(pos_weight, logits),
+            out,
+        )
+        return out
+
+    @implements("native", "mse", devices=("cpu",))
+    def mse(
+        pred: Tensor,  # [B, ...]
+        target: Tensor,  # [B, ...]
+    ) -> Tensor:
+        """Losses [B] float32."""
+        pred, target = pred.contiguous(), target.contiguous()
+        losses = torch.empty(pred.shape[0], dtype=torch.float32)
+        run("mse", pred, target, losses)
+        return losses
+
+    @implements("native", "mse_backward", devices=("cpu",))
+    def mse_backward(
+        grad: Tensor,  # [B]
+        pred: Tensor,  # [B, ...]
+        target: Tensor,  # [B, ...]
+    ) -> Tensor:
+        """Gradient [B, ...] of pred, in its dtype."""
+        pred, target = pred.contiguous(), target.contiguous()
+        out = torch.empty(pred.shape, dtype=pred.dtype)
+        run("mse_backward", grad.float(), pred, target, out)
+        return out

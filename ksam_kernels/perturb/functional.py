@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.checks import FLOATING, check_dtype, check_range
+from ksam_kernels.perturb import native
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 
@@ -89,10 +90,14 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, a negative eta.
     """
-    grads = _check_list("grads", grads)
     check_range("eta", eta, 0.0)
     adaptive = params is not None
-    params = _check_like("params", params, grads) if params is not None else []
+    grads, params = list(grads), list(params or ())
+    quick = native.try_grad_norm(grads, params, adaptive, eta)
+    if quick is not None:
+        return quick
+    grads = _check_list("grads", grads)
+    params = _check_like("params", params, grads) if adaptive else []
     norm: Tensor = torch.ops.ksam.grad_norm(grads, params, adaptive, eta)
     return norm
 
@@ -130,17 +135,22 @@ def perturb_(
         ValueError: lists that do not fit each other, a negative or non-finite rho or eta.
             If anything raises, the weights are what they were.
     """
+    check_range("eta", eta, 0.0)
+    params, grads, backup = list(params), list(grads), list(backup)
+    rho = rho if isinstance(rho, (int, float)) else list(rho)
+    quick = native.try_perturb_(params, grads, backup, rho, adaptive, eta)
+    if quick is not None:
+        return quick
     params = _check_list("params", params)
     grads = _check_like("grads", grads, params)
     backup = _check_like("backup", backup, params, same_dtype=True)
-    radii = [rho] * len(params) if isinstance(rho, (int, float)) else list(rho)
+    radii = [rho] * len(params) if isinstance(rho, (int, float)) else rho
     if len(radii) != len(params):
         raise ValueError(
             f"rho must be one radius or one per parameter, {len(params)}, got {len(radii)}"
         )
     for radius in radii:
         check_range("rho", radius, 0.0)
-    check_range("eta", eta, 0.0)
     norm: Tensor = torch.ops.ksam.perturb_(params, grads, backup, radii, adaptive, eta)
     return norm
 
@@ -156,6 +166,9 @@ def restore_(params: TensorList, backup: TensorList) -> None:
         TypeError: a dtype or layout that is not supported, or that differs.
         ValueError: lists that do not fit each other.
     """
+    params, backup = list(params), list(backup)
+    if native.try_restore_(params, backup):
+        return
     params = _check_list("params", params)
     backup = _check_like("backup", backup, params, same_dtype=True)
     torch.ops.ksam.restore_(params, backup)
@@ -203,25 +216,31 @@ def restore_sgd_(
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, hyperparameters that torch refuses.
     """
-    params = _check_list("params", params)
-    backup = _check_like("backup", backup, params, same_dtype=True)
-    grads = _check_like("grads", grads, params)
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(
             f"nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}"
         )
-    momentum_buffers = (
-        _check_like("momentum_buffers", momentum_buffers, params) if momentum != 0 else []
-    )
-    steps = [] if steps is None else _check_steps(steps, params)
+    params, backup, grads = list(params), list(backup), list(grads)
+    buffers = list(momentum_buffers) if momentum != 0 else []
+    counters = [] if steps is None else list(steps)
+    if steps is not None:
+        _check_count("steps", counters, params)
+    options = (lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, found_inf)
+    states = (buffers, counters)
+    if native.try_update_("restore_sgd_", params, backup, grads, states, *options):
+        return
+    params = _check_list("params", params)
+    backup = _check_like("backup", backup, params, same_dtype=True)
+    grads = _check_like("grads", grads, params)
+    if momentum != 0:
+        _check_like("momentum_buffers", buffers, params)
+    if steps is not None:
+        _check_steps(counters, params)
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
-    torch.ops.ksam.restore_sgd_(
-        *(params, backup, grads, momentum_buffers, steps),
-        *(lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, found_inf),
-    )
+    torch.ops.ksam.restore_sgd_(params, backup, grads, *states, *options)
 
 
 @torch.no_grad()
@@ -263,20 +282,24 @@ def restore_adam_(
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, hyperparameters that torch refuses.
     """
-    params = _check_list("params", params)
-    backup = _check_like("backup", backup, params, same_dtype=True)
-    grads = _check_like("grads", grads, params)
-    exp_avgs = _check_like("exp_avgs", exp_avgs, params)
-    exp_avg_sqs = _check_like("exp_avg_sqs", exp_avg_sqs, params)
-    steps = _check_steps(steps, params)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
-    _check_scalar("grad_scale", grad_scale)
-    _check_scalar("found_inf", found_inf)
-    torch.ops.ksam.restore_adam_(
-        *(params, backup, grads, exp_avgs, exp_avg_sqs, steps),
+    params, backup, grads = list(params), list(backup), list(grads)
+    states = (list(exp_avgs), list(exp_avg_sqs), list(steps))
+    options = (
         *(lr, *betas, eps, weight_decay, maximize, decoupled_weight_decay, grad_scale, found_inf),
     )
+    if native.try_update_("restore_adam_", params, backup, grads, states, *options):
+        return
+    params = _check_list("params", params)
+    backup = _check_like("backup", backup, params, same_dtype=True)
+    grads = _check_like("grads", grads, params)
+    _check_like("exp_avgs", states[0], params)
+    _check_like("exp_avg_sqs", states[1], params)
+    _check_steps(states[2], params)
+    _check_scalar("grad_scale", grad_scale)
+    _check_scalar("found_inf", found_inf)
+    torch.ops.ksam.restore_adam_(params, backup, grads, *states, *options)

@@ -1,1 +1,97 @@
-"""The perturb room by the compiled extension."""
+"""Norm, perturbation, restore and update by the compiled extension.
+
+The kernels read whole lists of tensors and check what they read, so the public functions try them
+first (``try_*``): a look at every tensor in Python would take longer than the work itself. What a
+kernel declines goes the long way, whose checks either name the fault or find the operator for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksam_kernels import library
+from ksam_kernels.backends import implements
+from ksam_kernels.native import direct, extension, run
+
+TensorList = Sequence[Tensor]
+
+
+def _mark_written(*lists: TensorList) -> None:
+    """What declared mutations do: autograd then knows of the writing."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)
+
+
+def try_grad_norm(
+    grads: list[Tensor], params: list[Tensor], adaptive: bool, eta: float
+) -> Tensor | None:
+    kernel = direct("grad_norm")
+    if kernel is None or (torch.is_grad_enabled() and any(map(library.wants_grad, grads))):
+        return None
+    norm = torch.empty((), dtype=torch.float32)
+    return norm if kernel(grads, params, adaptive, eta, norm) else None
+
+
+def try_perturb_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    backup: list[Tensor],
+    rho: float | list[float],
+    adaptive: bool,
+    eta: float,
+) -> Tensor | None:
+    kernel = direct("perturb_")
+    if kernel is None:
+        return None
+    norm = torch.empty((), dtype=torch.float32)
+    if not kernel(params, grads, backup, rho, adaptive, eta, norm):
+        return None
+    _mark_written(params, backup)
+    return norm
+
+
+def try_restore_(params: list[Tensor], backup: list[Tensor]) -> bool:
+    kernel = direct("restore_")
+    if kernel is None or not kernel(params, backup):
+        return False
+    _mark_written(params)
+    return True
+
+
+def try_update_(
+    name: str,
+    params: list[Tensor],
+    backup: list[Tensor],
+    grads: list[Tensor],
+    states: tuple[list[Tensor], ...],
+    *options: Any,
+) -> bool:
+    """``restore_sgd_`` or ``restore_adam_``: the lists in ``states`` are written."""
+    kernel = direct(name)
+    if kernel is None or not kernel(params, backup, grads, *states, *options):
+        return False
+    _mark_written(params, *states)
+    return True
+
+
+if extension is not None:
+
+    @implements("native", "grad_norm", devices=("cpu",))
+    def grad_norm(*args: Any) -> Tensor:
+        norm = torch.empty((), dtype=torch.float32)
+        run("grad_norm", *args, norm)
+        return norm
+
+    @implements("native", "perturb_", devices=("cpu",))
+    def perturb_(*args: Any) -> Tensor:
+        norm = torch.empty((), dtype=torch.float32)
+        run("perturb_", *args, norm)
+        return norm
+
+    for _name in ("restore_", "restore_sgd_", "restore_adam_"):
+        implements("native", _name, devices=("cpu",))(partial(run, _name))

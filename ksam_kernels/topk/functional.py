@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ksam_kernels import library
 from ksam_kernels.checks import FLOATING, check_dtype
+from ksam_kernels.topk import native
 
 __all__ = ["topk_indices"]
 
@@ -38,6 +39,9 @@ def topk_indices(losses: Tensor, k: int) -> Tensor:
         TypeError: losses of another dtype, a k that is not an int.
         ValueError: losses that are not one-dimensional, k outside [1, B].
     """
+    quick = native.try_topk_indices(losses, k)
+    if quick is not None:
+        return quick
     check_dtype("losses", losses, FLOATING)
     if losses.dim() != 1:
         raise ValueError(f"losses must be one-dimensional, got shape {tuple(losses.shape)}")

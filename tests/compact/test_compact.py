@@ -19,6 +19,7 @@ DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.complex32, torch.complex64, torch.complex128),
     *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz),
+    torch.float4_e2m1fn_x2,
 )
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -88,9 +89,45 @@ def test_nan_payloads_and_negative_zero_survive(backend: str, dtype: torch.dtype
     assert same_bits(compact_batch(source, torch.arange(64)), source.clone())
 
 
-@pytest.mark.parametrize("width", [1, 3, 7, 16, 31, 4096, 4099])
+WIDTHS = (*range(1, 18), 31, 32, 33, 47, 48, 63, 64, 65, 100, 4095, 4096, 4097)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_rows_of_any_number_of_bytes(backend: str, width: int) -> None:
     check_rows(patterns((5, width), torch.uint8), [4, 1, 1, 0])
+
+
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_rows_of_any_alignment(backend: str, offset: int) -> None:
+    for width in WIDTHS:
+        check_rows(patterns((offset + 5 * width,), torch.uint8)[offset:].view(5, width), [4, 0, 1])
+
+
+def test_leaves_of_all_row_sizes_in_one_call(backend: str) -> None:
+    batch = [patterns((9, width), torch.uint8) for width in WIDTHS]
+    indices = [8, 0, 3, 3, 5]
+    for source, rows in zip(batch, compact_batch(batch, torch.tensor(indices)), strict=True):
+        assert torch.equal(rows, source[indices])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "widths",
+    [(700_001,), (1, 2, 500_000, 3), (30_000,) * 40, (8,) * 3 + (20_000,) * 20 + (1, 17)],
+    ids=["one huge leaf", "one huge leaf among tiny ones", "equal leaves", "many leaves"],
+)
+def test_every_row_arrives_for_any_number_of_threads(
+    backend: str, threads: int, widths: tuple[int, ...]
+) -> None:
+    batch = [patterns((6, width), torch.uint8) for width in widths]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        gathered = compact_batch(batch, torch.tensor([5, 0, 2, 2]))
+    finally:
+        torch.set_num_threads(before)
+    for source, rows in zip(batch, gathered, strict=True):
+        assert torch.equal(rows, source[[5, 0, 2, 2]])
 
 
 def test_order_and_repeats_of_the_indices_are_kept(backend: str) -> None:
@@ -123,11 +160,25 @@ def test_sources_need_not_be_contiguous(backend: str) -> None:
     check_rows(torch.randn(1, 5).expand(6, 5), [5, 0])
     check_rows(torch.randn(6, 1).expand(6, 5), [5, 0])
     check_rows(torch.arange(20)[3::4], [3, 0])
+    check_rows(torch.randn(6, 9)[:, :4], [5, 0, 5])  # the beginnings of sequences
+    check_rows(torch.randn(6, 2, 9)[:, :1, 3:], [5, 0, 5])
+    check_rows(torch.randn(6, 4, 3, 3)[:, 1:3], [5, 0])
 
 
-def test_indices_need_not_be_contiguous(backend: str) -> None:
-    x = torch.arange(6)
-    assert compact_batch(x, torch.tensor([5, 9, 0, 9, 3, 9])[::2]).tolist() == [5, 0, 3]
+def test_a_tensor_with_gaps_leaves_the_others_as_they_are(backend: str) -> None:
+    batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 4)[:, ::2], "z": torch.arange(6)}
+    rows = compact_batch(batch, torch.tensor([5, 0, 5]))
+    assert all(torch.equal(rows[key], batch[key][[5, 0, 5]]) for key in batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_indices_need_not_be_contiguous(backend: str, dtype: torch.dtype) -> None:
+    x = {"small": torch.arange(6), "large": torch.randn(6, 40)}
+    indices = torch.tensor([5, 9, 0, 9, 3, 9], dtype=dtype)[::2]  # the gaps are out of range
+    rows = compact_batch(x, indices)
+    assert rows["small"].tolist() == [5, 0, 3]
+    assert torch.equal(rows["large"], x["large"][[5, 0, 3]])
+    assert compact_batch(x["small"], indices[1].expand(4)).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +196,35 @@ def test_the_memory_format_is_kept(
     assert not rows["nhwc"].is_contiguous()
     assert rows["nchw"].is_contiguous()
     assert torch.equal(rows["nhwc"], rows["nchw"])
+
+
+def test_a_slice_of_channels_last_samples(backend: str) -> None:
+    images = torch.randn(6, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    check_rows(images[::2], [2, 0])
+    check_rows(images[2:], [2, 0])
+    check_rows(images[:, :2], [2, 0])
+    assert compact_batch(images[2:], torch.tensor([2, 0])).stride() == (60, 1, 15, 3)
+
+
+def test_the_native_kernel_itself_takes_rows_that_are_blocks_of_memory(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend != "native":
+        return
+    monkeypatch.setattr("ksam_kernels.compact.reference.compact", None)
+    images = torch.randn(6, 3, 4, 5)
+    last = images.contiguous(memory_format=torch.channels_last)
+    batch = [images, images[::2].repeat_interleave(2, 0), last, images[:, :2], images.bfloat16()]
+    batch += [torch.ones(1, 3).expand(6, 3), torch.randn(6, 9)[:, 2:5], torch.ones(6).bool()]
+    compact_batch(batch, torch.tensor([5, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bits8, torch.bits16, torch.uint4], ids=str)
+def test_dtypes_that_only_carry_bits(backend: str, dtype: torch.dtype) -> None:
+    source = patterns((6, 3), torch.uint8 if dtype.itemsize == 1 else torch.int16)
+    rows = compact_batch(source.view(dtype), torch.tensor([5, 0]))
+    assert rows.dtype == dtype
+    assert torch.equal(rows.view(source.dtype), source[[5, 0]])
 
 
 def test_conjugate_and_negative_views_are_resolved(backend: str) -> None:
@@ -262,6 +342,14 @@ def test_an_index_out_of_range_raises_on_the_cpu(
     batch = (torch.arange(4), torch.randn(4, 2))
     with pytest.raises(IndexError, match=f"indices holds {bad}, out of range for a batch of 4"):
         compact_batch(batch, torch.tensor([0, bad, 1], dtype=index))
+
+
+def test_the_index_named_is_the_lowest_if_negative_else_the_highest(backend: str) -> None:
+    x = torch.arange(4)
+    with pytest.raises(IndexError, match="indices holds -7,"):
+        compact_batch(x, torch.tensor([0, 9, -1, -7]))
+    with pytest.raises(IndexError, match="indices holds 9,"):
+        compact_batch((x, x), torch.tensor([0, 4, 9, 5], dtype=torch.int32))
 
 
 def test_an_index_into_an_empty_batch_raises(backend: str) -> None:

@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ksam_kernels import grad_norm
+from ksam_kernels import grad_norm, use_backend
 from ksam_kernels.perturb import reference
+from tests.conftest import INSTALLED
 from tests.helpers import FLOATS, U32, any_bits, assert_within, bits, same_bits, smallest
 from tests.perturb.lists import LAYOUTS, SHAPES, laid_out, mixed, norm64, tensors
 
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=["public", "float32 mode"])
-def norm_of(request: pytest.FixtureRequest, backend: str) -> Iterator[object]:
-    """``grad_norm``, and the arithmetic of devices without float64."""
-    if request.param == "public":
-        yield grad_norm
+@pytest.fixture(params=[*INSTALLED, "reference-float32 mode"])
+def norm_of(request: pytest.FixtureRequest) -> Iterator[object]:
+    """``grad_norm`` on every backend, and the reference's arithmetic without float64."""
+    if request.param in INSTALLED:
+        with use_backend(request.param):
+            yield grad_norm
     else:
-        if backend != "reference":
-            pytest.skip("the float32 mode is the reference's")
         yield lambda g, p=None, eta=0.0: reference.global_norm(g, p or [], eta, torch.float32)
 
 

@@ -1,0 +1,95 @@
+// exp and log1p of sixteen lanes. float32 by polynomials, minimax in the relative error; float64
+// calls the C library, lane by lane.
+#pragma once
+
+#include "common/lanes.h"
+
+namespace ksam::KSAM_ISA {
+
+template <class V>
+using Element = typename LaneTraits<V>::element;
+
+template <class V, class Function>
+KSAM_INLINE V lane_by_lane(const V& x, const Function& function) {
+  V y = x;
+  for (int i = 0; i < LaneTraits<V>::kCount; ++i) y[i] = function(x[i]);
+  return y;
+}
+
+// x + kRound has its last bit at 1: the sum is x rounded to an integer, and its low bits are that
+// integer. Shifted to the exponent's place they multiply a float by its power of two.
+constexpr float kRound = 0x1.8p23f;
+constexpr float kLog2E = 0x1.715476p0f;
+
+// exp(x) for x <= 0, within 2 |x| u + 2 ulp, 0 below -87 where float32's normal numbers end: a term
+// of a sum whose largest is exp(0) = 1. As 2^n 2^f with n the nearest integer to x log2(e).
+template <class V>
+KSAM_INLINE V exp_term(const V& x) {
+  if constexpr (LaneTraits<V>::kIsPair) {
+    return {exp_term(x.low), exp_term(x.high)};
+  } else if constexpr (sizeof(Element<V>) == 8) {
+    return lane_by_lane(x, [](double lane) { return __builtin_exp(lane); });
+  } else {
+    using i32 = typename LikeOf<V>::i32;
+    const V y = x * kLog2E;
+    const V n = y + kRound;
+    const V f = y - (n - kRound);  // [-0.5, 0.5], exactly
+    V p = fma(broadcast<V>(0.0013264727f), f, broadcast<V>(0.009671513f));
+    p = fma(p, f, broadcast<V>(0.055507336f));
+    p = fma(p, f, broadcast<V>(0.24022242f));
+    p = fma(p, f, broadcast<V>(0.693147f));
+    p = fma(p, f, broadcast<V>(1.0f));
+    const V e = bit_cast<V>(bit_cast<i32>(p) + (bit_cast<i32>(n) << 23));
+    return x < -87.0f ? V{} : e;
+  }
+}
+
+// exp(x) for x <= 0 within 2 ulp, denormal results included. As 2^n exp(r) with r = x - n log 2,
+// where n times the leading bits of log 2 is exact; 2^n in two factors, for it may be denormal.
+template <class V>
+KSAM_INLINE V exp_accurate(const V& x) {
+  if constexpr (LaneTraits<V>::kIsPair) {
+    return {exp_accurate(x.low), exp_accurate(x.high)};
+  } else if constexpr (sizeof(Element<V>) == 8) {
+    return lane_by_lane(x, [](double lane) { return __builtin_exp(lane); });
+  } else {
+    using i32 = typename LikeOf<V>::i32;
+    const V rounded = x * kLog2E + kRound;
+    const V n = rounded - kRound;
+    V r = fma(n, broadcast<V>(-0x1.63p-1f), x);
+    r = fma(n, broadcast<V>(0x1.bd0106p-13f), r);
+    V p = fma(broadcast<V>(0.0013843644f), r, broadcast<V>(0.008374163f));
+    p = fma(p, r, broadcast<V>(0.041668f));
+    p = fma(p, r, broadcast<V>(0.16666432f));
+    p = fma(p, r, broadcast<V>(0.49999994f));
+    p = fma(p * r, r, r) + 1.0f;
+    const i32 power = bit_cast<i32>(rounded) - bit_cast<i32>(broadcast<V>(kRound));
+    const i32 half = power >> 1;
+    const V e = p * bit_cast<V>((half + 127) << 23) * bit_cast<V>((power - half + 127) << 23);
+    return x < -105.0f ? V{} : e;  // less than half of the smallest denormal number
+  }
+}
+
+// log(1 + x) for x in [0, 1], within 3 ulp: 2 atanh(s) with s = x / (2 + x).
+template <class V>
+KSAM_INLINE V log1p(const V& x) {
+  if constexpr (LaneTraits<V>::kIsPair) {
+    return {log1p(x.low), log1p(x.high)};
+  } else if constexpr (sizeof(Element<V>) == 8) {
+    return lane_by_lane(x, [](double lane) { return __builtin_log1p(lane); });
+  } else {
+    const V s = x / (x + 2.0f);
+    const V square = s * s;
+    V p = fma(broadcast<V>(0.28012666f), square, broadcast<V>(0.28001678f));
+    p = fma(p, square, broadcast<V>(0.40021533f));
+    p = fma(p, square, broadcast<V>(0.6666642f));
+    return fma(p * square, s, s + s);
+  }
+}
+
+template <class V>
+KSAM_INLINE V magnitude(const V& x) {
+  return larger(x, V{} - x);  // NaN stays NaN
+}
+
+}  // namespace ksam::KSAM_ISA

@@ -1,0 +1,60 @@
+// Loss: the loss of every sample from its logits, and its gradient. The written contract is
+// ksam_kernels/loss/reference.py.
+//
+// Arithmetic is float32, float64 for float64 logits: the opmath type A of the kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/tensor.h"
+
+namespace ksam {
+
+// A matrix whose rows have unit stride inside.
+struct Matrix {
+  char* data = nullptr;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t stride = 0;  // between rows, in elements; 0 where one row stands for all
+  DType dtype = DType::other;
+};
+
+struct CrossEntropy {
+  Matrix logits;       // [N, C] floating
+  Matrix target;       // [N, 1] i32 or i64: classes; [N, C] floating: probabilities
+  const void* weight;  // [C] A, or null
+  int64_t ignore_index;
+  double label_smoothing;
+  float* losses;       // [N]; the backward pass takes no losses
+  void* stats;         // [N, 3] A: m = max x, log s with s = sum exp(x - m), mass = sum q
+  int64_t* first_bad;  // in: N; out: the first row whose class is out of range, if any is
+};
+
+struct CrossEntropyGradient {
+  CrossEntropy forward;
+  Matrix grad;  // [N, 1] f32
+  char* out;    // [N, C] of the logits' dtype, contiguous
+};
+
+struct Elementwise {
+  Matrix input;            // [B, n] floating
+  Matrix target;           // [B, n] floating
+  const void* pos_weight;  // [n] A, or null; binary cross-entropy only
+  float* losses;           // [B]
+};
+
+struct ElementwiseGradient {
+  Elementwise forward;
+  Matrix grad;  // [B, 1] f32
+  char* out;    // [B, n] of the input's dtype, contiguous
+};
+
+KSAM_DECLARE_PER_ISA(void cross_entropy(const CrossEntropy& args);
+                     void cross_entropy_backward(const CrossEntropyGradient& args);
+                     void binary_cross_entropy(const Elementwise& args);
+                     void binary_cross_entropy_backward(const ElementwiseGradient& args);
+                     void mse(const Elementwise& args);
+                     void mse_backward(const ElementwiseGradient& args);)
+
+}  // namespace ksam

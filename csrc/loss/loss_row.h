@@ -1,0 +1,58 @@
+// The loss of a row from what one pass over its logits adds up, shared by host and device.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define KSAM_HOST_DEVICE __host__ __device__
+#else
+#define KSAM_HOST_DEVICE
+#endif
+
+namespace ksam {
+
+KSAM_HOST_DEVICE inline float logarithm(float x) { return ::logf(x); }
+KSAM_HOST_DEVICE inline double logarithm(double x) { return ::log(x); }
+KSAM_HOST_DEVICE inline float exponential(float x) { return ::expf(x); }
+KSAM_HOST_DEVICE inline double exponential(double x) { return ::exp(x); }
+
+// With z_c = x_c - max, and the row's target q_c = hot [c = y] + spread_c (target_cpu.h).
+template <class A>
+struct RowSums {
+  A max = -HUGE_VALF;  // of x_c; -inf without one
+  A exp = 0;           // sum exp z_c
+  A mass = 0;          // sum spread_c
+  A dot = 0;           // sum spread_c z_c
+};
+
+// What z_c are measured from: where all x_c so far are -inf, so are z_c from any number.
+template <class A>
+KSAM_HOST_DEVICE inline A origin(A max) {
+  return max == -HUGE_VALF ? A(0) : max;
+}
+
+// From the maximum so far to a larger one. All z_c <= 0, so no term of dot cancels another.
+template <class A>
+KSAM_HOST_DEVICE inline void raise_maximum(RowSums<A>* row, A max) {
+  if (row->exp != 0) row->exp *= exponential(row->max - max);  // not for the first maximum
+  row->dot += row->mass * (origin(row->max) - origin(max));
+  row->max = max;
+}
+
+template <class A>
+struct RowStats {
+  A max, log_s, mass;
+};
+
+template <class A>
+KSAM_HOST_DEVICE inline RowStats<A> stats_of(const RowSums<A>& row, A hot) {
+  return {row.max, row.max == -HUGE_VALF ? A(NAN) : logarithm(row.exp), hot + row.mass};
+}
+
+// sum_c q_c (log s - z_c); z_y is that of the class, 0 where the target has none.
+template <class A>
+KSAM_HOST_DEVICE inline A loss_of(const RowSums<A>& row, A log_s, A hot, A z_y) {
+  return hot * (log_s - z_y) + (row.mass * log_s - row.dot);
+}
+
+}  // namespace ksam

@@ -1,0 +1,109 @@
+// How the kernels of the loss room walk over rows, a register's worth of lanes at a time.
+//
+// Wide rows, of at least sixteen elements, go block by block: a block fits the first-level cache,
+// so that a second look at it reads no memory. The last vector of a block overlaps the one before.
+// Narrow rows go sixteen at a time, transposed into a tile: a lane is a row then, and nothing is
+// added up across lanes. Either way a row's result does not depend on its neighbours.
+#pragma once
+
+#include "common/dispatch.h"
+#include "common/lanes.h"
+#include "common/parallel.h"
+#include "loss/loss.h"
+
+namespace ksam::KSAM_ISA {
+
+constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlockRoom = kBlock + kLanes;  // a block takes a remainder below kLanes along
+
+// Rows that a thread should have at least: waking one takes as long as some 32,000 elements.
+KSAM_INLINE int64_t row_grain(int64_t columns) {
+  constexpr int64_t kElements = 32768;
+  return columns < kElements ? kElements / columns : 1;
+}
+
+template <class T>
+KSAM_INLINE T* row_of(const Matrix& m, int64_t row) {
+  return reinterpret_cast<T*>(m.data) + row * m.stride;
+}
+
+// body(begin, count) over the blocks of [0, n), n >= kLanes; every count is at least kLanes.
+template <class Body>
+KSAM_INLINE void for_each_block(int64_t n, const Body& body) {
+  for (int64_t begin = 0; begin < n;) {
+    const int64_t count = n - begin < kBlockRoom ? n - begin : kBlock;
+    body(begin, count);
+    begin += count;
+  }
+}
+
+// body(i, kept) for elements i .. i + 15 of [0, n), n >= kLanes, where kept(v) is v in the lanes of
+// elements that no earlier call had, and 0 in the others.
+template <class V, class Body>
+KSAM_INLINE void for_each_sum(int64_t n, const Body& body) {
+  using A = typename LaneTraits<V>::element;
+  static constexpr A kKeep[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                          1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    body(i, [](const V& v) KSAM_INLINE_LAMBDA { return v; });
+  }
+  if (i < n) {
+    const V keep = load_lanes<V>(kKeep + (n - i));
+    body(n - kLanes, [&](const V& v) KSAM_INLINE_LAMBDA { return masked(v, keep); });
+  }
+}
+
+// body(i) at vectors that cover [0, n), n >= kLanes; the last may cover elements a second time.
+template <class Body>
+KSAM_INLINE void for_each_vector(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i);
+  if (i < n) body(n - kLanes);
+}
+
+template <class T, class A>
+KSAM_INLINE void convert(const T* from, int64_t n, A* to) {
+  if (sizeof(T) == 2 && sizeof(A) == 4 && n >= kLanes) {
+    for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
+      store_lanes(to + i, load_lanes<Lanes<T>>(from + i));
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(load_one(from + i));
+  }
+}
+
+// n elements in the arithmetic's type A: in place where they have it already, else in `room`.
+template <class A>
+const A* staged(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* room) {
+  const A* place = nullptr;
+  on_floating(m.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* from = row_of<T>(m, row) + begin;
+    if constexpr (sizeof(T) == sizeof(A)) {  // the same type
+      place = reinterpret_cast<const A*>(from);
+    } else {
+      place = room;
+      convert(from, n, room);
+    }
+  });
+  return place;
+}
+
+// Sixteen narrow rows, of fewer than kColumns elements, transposed: element [c][lane].
+template <class T, int64_t kColumns>
+struct Tile {
+  T at[kColumns][kLanes];
+};
+
+template <class T, int64_t kColumns>
+KSAM_INLINE void put_row(const T* row, int64_t n, int64_t lane, Tile<T, kColumns>* tile) {
+  for (int64_t c = 0; c < n; ++c) tile->at[c][lane] = row[c];
+}
+
+template <class T, int64_t kColumns>
+KSAM_INLINE void take_row(const Tile<T, kColumns>& tile, int64_t n, int64_t lane, T* row) {
+  for (int64_t c = 0; c < n; ++c) row[c] = tile.at[c][lane];
+}
+
+}  // namespace ksam::KSAM_ISA

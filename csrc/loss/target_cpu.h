@@ -1,0 +1,80 @@
+// The target of cross-entropy: a distribution q over the classes of every row,
+//
+//     q_c = (1 - e) w_y [c = y] + e / C w_c         for a class y,
+//     q_c = w_c ((1 - e) t_c + e / C)               for probabilities t,
+//
+// with smoothing e and weights w, 1 where there are none. The first summand for a class is `hot`,
+// all the rest `spread`.
+#pragma once
+
+#include "loss/rows_cpu.h"
+
+namespace ksam::KSAM_ISA {
+
+constexpr int64_t kIgnored = -1;
+constexpr int64_t kOutOfRange = -2;
+
+template <class A>
+class Target {
+ public:
+  explicit Target(const CrossEntropy& args)
+      : args_(args),
+        weight_(static_cast<const A*>(args.weight)),
+        soft_(is_floating(args.target.dtype)),
+        kept_(static_cast<A>(1 - args.label_smoothing)),
+        share_(static_cast<A>(args.label_smoothing / static_cast<double>(args.logits.columns))) {}
+
+  bool has_hot() const { return !soft_; }
+  bool has_spread() const { return soft_ || args_.label_smoothing > 0; }
+
+  // The row's class, kIgnored or kOutOfRange; any class for probabilities, which have no hot one.
+  KSAM_INLINE int64_t class_of(int64_t row) const {
+    if (soft_) return 0;
+    const int64_t y = args_.target.dtype == DType::i64 ? *row_of<int64_t>(args_.target, row)
+                                                       : *row_of<int32_t>(args_.target, row);
+    if (y == args_.ignore_index) return kIgnored;
+    return y >= 0 && y < args_.logits.columns ? y : kOutOfRange;
+  }
+
+  KSAM_INLINE A hot(int64_t y) const {
+    if (soft_) return 0;
+    return weight_ == nullptr ? kept_ : kept_ * weight_[y];
+  }
+
+  // spread_c of classes [begin, begin + n) of a row, in `room` or in place. A spread that is the
+  // same for all rows and classes is there already: fill_constant() put it there.
+  KSAM_INLINE const A* spread(int64_t row, int64_t begin, int64_t n, A* room) const {
+    if (soft_) {
+      const A* t = staged(args_.target, row, begin, n, room);
+      if (args_.label_smoothing == 0 && weight_ == nullptr) return t;
+      for (int64_t i = 0; i < n; ++i) {
+        const A q = kept_ * t[i] + share_;
+        room[i] = weight_ == nullptr ? q : weight_[begin + i] * q;
+      }
+    } else if (weight_ != nullptr) {
+      for (int64_t i = 0; i < n; ++i) room[i] = share_ * weight_[begin + i];
+    }
+    return room;
+  }
+
+  void fill_constant(A* room, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) room[i] = share_;
+  }
+
+ private:
+  const CrossEntropy& args_;
+  const A* weight_;
+  bool soft_;
+  A kept_;
+  A share_;
+};
+
+// Remembers the first of all threads' rows out of range.
+KSAM_INLINE void note_bad(int64_t row, int64_t* first_bad) {
+  int64_t first = __atomic_load_n(first_bad, __ATOMIC_RELAXED);
+  while (row < first && !__atomic_compare_exchange_n(first_bad, &first, row, true, __ATOMIC_RELAXED,
+                                                     __ATOMIC_RELAXED)) {
+  }
+}
+
+}  // namespace ksam::KSAM_ISA

@@ -1,0 +1,181 @@
+// Walks the rows of a call in blocks that fit the first cache.
+//
+// A block of a float tensor in memory order is worked on in place. Everything else (bfloat16, a
+// gradient with strides of its own, a dtype of its own) is converted into a small buffer and back,
+// so that each formula is one plain loop over contiguous floats or doubles, which the compiler
+// turns into vectors of the instruction set. Nothing is contracted, so any width rounds alike.
+#pragma once
+
+#include "common/dispatch.h"
+#include "common/parallel.h"
+#include "perturb/perturb.h"
+
+// Iterations of the next loop do not touch what another one writes.
+#if defined(__clang__)
+#define KSAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define KSAM_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+namespace ksam::KSAM_ISA {
+
+constexpr int kBlock = 512;  // elements; five operands of doubles fit 32 KiB
+// Below this number of elements a second thread costs more than it brings.
+constexpr int64_t kSerial = 32768;
+
+// visit(address, j) for the j-th of the logical elements [begin, begin + n) of a strided operand.
+template <class Visit>
+void for_each_strided(const Operand& t, int64_t begin, int n, const Visit& visit) {
+  int64_t index[64];  // torch's limit of dimensions
+  char* element = t.data;
+  int64_t rest = begin;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    index[d] = rest % t.shape[d];
+    rest /= t.shape[d];
+    element += index[d] * t.strides[d] * t.itemsize;
+  }
+  for (int j = 0; j < n; ++j) {
+    visit(element, j);
+    for (int d = t.ndim - 1; d >= 0; --d) {
+      element += t.strides[d] * t.itemsize;
+      if (++index[d] < t.shape[d]) break;
+      element -= t.shape[d] * t.strides[d] * t.itemsize;
+      index[d] = 0;
+    }
+  }
+}
+
+template <class A, class T>
+void read_flat(const T* from, int n, A* to) {
+  using V = typename VecOf<A>::type;
+  int j = 0;
+  for (; j + kLanes <= n; j += kLanes) store(to + j, __builtin_convertvector(load(from + j), V));
+  for (; j < n; ++j) to[j] = static_cast<A>(load_one(from + j));
+}
+
+// x rounded to T. From double through float for a half, as torch does.
+template <class T, class V>
+KSAM_INLINE vec_t<T> narrowed(V x) {
+  return __builtin_convertvector(x, vec_t<T>);
+}
+
+template <class T, class A>
+KSAM_INLINE void store_one(T* p, A x) {
+  using V = typename VecOf<A>::type;
+  V v{};
+  v[0] = x;
+  store_partial(p, narrowed<T>(v), 1);
+}
+
+template <class A, class T>
+void write_flat(const A* from, int n, T* to) {
+  int j = 0;
+  for (; j + kLanes <= n; j += kLanes) store(to + j, narrowed<T>(load(from + j)));
+  for (; j < n; ++j) store_one(to + j, from[j]);
+}
+
+// Elements [begin, begin + n) as A: where they lie if they are A in memory order, else in `buffer`.
+template <class A>
+A* stage(const Operand& t, Access access, int64_t begin, int n, A* buffer) {
+  A* where = buffer;
+  on_floating(t.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* data = reinterpret_cast<T*>(t.data);
+    if (t.strides == nullptr) {
+      if constexpr (sizeof(T) == sizeof(A)) {
+        where = reinterpret_cast<A*>(data) + begin;
+      } else if (access & kRead) {
+        read_flat(data + begin, n, buffer);
+      }
+    } else if (access & kRead) {
+      for_each_strided(t, begin, n, [&](char* element, int j) {
+        buffer[j] = static_cast<A>(load_one(reinterpret_cast<T*>(element)));
+      });
+    }
+  });
+  return where;
+}
+
+// Past the caches where `streaming`, which spares reading the lines that are written.
+inline void copy_flat(const char* from, int64_t bytes, bool streaming, char* to) {
+  int64_t at = 0;
+  if (streaming && is_line_aligned(to)) {
+    for (; at + 64 <= bytes; at += 64) stream_line(from + at, to + at);
+  }
+  std::memcpy(to + at, from + at, bytes - at);
+}
+
+// Puts what was computed in the buffer where it belongs, rounded to the operand's dtype.
+template <class A>
+void unstage(const Operand& t, int64_t begin, int n, bool streaming, const A* buffer) {
+  on_floating(t.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (t.strides == nullptr && sizeof(T) == sizeof(A)) {
+      copy_flat(reinterpret_cast<const char*>(buffer), n * sizeof(A), streaming,
+                t.data + begin * sizeof(A));
+    } else if (t.strides == nullptr) {
+      write_flat(buffer, n, reinterpret_cast<T*>(t.data) + begin);
+    } else {
+      for_each_strided(t, begin, n, [&](char* element, int j) {
+        store_one(reinterpret_cast<T*>(element), buffer[j]);
+      });
+    }
+  });
+}
+
+// body(row, chunk, begin, end) over the chunks of all rows, in one parallel region.
+template <int N, class Body>
+void for_each_chunk(const Rows<N>& rows, const Body& body) {
+  const int64_t chunks = rows.first_chunk[rows.count];
+  const int64_t grain = rows.numel < kSerial ? chunks : kSerial / kChunk;
+  parallel_for(chunks, grain, [&](int64_t first, int64_t last) {
+    int64_t low = 0, high = rows.count - 1;  // the row of the first chunk
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (rows.first_chunk[middle] <= first) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      while (rows.first_chunk[low + 1] <= chunk) ++low;
+      const Row<N>& row = rows.rows[low];
+      const int64_t begin = (chunk - rows.first_chunk[low]) * kChunk;
+      const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
+      body(row, chunk, begin, end);
+    }
+    if (rows.streaming) stream_fence();
+  });
+}
+
+// body(operands, n) over the blocks of [begin, end), with A* operands[N]; null where there is none
+// or it is not touched. What is only written passes through a buffer if it is to stream.
+template <class A, int N, class Body>
+void for_each_block(const Row<N>& row, const Access (&access)[N], bool streaming, int64_t begin,
+                    int64_t end, const Body& body) {
+  alignas(64) A buffer[N][kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int n = static_cast<int>(end - at < kBlock ? end - at : kBlock);
+    A* operand[N];
+    for (int i = 0; i < N; ++i) {
+      const bool absent = row.operand[i].data == nullptr || access[i] == kUntouched;
+      operand[i] = absent ? nullptr : stage(row.operand[i], access[i], at, n, buffer[i]);
+      if (streaming && access[i] == kWrite && !absent) operand[i] = buffer[i];
+    }
+    body(operand, n);
+    for (int i = 0; i < N; ++i) {
+      if ((access[i] & kWrite) && operand[i] == buffer[i]) {
+        unstage(row.operand[i], at, n, streaming, buffer[i]);
+      }
+    }
+  }
+}
+
+// body(Type<A>{}) with A the arithmetic of the row.
+template <int N, class Body>
+KSAM_INLINE void on_arithmetic(const Row<N>& row, const Body& body) {
+  return row.wide ? body(Type<double>{}) : body(Type<float>{});
+}
+
+}  // namespace ksam::KSAM_ISA

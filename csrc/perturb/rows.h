@@ -1,0 +1,81 @@
+// From lists of Python tensors to the rows of a kernel call.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "common/python.h"
+#include "perturb/perturb.h"
+
+namespace ksam {
+
+// Bytes of all operands from which write-only operands are streamed past the caches.
+constexpr int64_t kStreamFrom = int64_t{8} << 20;
+
+// Every element once and no gaps, so that memory order is an order of the elements.
+bool is_dense(const Tensor& t);
+
+Operand operand_of(const Tensor& t, bool flat);
+
+// Rows of N lists of equal length; list 0 says what every tensor's shape is.
+template <int N>
+class RowTable {
+ public:
+  // An empty list stands for an operand that no row has. False where a tensor is not a floating
+  // CPU tensor or does not fit its row.
+  bool build(const std::array<const std::vector<Tensor>*, N>& lists) {
+    const size_t count = lists[0]->size();
+    for (const std::vector<Tensor>* list : lists) {
+      if (!list->empty() && list->size() != count) return false;
+    }
+    rows_.reserve(count);
+    first_chunk_.reserve(count + 1);
+    first_chunk_.push_back(0);
+    for (size_t r = 0; r < count; ++r) {
+      if (!add(lists, r)) return false;
+    }
+    return true;
+  }
+
+  Rows<N> rows() const {
+    return {rows_.data(), first_chunk_.data(), static_cast<int64_t>(rows_.size()), numel_,
+            bytes_ >= kStreamFrom};
+  }
+  int64_t chunks() const { return first_chunk_.back(); }
+  void widen() {
+    for (Row<N>& row : rows_) row.wide = true;
+  }
+
+ private:
+  bool add(const std::array<const std::vector<Tensor>*, N>& lists, size_t r) {
+    const Tensor& like = (*lists[0])[r];
+    bool flat = is_dense(like);
+    for (const std::vector<Tensor>* list : lists) {
+      if (list->empty()) continue;
+      const Tensor& t = (*list)[r];
+      if (!on_cpu(t) || !is_floating(t.dtype) || !same_shape(t, like)) return false;
+      flat = flat && same_layout(t, like);
+    }
+    if (like.numel == 0) return true;
+    Row<N> row;
+    for (int i = 0; i < N; ++i) {
+      if (lists[i]->empty()) continue;
+      row.operand[i] = operand_of((*lists[i])[r], flat);
+      bytes_ += like.numel * row.operand[i].itemsize;
+    }
+    row.numel = like.numel;
+    row.index = static_cast<int64_t>(r);
+    row.wide = like.dtype == DType::f64;
+    rows_.push_back(row);
+    numel_ += like.numel;
+    first_chunk_.push_back(first_chunk_.back() + (like.numel + kChunk - 1) / kChunk);
+    return true;
+  }
+
+  std::vector<Row<N>> rows_;
+  std::vector<int64_t> first_chunk_;
+  int64_t numel_ = 0;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace ksam

@@ -1,0 +1,75 @@
+// What becomes of an element, in the order in which it is rounded; shared by host and device.
+//
+// S is float or double. No product may be contracted with a sum: the contract is the bits that
+// ksam_kernels/perturb/reference.py computes. Choices are made by values rather than branches, so
+// that loops over these formulas become vectors.
+#pragma once
+
+#if defined(__CUDACC__)
+#define KSAM_HOST_DEVICE __host__ __device__
+#else
+#define KSAM_HOST_DEVICE
+#endif
+
+namespace ksam {
+
+// w + rho * g / n
+template <class S>
+KSAM_HOST_DEVICE inline S climbed(S w, S g, S n, S rho) {
+  return w + rho * (g / n);
+}
+
+// w + rho * T^2 g / n with T = |w| + eta; n = ||T g||
+template <class S>
+KSAM_HOST_DEVICE inline S climbed_adaptive(S w, S magnitude, S g, S n, S rho, S eta) {
+  const S t = magnitude + eta;
+  return w + rho * (t * (t * g / n));
+}
+
+// The gradient as an update takes it: unscaled, turned uphill if maximized, with L2 weight decay.
+template <class S>
+struct Direction {
+  S grad_scale, weight_decay;
+  bool scaled, maximize;
+
+  KSAM_HOST_DEVICE bool is_gradient() const { return !scaled && !maximize && weight_decay == 0; }
+
+  KSAM_HOST_DEVICE S operator()(S g, S w) const {
+    S d = scaled ? g / grad_scale : g;
+    d = maximize ? -d : d;
+    return weight_decay != 0 ? d + weight_decay * w : d;
+  }
+};
+
+template <class S>
+struct Sgd {
+  S lr, momentum, gain;  // gain = 1 - dampening
+  bool nesterov, first;  // first: no momentum yet
+
+  KSAM_HOST_DEVICE S new_momentum(S v, S d) const { return first ? d : momentum * v + gain * d; }
+
+  KSAM_HOST_DEVICE S updated(S w, S v, S d) const {
+    return w - lr * (nesterov ? d + momentum * v : v);
+  }
+};
+
+template <class S>
+struct Adam {
+  S beta1, mean_gain, beta2, square_gain;  // gains: 1 - beta
+  S eps, kept;                             // kept: 1 - lr * decoupled weight decay, or 1
+  S step_size, root_correction;            // lr / (1 - beta1^t), sqrt(1 - beta2^t)
+  bool from_old;                           // beta1 > 0.5
+
+  // m + (1 - beta1) * (g - m), from the nearer end as torch.lerp does.
+  KSAM_HOST_DEVICE S new_mean(S m, S g) const {
+    return (from_old ? m : g) + (from_old ? mean_gain : -beta1) * (g - m);
+  }
+
+  KSAM_HOST_DEVICE S new_square(S v, S g) const { return beta2 * v + square_gain * g * g; }
+
+  KSAM_HOST_DEVICE S updated(S w, S m, S root_v) const {
+    return w * kept - (step_size * m) / (root_v / root_correction + eps);
+  }
+};
+
+}  // namespace ksam
