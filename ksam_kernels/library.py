@@ -60,7 +60,7 @@ def _is_opaque(arg: Any) -> bool:
     kind = type(arg)
     if kind is Tensor or kind is Parameter:
         return arg.requires_grad and torch.is_grad_enabled()
-    if kind is list or kind is tuple:
+    if isinstance(arg, (list, tuple)):
         return any(map(_is_opaque, arg))
     return isinstance(arg, Tensor)
 
