@@ -53,6 +53,15 @@ def load_average() -> float | None:
         return None
 
 
+def preemptions() -> int | None:
+    """How often so far the system gave this process's CPU to another; None if it does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def package_version(name: str) -> str | None:
     """The installed version of a package; None if there is none."""
     try:

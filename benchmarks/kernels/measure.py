@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from benchmarks.environment import preemptions
 from benchmarks.kernels.case import KSAM, Case, Contestant, Run, UnavailableError, size_in_bytes
 from benchmarks.kernels.timing import Plan, Quartiles, pool_size, ratios, time_in_turns
 from ksam_kernels import BackendUnavailableError, backends
@@ -28,6 +31,7 @@ class Row:
     rounds: int = 0
     share_of_copy: float | None = None  # floor bytes per second over the bandwidth of a copy
     ratio: float | None = None  # time over ksam's, the median of the ratios within rounds
+    preemptions_per_s: float | None = None  # during the whole case
     note: str = ""
 
 
@@ -53,7 +57,10 @@ def measure_case(
         # The first input comes last: the check has just brought it into the caches.
         more = 0 if case.stateful else pool_size(size_in_bytes(first), device) - 1
         pool = [*(case.make_input() for _ in range(more)), first]
+        before, start = preemptions(), time.perf_counter()
         times = time_in_turns(runs, pool, plan, device)
+        after, seconds = preemptions(), time.perf_counter() - start
+    rate = None if before is None or after is None else (after - before) / seconds
     rows = []
     for contestant in case.contestants:
         name = contestant.name
@@ -61,9 +68,8 @@ def measure_case(
         if name in reasons:
             rows.append(_row(case, contestant, row_backend, note=reasons[name]))
         else:
-            rows.append(
-                _timed_row(case, contestant, row_backend, times[name], times[KSAM], bandwidth)
-            )
+            figures = _figures(case, times[name], times[KSAM], bandwidth)
+            rows.append(_row(case, contestant, row_backend, **figures, preemptions_per_s=rate))
     return rows
 
 
@@ -103,7 +109,7 @@ def _start_all(case: Case, input: object, *, quick: bool) -> tuple[dict[str, Run
     return runs, reasons
 
 
-def _row(case: Case, contestant: Contestant, backend: str, **figures: object) -> Row:
+def _row(case: Case, contestant: Contestant, backend: str, **figures: Any) -> Row:
     return Row(
         room=case.room,
         operation=case.operation,
@@ -113,25 +119,17 @@ def _row(case: Case, contestant: Contestant, backend: str, **figures: object) ->
         contestant=contestant.name,
         backend=backend,
         floor_bytes=case.floor_bytes,
-        **figures,  # type: ignore[arg-type]
+        **figures,
     )
 
 
-def _timed_row(
-    case: Case,
-    contestant: Contestant,
-    backend: str,
-    times: list[float],
-    yardstick: list[float],
-    bandwidth: float,
-) -> Row:
+def _figures(
+    case: Case, times: list[float], yardstick: list[float], bandwidth: float
+) -> dict[str, Any]:
     microseconds = Quartiles.of([1e6 * seconds for seconds in times])
-    return _row(
-        case,
-        contestant,
-        backend,
-        microseconds=microseconds,
-        rounds=len(times),
-        share_of_copy=case.floor_bytes / (1e-6 * microseconds.median) / bandwidth,
-        ratio=statistics.median(ratios(times, yardstick)),
-    )
+    return {
+        "microseconds": microseconds,
+        "rounds": len(times),
+        "share_of_copy": case.floor_bytes / (1e-6 * microseconds.median) / bandwidth,
+        "ratio": statistics.median(ratios(times, yardstick)),
+    }

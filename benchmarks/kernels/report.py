@@ -19,9 +19,19 @@ from benchmarks.kernels.measure import Row
 
 COLUMNS = (
     "room", "operation", "shape", "dtype", "extra", "contestant", "backend", "threads",
-    "median_us", "q25_us", "q75_us", "rounds", "floor_bytes", "share_of_copy", "ratio", "note",
-    "torch", "device", "timestamp",
+    "median_us", "q25_us", "q75_us", "rounds", "floor_bytes", "share_of_copy", "ratio",
+    "preemptions_per_s", "note", "torch", "device", "timestamp",
 )  # fmt: skip
+
+
+# Threads that wait for each other spin: where one of them has lost its core to another process, a
+# call of microseconds takes a time slice of milliseconds, and not every contestant uses threads.
+_MANY_PREEMPTIONS = 100.0  # per second; quiet machines stay below 50
+
+
+def is_disturbed(row: Row) -> bool:
+    """Whether other processes kept taking the CPU while the row's case was measured."""
+    return (row.preemptions_per_s or 0.0) > _MANY_PREEMPTIONS
 
 
 class ResultsFile:
@@ -99,7 +109,9 @@ class Table:
         cells = [*_describe(case), ksam.backend]
         if ksam.microseconds is None or ksam.share_of_copy is None:
             return self._align([*cells, self._reference(ksam.note)])
-        cells += [_format_time(ksam.microseconds.median), _format_share(ksam.share_of_copy)]
+        mark = "~" if is_disturbed(ksam) else " "
+        time = _format_time(ksam.microseconds.median) + mark
+        cells += [time, _format_share(ksam.share_of_copy)]
         cells += [self._cell(by_name.get(name)) for name in self._others]
         return self._align(cells)
 
@@ -135,13 +147,17 @@ def format_ratio(ratio: float) -> str:
 
 
 def summary_lines(rows: Sequence[Row]) -> list[str]:
-    """Return how often ksam is the faster one, against each contestant."""
+    """Return how often ksam is the slower one, and how many cases to trust less."""
     lines = []
     for name in dict.fromkeys(row.contestant for row in rows if row.contestant != KSAM):
         own = [row.ratio for row in rows if row.contestant == name and row.ratio is not None]
         if own:
             slower = sum(round(ratio, 2) < 1 for ratio in own)
             lines.append(f"{name}: ksam is slower in {slower} of {len(own)} cases")
+    measured = [row for row in rows if row.contestant == KSAM and row.ratio is not None]
+    disturbed = sum(map(is_disturbed, measured))
+    if disturbed:
+        lines.append(f"~ other processes disturbed {disturbed} of {len(measured)} cases: repeat")
     return lines
 
 

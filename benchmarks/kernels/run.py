@@ -11,7 +11,6 @@ import torch
 from benchmarks.environment import (
     describe_environment,
     device_name,
-    load_average,
     package_version,
 )
 from benchmarks.errors import UsageError
@@ -81,17 +80,12 @@ def run_benchmark(settings: Settings, device: torch.device) -> None:
 
 def _describe(settings: Settings, device: torch.device, bandwidth: float) -> str:
     """Return what the tables need to be understood, for the screen."""
-    load = load_average()
-    disturbed = (
-        f"\nOther work disturbs these figures: load average {load:.1f}."
-        if load and load > 0.5
-        else ""
-    )
     return (
         f"{device_name(device)}, torch {torch.__version__}, backend {settings.backend}\n"
         f"ksam: median time of a call; copy: the bytes it must move at least over that time, as a\n"
         f"share of the bandwidth of a copy, {_gigabytes(bandwidth)} (caches can exceed it).\n"
-        f"Other columns: times in multiples of ksam's, * where ksam is the slower one.{disturbed}"
+        "Other columns: times in multiples of ksam's, * where ksam is the slower one.\n"
+        "~: other processes kept taking the CPU, which can make a row meaningless."
     )
 
 

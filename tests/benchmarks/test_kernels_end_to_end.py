@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.kernels import topk
 from benchmarks.kernels.measure import Row
 from benchmarks.kernels.report import COLUMNS, Table, format_ratio, summary_lines
 from benchmarks.kernels.timing import Quartiles
@@ -136,9 +138,16 @@ def test_losing_rows_are_marked_and_counted() -> None:
     assert summary_lines(rows) == ["sort: ksam is slower in 1 of 2 cases"]
 
 
-def test_reasons_are_numbered_below_the_table() -> None:
-    from benchmarks.kernels import topk
+def test_disturbed_cases_are_marked_and_counted() -> None:
+    case = next(topk.cases(torch.device("cpu")))
+    table = Table([case], ["topk", "sort"])
+    for rate, mark in ((None, ""), (3.0, ""), (200.0, "~")):
+        row = dataclasses.replace(_row("ksam", 1.0), preemptions_per_s=rate)
+        assert f" 2.0{mark} " in table.line(case, [row]) + " "
+        assert any("disturbed 1 of 1" in line for line in summary_lines([row])) == bool(mark)
 
+
+def test_reasons_are_numbered_below_the_table() -> None:
     case = next(topk.cases(torch.device("cpu")))
     table = Table([case], ["topk", "sort"])
     rows = [_row("ksam", 1.0), _row("topk", 0.5), _row("sort", None, "it is broken")]
