@@ -30,19 +30,18 @@ KSAM_INLINE V exp_term(const V& x) {
   } else if constexpr (sizeof(Element<V>) == 8) {
     return lane_by_lane(x, [](double lane) { return __builtin_exp(lane); });
   } else {
-    using u32 = typename LikeOf<V>::u32;  // may wrap, in lanes that are dropped
+    using u32 = typename LikeOf<V>::u32;
     const V y = x * kLog2E;
-    const V n = y + kRound;
-    const V f = y - (n - kRound);  // [-0.5, 0.5], exactly
+    const V biased = y + (kRound + 127);  // its low bits are the exponent of 2^n as floats have it
+    const V f = y - (biased - (kRound + 127));  // [-0.5, 0.5], exactly
     V p = fma(broadcast<V>(0.0013264727f), f, broadcast<V>(0.009671513f));
     p = fma(p, f, broadcast<V>(0.055507336f));
     p = fma(p, f, broadcast<V>(0.24022242f));
     p = fma(p, f, broadcast<V>(0.693147f));
     p = fma(p, f, broadcast<V>(1.0f));
-    const V e = bit_cast<V>(bit_cast<u32>(p) + (bit_cast<u32>(n) << 23));
-    // The sum of a NaN's bits and another's may be any number: NaN fails the comparison, and
-    // larger() returns its second argument then.
-    return x >= -87.0f ? e : larger(V{}, x);
+    // A product, as only that keeps NaN: a sum of exponents would make any number of its bits.
+    const V e = p * bit_cast<V>(bit_cast<u32>(biased) << 23);
+    return x < -87.0f ? V{} : e;
   }
 }
 
