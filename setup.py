@@ -7,7 +7,7 @@ serves every torch of the supported range.
 Environment:
     KSAM_NATIVE=0      leaves the extension out: the pure-PyTorch reference backend only.
     KSAM_SANITIZE      "address,undefined": instruments the extension for the sanitizers' CI run.
-    CXX                the C++17 compiler.
+    CXX, MAX_JOBS      the C++17 compiler, and how many of it run at once.
 """
 
 from __future__ import annotations

@@ -26,9 +26,6 @@ constexpr int kLanes = 16;
 
 using f32x16 = float __attribute__((vector_size(64)));
 using f64x16 = double __attribute__((vector_size(128)));
-using i32x16 = int32_t __attribute__((vector_size(64)));
-using u32x16 = uint32_t __attribute__((vector_size(64)));
-using u64x16 = uint64_t __attribute__((vector_size(128)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 using f32x8 = float __attribute__((vector_size(32)));
 using u16x8 = uint16_t __attribute__((vector_size(16)));
@@ -219,14 +216,12 @@ KSAM_INLINE bool is_line_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
-// The first `count` < 16 elements, `fill` behind them.
+// The first `count` < 16 elements, 0 behind them.
 template <class T>
-KSAM_INLINE vec_t<T> load_partial(const T* p, int count, opmath_t<T> fill) {
+KSAM_INLINE vec_t<T> load_partial(const T* p, int count) {
   T padded[kLanes] = {};
   std::memcpy(padded, p, count * sizeof(T));
-  vec_t<T> x = load(padded);
-  for (int i = count; i < kLanes; ++i) x[i] = fill;
-  return x;
+  return load(padded);
 }
 
 template <class T>

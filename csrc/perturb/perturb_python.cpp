@@ -85,8 +85,9 @@ bool perturb_(py::handle params_, py::handle grads_, py::handle backup_, py::han
       !same_dtypes(params, backup)) {
     return false;
   }
+  const TensorList unweighted;
   double norm;
-  if (!norm_of(grads, adaptive ? params : TensorList{}, eta, &norm)) return false;
+  if (!norm_of(grads, adaptive ? params : unweighted, eta, &norm)) return false;
   const float shown = static_cast<float>(norm);
   // A double that rounds to 0 or to infinity moves nothing either: what is returned says so.
   const bool moves = shown > 0 && std::isfinite(shown);

@@ -5,11 +5,7 @@
 // that loops over these formulas become vectors.
 #pragma once
 
-#if defined(__CUDACC__)
-#define KSAM_HOST_DEVICE __host__ __device__
-#else
-#define KSAM_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace ksam {
 

@@ -58,7 +58,7 @@ template <class Half>
 const float* widen(const Half* losses, int64_t n, float* floats) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(floats + i, load(losses + i));
-  if (i < n) store(floats + i, load_partial(losses + i, static_cast<int>(n - i), 0));
+  if (i < n) store(floats + i, load_partial(losses + i, static_cast<int>(n - i)));
   return floats;
 }
 

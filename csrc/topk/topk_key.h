@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define KSAM_HOST_DEVICE __host__ __device__
-#else
-#define KSAM_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace ksam {
 

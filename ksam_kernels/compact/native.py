@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ksam_kernels.backends import implements
@@ -10,14 +12,23 @@ from ksam_kernels.compact.operators import empty_rows
 from ksam_kernels.native import direct, extension
 
 
-def try_compact(tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
-    """The rows, if the kernel takes the tensors as they are; CPU tensors only."""
-    kernel = direct("compact")
-    if kernel is None or any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
+def _gathered(kernel: Any, tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
+    """What the kernel makes of the tensors; None if it declines them.
+
+    Lazily conjugated or negated tensors are declined here: their memory holds other numbers, and
+    the kernel cannot tell.
+    """
+    if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
         return None
     k = indices.shape[0]
     gathered = [empty_rows(tensor, k) for tensor in tensors]
     return gathered if kernel(tensors, indices, gathered) else None
+
+
+def try_compact(tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
+    """The rows, if the kernel takes the tensors as they are; CPU tensors only."""
+    kernel = direct("compact")
+    return None if kernel is None else _gathered(kernel, tensors, indices)
 
 
 if extension is not None:
@@ -32,14 +43,11 @@ if extension is not None:
         The kernel takes tensors whose rows are blocks of memory: contiguous, channels-last, slices
         along the batch, prefixes of sequences. What it declines is left to the reference, tensor
         by tensor: rows with gaps or in another order than the result's, dtypes unknown to DLPack,
-        indices out of range, which the reference reports. Lazily conjugated or negated tensors go
-        there too: their memory holds other numbers, and the kernel cannot tell.
+        indices out of range, which the reference reports.
         """
-        if not any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
-            k = indices.shape[0]
-            gathered = [empty_rows(tensor, k) for tensor in tensors]
-            if extension.compact(tensors, indices, gathered):
-                return gathered
+        gathered = _gathered(extension.compact, tensors, indices)
+        if gathered is not None:
+            return gathered
         if len(tensors) == 1:
             return reference.compact(tensors, indices)
         return [compact([tensor], indices)[0] for tensor in tensors]

@@ -15,16 +15,14 @@ __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 TensorList = Sequence[Tensor]
 
 
-def _check_list(name: str, tensors: TensorList) -> list[Tensor]:
-    tensors = list(tensors)
+def _check_list(name: str, tensors: list[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         check_dtype(f"{name}[{i}]", tensor, FLOATING)
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name}[{i}] must be a dense tensor, got layout {tensor.layout}")
-    return tensors
 
 
-def _check_count(name: str, tensors: TensorList, params: list[Tensor]) -> None:
+def _check_count(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
     if len(tensors) != len(params):
         raise ValueError(
             f"{name} must hold one tensor per parameter, {len(params)}, got {len(tensors)}"
@@ -32,10 +30,10 @@ def _check_count(name: str, tensors: TensorList, params: list[Tensor]) -> None:
 
 
 def _check_like(
-    name: str, tensors: TensorList, params: list[Tensor], *, same_dtype: bool = False
-) -> list[Tensor]:
+    name: str, tensors: list[Tensor], params: list[Tensor], *, same_dtype: bool = False
+) -> None:
     """As many tensors as parameters, with their shapes and devices (and dtypes)."""
-    tensors = _check_list(name, tensors)
+    _check_list(name, tensors)
     _check_count(name, tensors, params)
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         if tensor.shape != param.shape or tensor.device != param.device:
@@ -47,11 +45,9 @@ def _check_like(
             raise TypeError(
                 f"{name}[{i}] must be {param.dtype} as its parameter is, got {tensor.dtype}"
             )
-    return tensors
 
 
-def _check_steps(steps: TensorList, params: list[Tensor]) -> list[Tensor]:
-    steps = list(steps)
+def _check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
     _check_count("steps", steps, params)
     for i, (step, param) in enumerate(zip(steps, params, strict=True)):
         check_dtype(f"steps[{i}]", step, (torch.float32,))
@@ -60,7 +56,6 @@ def _check_steps(steps: TensorList, params: list[Tensor]) -> list[Tensor]:
                 f"steps[{i}] must be one element on {param.device} as its parameter is, "
                 f"got {tuple(step.shape)} on {step.device}"
             )
-    return steps
 
 
 def _check_scalar(name: str, scalar: Tensor | None) -> None:
@@ -96,8 +91,9 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     quick = native.try_grad_norm(grads, params, adaptive, eta)
     if quick is not None:
         return quick
-    grads = _check_list("grads", grads)
-    params = _check_like("params", params, grads) if adaptive else []
+    _check_list("grads", grads)
+    if adaptive:
+        _check_like("params", params, grads)
     norm: Tensor = torch.ops.ksam.grad_norm(grads, params, adaptive, eta)
     return norm
 
@@ -141,9 +137,9 @@ def perturb_(
     quick = native.try_perturb_(params, grads, backup, rho, adaptive, eta)
     if quick is not None:
         return quick
-    params = _check_list("params", params)
-    grads = _check_like("grads", grads, params)
-    backup = _check_like("backup", backup, params, same_dtype=True)
+    _check_list("params", params)
+    _check_like("grads", grads, params)
+    _check_like("backup", backup, params, same_dtype=True)
     radii = [rho] * len(params) if isinstance(rho, (int, float)) else rho
     if len(radii) != len(params):
         raise ValueError(
@@ -169,8 +165,8 @@ def restore_(params: TensorList, backup: TensorList) -> None:
     params, backup = list(params), list(backup)
     if native.try_restore_(params, backup):
         return
-    params = _check_list("params", params)
-    backup = _check_like("backup", backup, params, same_dtype=True)
+    _check_list("params", params)
+    _check_like("backup", backup, params, same_dtype=True)
     torch.ops.ksam.restore_(params, backup)
 
 
@@ -231,9 +227,9 @@ def restore_sgd_(
     states = (buffers, counters)
     if native.try_update_("restore_sgd_", params, backup, grads, states, *options):
         return
-    params = _check_list("params", params)
-    backup = _check_like("backup", backup, params, same_dtype=True)
-    grads = _check_like("grads", grads, params)
+    _check_list("params", params)
+    _check_like("backup", backup, params, same_dtype=True)
+    _check_like("grads", grads, params)
     if momentum != 0:
         _check_like("momentum_buffers", buffers, params)
     if steps is not None:
@@ -294,9 +290,9 @@ def restore_adam_(
     )
     if native.try_update_("restore_adam_", params, backup, grads, states, *options):
         return
-    params = _check_list("params", params)
-    backup = _check_like("backup", backup, params, same_dtype=True)
-    grads = _check_like("grads", grads, params)
+    _check_list("params", params)
+    _check_like("backup", backup, params, same_dtype=True)
+    _check_like("grads", grads, params)
     _check_like("exp_avgs", states[0], params)
     _check_like("exp_avg_sqs", states[1], params)
     _check_steps(states[2], params)

@@ -81,17 +81,12 @@ def try_update_(
 
 if extension is not None:
 
-    @implements("native", "grad_norm", devices=("cpu",))
-    def grad_norm(*args: Any) -> Tensor:
+    def _norm(name: str, *args: Any) -> Tensor:
         norm = torch.empty((), dtype=torch.float32)
-        run("grad_norm", *args, norm)
+        run(name, *args, norm)
         return norm
 
-    @implements("native", "perturb_", devices=("cpu",))
-    def perturb_(*args: Any) -> Tensor:
-        norm = torch.empty((), dtype=torch.float32)
-        run("perturb_", *args, norm)
-        return norm
-
+    for _name in ("grad_norm", "perturb_"):
+        implements("native", _name, devices=("cpu",))(partial(_norm, _name))
     for _name in ("restore_", "restore_sgd_", "restore_adam_"):
         implements("native", _name, devices=("cpu",))(partial(run, _name))
