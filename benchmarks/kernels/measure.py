@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.environment import preemptions
 from benchmarks.kernels.case import KSAM, Case, Contestant, Run, UnavailableError, size_in_bytes
-from benchmarks.kernels.timing import Plan, Quartiles, pool_size, ratios, time_in_turns
+from benchmarks.kernels.timing import pool_size, time_in_turns
+from benchmarks.timing import Plan, Quartiles, ratios
 from ksam_kernels import BackendUnavailableError, backends
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ import torch
 from benchmarks.environment import device_name
 from benchmarks.kernels.case import KSAM, Case
 from benchmarks.kernels.measure import Row
+from benchmarks.results_file import ResultsFile
 
 COLUMNS = (
     "room", "operation", "shape", "dtype", "extra", "contestant", "backend", "threads",
@@ -34,7 +32,7 @@ def is_disturbed(row: Row) -> bool:
     return (row.preemptions_per_s or 0.0) > _MANY_PREEMPTIONS
 
 
-class ResultsFile:
+class KernelResults(ResultsFile):
     """results.csv, a row per case and contestant, written as the cases are measured.
 
     Times are microseconds per call; `ratio` is the contestant's time over ksam's. Figures are empty
@@ -42,37 +40,23 @@ class ResultsFile:
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._constant = {
+        constant = {
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "device": device_name(device),
         }
-
-    def __enter__(self) -> ResultsFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.close()
+        super().__init__(path, COLUMNS, constant)
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append the rows of a case; they are on disk when this returns."""
-        timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        for row in rows:
-            figures = dataclasses.asdict(row)
-            times = figures.pop("microseconds")
-            quartiles = {f"{name}_us": value for name, value in times.items()} if times else {}
-            self._writer.writerow(
-                {**self._constant, **figures, **quartiles, "timestamp": timestamp}
-            )
-        self._file.flush()
+        self.append(*map(_csv_row, rows))
+
+
+def _csv_row(row: Row) -> dict[str, Any]:
+    figures = dataclasses.asdict(row)
+    times = figures.pop("microseconds")
+    quartiles = {f"{name}_us": value for name, value in times.items()} if times else {}
+    return {**figures, **quartiles}
 
 
 def write_summary(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:

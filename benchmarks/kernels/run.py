@@ -18,7 +18,7 @@ from benchmarks.kernels import compact, loss, perturb, topk
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.measure import Row, measure_case
 from benchmarks.kernels.plot import plot_ratios, require_matplotlib
-from benchmarks.kernels.report import ResultsFile, Table, summary_lines, write_summary
+from benchmarks.kernels.report import KernelResults, Table, summary_lines, write_summary
 from benchmarks.kernels.timing import DEFAULT_PLAN, QUICK_PLAN, copy_bandwidth
 
 ROOMS = ("loss", "topk", "compact", "perturb")
@@ -58,7 +58,7 @@ def run_benchmark(settings: Settings, device: torch.device) -> None:
     bandwidth = copy_bandwidth(device)
     print(_describe(settings, device, bandwidth), flush=True)
     rows: list[Row] = []
-    with ResultsFile(settings.csv, device) as results_file:
+    with KernelResults(settings.csv, device) as results_file:
         for section in _sections(settings.rooms):
             for case_rows in _measure_section(section, settings, device, bandwidth):
                 results_file.write(case_rows)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import gc
 import itertools
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from benchmarks.environment import last_level_cache_bytes, synchronize
+from benchmarks.environment import last_level_cache_bytes
 from benchmarks.kernels.case import Run
-
-T = TypeVar("T")
+from benchmarks.timing import Plan, rotated, seconds_for
 
 # One sample lasts at least this long, so that the clock and its noise do not count.
 _SAMPLE_SECONDS = {"cpu": 200e-6, "cuda": 2e-3}
@@ -28,58 +25,14 @@ _CACHES = 4
 _MIN_POOL, _MAX_POOL = 2, 64
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long to measure a case: at least `rounds` and `seconds`, which are enough for quartiles.
-
-    Where rounds take seconds each, `few_rounds` must do after `max_seconds`.
-    """
-
-    rounds: int
-    seconds: float
-    few_rounds: int
-    max_seconds: float
-    max_rounds: int = 500
-
-    def done(self, rounds: int, seconds: float) -> bool:
-        """Whether these rounds, which took these seconds, are enough."""
-        return (
-            rounds >= self.max_rounds
-            or (rounds >= self.rounds and seconds >= self.seconds)
-            or (rounds >= self.few_rounds and seconds >= self.max_seconds)
-        )
-
-
 DEFAULT_PLAN = Plan(rounds=11, seconds=2.0, few_rounds=5, max_seconds=8.0)
 QUICK_PLAN = Plan(rounds=3, seconds=0.1, few_rounds=1, max_seconds=1.0)
-
-
-@dataclass(frozen=True)
-class Quartiles:
-    """Median and quartiles of one or more values."""
-
-    q25: float
-    median: float
-    q75: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Quartiles:
-        """Return the quartiles of the values."""
-        if len(values) == 1:  # statistics.quantiles needs two
-            return cls(values[0], values[0], values[0])
-        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def pool_size(input_bytes: int, device: torch.device) -> int:
     """How many different inputs a case rotates over."""
     enough = -(-_CACHES * last_level_cache_bytes(device) // max(input_bytes, 1))
     return min(max(enough, _MIN_POOL), _MAX_POOL)
-
-
-def rotated(items: Sequence[T], turn: int) -> list[T]:
-    """The items, beginning with another one each turn."""
-    first = turn % len(items)
-    return [*items[first:], *items[:first]]
 
 
 def time_in_turns(
@@ -103,13 +56,8 @@ def time_in_turns(
                 return times
             for name in rotated(names, number):
                 sample = list(itertools.islice(inputs, calls[name]))
-                times[name].append(_time(runs[name], sample, device) / len(sample))
+                times[name].append(seconds_for(runs[name], sample, device) / len(sample))
     raise AssertionError("unreachable")
-
-
-def ratios(times: Sequence[float], yardstick: Sequence[float]) -> list[float]:
-    """A contestant's times over those of the yardstick, round by round."""
-    return [a / b for a, b in zip(times, yardstick, strict=True)]
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 256, rounds: int = 15) -> float:
@@ -118,25 +66,19 @@ def copy_bandwidth(device: torch.device, megabytes: int = 256, rounds: int = 15)
     target = torch.empty_like(source)
     target.copy_(source)  # the first write of a page is dear
     size = source.numel() * source.element_size()
-    seconds = [_time(target.copy_, [source], device) for _ in range(rounds)]
+    seconds = [seconds_for(target.copy_, [source], device) for _ in range(rounds)]
     # The fastest: whatever else the machine does can only slow a copy.
     return 2 * size / min(seconds)
-
-
-def _time(run: Run, inputs: Sequence[Any], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for input in inputs:
-        run(input)
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def _calls_per_sample(run: Run, inputs: Iterator[Any], device: torch.device) -> int:
     """Double the calls until a sample is long enough; this is the warm-up, too."""
     run(next(inputs))
     calls = 1
-    while _time(run, list(itertools.islice(inputs, calls)), device) < _SAMPLE_SECONDS[device.type]:
+    while (
+        seconds_for(run, list(itertools.islice(inputs, calls)), device)
+        < _SAMPLE_SECONDS[device.type]
+    ):
         calls *= 2
     return calls
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
+from benchmarks.results_file import ResultsFile
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.loop import EpochResult
 from benchmarks.train.methods import BASE_LABELS, Method
@@ -24,7 +22,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class ResultsFile:
+class TrainResults(ResultsFile):
     """results.csv, a row per method, seed and epoch, written as the runs go.
 
     `train_seconds` counts from the start of a run, `test_accuracy` is a share from 0 to 1; `k` and
@@ -32,10 +30,7 @@ class ResultsFile:
     """
 
     def __init__(self, path: Path, config: TrainConfig, device: str) -> None:
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._constant = {
+        constant = {
             "data": config.data,
             "model": config.model_label,
             "base": config.base,
@@ -45,32 +40,17 @@ class ResultsFile:
             "torch": torch.__version__,
             "device": device,
         }
+        super().__init__(path, COLUMNS, constant)
         self._rho = config.rho
-
-    def __enter__(self) -> ResultsFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.close()
 
     def write(self, method: Method, result: EpochResult) -> None:
         """Append a row; it is on disk when this returns."""
         perturbs = method.k is not None
-        self._writer.writerow(
-            {
-                **self._constant,
-                **dataclasses.asdict(result),
-                "k": method.k if perturbs else "",
-                "rho": self._rho if perturbs else "",
-                "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            }
-        )
-        self._file.flush()
+        method_figures = {
+            "k": method.k if perturbs else "",
+            "rho": self._rho if perturbs else "",
+        }
+        self.append({**dataclasses.asdict(result), **method_figures})
 
 
 def write_summary(

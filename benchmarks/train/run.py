@@ -14,7 +14,7 @@ from benchmarks.train.loop import EpochResult, train
 from benchmarks.train.methods import Method, make_method
 from benchmarks.train.plot import plot_accuracy, require_matplotlib
 from benchmarks.train.progress import Progress
-from benchmarks.train.report import ResultsFile, describe, format_table, write_summary
+from benchmarks.train.report import TrainResults, describe, format_table, write_summary
 from benchmarks.train.step_cost import measure_step_costs
 from benchmarks.train.summary import summarize
 from benchmarks.train.workload import Workload
@@ -38,7 +38,7 @@ def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     costs = measure_step_costs(workload, [yardstick, *others], config)
     paths = [config.out / name for name in ("results.csv", "summary.json", "accuracy.png")]
     results_path, summary_path, plot_path = paths
-    with ResultsFile(results_path, config, machine) as results_file:
+    with TrainResults(results_path, config, machine) as results_file:
         results = _train_all(workload, methods, config, results_file)
     summaries = summarize(methods, results, costs, batch_size)
     write_summary(summary_path, config, summaries, machine)
@@ -58,7 +58,7 @@ def _train_all(
     workload: Workload,
     methods: Sequence[Method],
     config: TrainConfig,
-    results_file: ResultsFile,
+    results_file: TrainResults,
 ) -> list[EpochResult]:
     """Train every method with every seed.
 

@@ -7,22 +7,18 @@ import statistics
 import time
 from dataclasses import dataclass
 
-import torch
-
-from benchmarks.environment import synchronize
+from benchmarks.timing import Plan, Quartiles, ratios, rotated, seconds_for
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.loop import data_generator, seeded_model
 from benchmarks.train.methods import Method, Step, make_step
-from benchmarks.train.workload import Batch, Workload
+from benchmarks.train.workload import Workload
 
 _WARMUP_ROUNDS = 3
 _BATCHES = 8
 
 # Where the number of rounds is not given: enough for steady quartiles, but not all day where a
 # step takes seconds.
-_MIN_ROUNDS, _MIN_SECONDS = 15, 15.0
-_FEW_ROUNDS, _MAX_SECONDS = 5, 60.0
-_MAX_ROUNDS = 1000
+_STEADY = Plan(rounds=15, seconds=15.0, few_rounds=5, max_seconds=60.0, max_rounds=1000)
 
 
 @dataclass(frozen=True)
@@ -56,16 +52,15 @@ def measure_step_costs(
     steps = {m.name: _new_step(m, workload, config) for m in methods}
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
-    start = time.perf_counter()
+    plan, start = _plan(config.timing_rounds), time.perf_counter()
     for number in itertools.count(-_WARMUP_ROUNDS):
         if number == 0:
             start = time.perf_counter()
-        if _enough(number, time.perf_counter() - start, config.timing_rounds):
+        if plan.done(number, time.perf_counter() - start):
             break
         batch = batches[number % len(batches)]
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            seconds = _time_step(steps[name], batch, workload.device)
+        for name in rotated(names, number):
+            seconds = seconds_for(steps[name], [batch], workload.device)
             if number >= 0:
                 times[name].append(seconds)
     if not times[names[0]]:
@@ -77,28 +72,12 @@ def _new_step(method: Method, workload: Workload, config: TrainConfig) -> Step:
     return make_step(method, workload, seeded_model(workload, 0), config)[1]
 
 
-def _enough(rounds: int, seconds: float, requested: int | None) -> bool:
-    if requested is not None:
-        return rounds >= requested
-    return (
-        rounds >= _MAX_ROUNDS
-        or (rounds >= _MIN_ROUNDS and seconds >= _MIN_SECONDS)
-        or (rounds >= _FEW_ROUNDS and seconds >= _MAX_SECONDS)
-    )
-
-
-def _time_step(step: Step, batch: Batch, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    step(batch)
-    synchronize(device)
-    return time.perf_counter() - start
+def _plan(requested: int | None) -> Plan:
+    if requested is None:
+        return _STEADY
+    return Plan(requested, 0.0, requested, 0.0, max_rounds=requested)
 
 
 def _summarize(times: list[float], yardstick: list[float]) -> StepCost:
-    ratios = [a / b for a, b in zip(times, yardstick, strict=True)]
-    # statistics.quantiles needs two values.
-    q1, median, q3 = (
-        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    )
-    return StepCost(q1, median, q3, len(ratios), 1e3 * statistics.median(times))
+    cost = Quartiles.of(ratios(times, yardstick))
+    return StepCost(cost.q25, cost.median, cost.q75, len(times), 1e3 * statistics.median(times))

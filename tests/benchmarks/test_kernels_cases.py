@@ -18,7 +18,7 @@ from benchmarks.kernels.cross_entropy import CrossEntropy
 from benchmarks.kernels.elementwise import Elementwise
 from benchmarks.kernels.measure import Row, measure_case
 from benchmarks.kernels.parameters import MODELS, count
-from benchmarks.kernels.timing import Plan
+from benchmarks.timing import Plan
 
 CPU = torch.device("cpu")
 ONE_ROUND = Plan(rounds=1, seconds=0, few_rounds=1, max_seconds=0)

@@ -15,7 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.kernels import topk
 from benchmarks.kernels.measure import Row
 from benchmarks.kernels.report import COLUMNS, Table, format_ratio, summary_lines
-from benchmarks.kernels.timing import Quartiles
+from benchmarks.timing import Quartiles
 
 
 @pytest.fixture(autouse=True)

@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from benchmarks.environment import last_level_cache_bytes
-from benchmarks.kernels.timing import (
-    Plan,
-    Quartiles,
-    copy_bandwidth,
-    pool_size,
-    ratios,
-    rotated,
-    time_in_turns,
-)
+from benchmarks.kernels.timing import copy_bandwidth, pool_size, time_in_turns
+from benchmarks.timing import Plan, Quartiles, ratios, rotated
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,44 @@
+"""CSV files that are complete up to the last row whenever a benchmark is cut off."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+Self = TypeVar("Self", bound="ResultsFile")
+
+
+class ResultsFile:
+    """A CSV file with a header; use it as a context manager.
+
+    Args:
+        constant: figures that all rows share.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], constant: dict[str, Any]) -> None:
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, columns)
+        self._writer.writeheader()
+        self._constant = constant
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write rows, with the time; they are on disk when this returns."""
+        timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        for row in rows:
+            self._writer.writerow({**self._constant, **row, "timestamp": timestamp})
+        self._file.flush()
