@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 U32 = 2.0**-24
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with a number of threads of PyTorch's pool, and as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def unit(dtype: torch.dtype) -> float:

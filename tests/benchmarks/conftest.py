@@ -10,18 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.__main__ import main
+from tests.helpers import threads
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models this small gain nothing from threads, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from benchmarks.kernels import topk
 from benchmarks.kernels.measure import Row
 from benchmarks.kernels.report import COLUMNS, Table, format_ratio, summary_lines
 from benchmarks.timing import Quartiles
+from tests.helpers import threads
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +26,8 @@ def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    with threads(torch.get_num_threads()):
+        yield
 
 
 def run_kernels(*arguments: object) -> int:

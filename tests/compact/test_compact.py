@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels import batch_size, compact_batch
-from tests.helpers import any_bits, bits, same_bits
+from tests.helpers import any_bits, bits, same_bits, threads
 
 DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -110,22 +110,18 @@ def test_leaves_of_all_row_sizes_in_one_call(backend: str) -> None:
         assert torch.equal(rows, source[indices])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(
     "widths",
     [(700_001,), (1, 2, 500_000, 3), (30_000,) * 40, (8,) * 3 + (20_000,) * 20 + (1, 17)],
     ids=["one huge leaf", "one huge leaf among tiny ones", "equal leaves", "many leaves"],
 )
 def test_every_row_arrives_for_any_number_of_threads(
-    backend: str, threads: int, widths: tuple[int, ...]
+    backend: str, count: int, widths: tuple[int, ...]
 ) -> None:
     batch = [patterns((6, width), torch.uint8) for width in widths]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         gathered = compact_batch(batch, torch.tensor([5, 0, 2, 2]))
-    finally:
-        torch.set_num_threads(before)
     for source, rows in zip(batch, gathered, strict=True):
         assert torch.equal(rows, source[[5, 0, 2, 2]])
 

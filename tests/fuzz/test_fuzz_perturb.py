@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from tests.fuzz.strategies import (
     shapes,
     specs,
 )
-from tests.helpers import arithmetic_unit, assert_within, same_bits, smallest, unit
+from tests.helpers import arithmetic_unit, assert_within, same_bits, smallest, threads, unit
 
 F32 = torch.float32
 
@@ -70,14 +69,6 @@ def plain(*shape: int, dtype: torch.dtype = F32, kind: str = "normal", grad: str
     """A row for an example."""
     one, two, three, four, five = (Spec(shape, dtype, kind, seed) for seed in range(5))
     return Row(one, replace(two, kind=grad or kind), three, (four, five))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 def built(found: list[Spec]) -> list[Tensor]:

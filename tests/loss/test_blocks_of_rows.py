@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from ksam_kernels import binary_cross_entropy_with_logits, cross_entropy, mse, select_cross_entropy
-from tests.helpers import FLOATS, assert_within, same_bits
+from tests.helpers import FLOATS, assert_within, same_bits, threads
 from tests.loss.oracle import (
     KINDS,
     Case,
@@ -132,15 +130,7 @@ def test_any_stride_between_rows_gives_the_same_bits(
         assert same_bits(strided, cross_entropy(rows.contiguous(), case.target, **case.options))
 
 
-@pytest.fixture
-def _restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def with_threads(threads: int, x: Tensor, case: Case) -> list[Tensor]:
-    torch.set_num_threads(threads)
+def results(x: Tensor, case: Case) -> list[Tensor]:
     x = x.detach().clone().requires_grad_()
     losses, indices = select_cross_entropy(x, case.target, 5, **case.options)
     others = [cross_entropy(x, case.target, **case.options), indices]
@@ -149,27 +139,26 @@ def with_threads(threads: int, x: Tensor, case: Case) -> list[Tensor]:
     return [losses, *others, *torch.autograd.grad(losses.sum() + others[-1].sum(), x)]
 
 
-@pytest.mark.usefixtures("_restore_threads")
 @pytest.mark.parametrize("shape", [(20001, 7), (3001, 33), (37, 5000)], ids=str)
 @pytest.mark.parametrize("kind", ["hard", "weighted smoothed", "soft"])
 def test_the_number_of_threads_changes_no_bit(
     backend: str, kind: str, shape: tuple[int, int]
 ) -> None:
     case = make_case(kind, torch.randn(shape))
-    one, two = (with_threads(n, case.logits, case) for n in (1, 2))
+    with threads(1):
+        one = results(case.logits, case)
+    with threads(2):
+        two = results(case.logits, case)
     for a, b in zip(one, two, strict=True):
         assert same_bits(a, b)
 
 
-@pytest.mark.usefixtures("_restore_threads")
 def test_the_first_bad_class_is_named_whatever_thread_finds_one(backend: str) -> None:
-    torch.set_num_threads(2)
     target = torch.zeros(40000, dtype=torch.int64)
     target[11], target[500], target[39000] = 77, 88, 99
     for rows in (target, target.int()):
-        with pytest.raises(
-            IndexError, match=r"^target holds class 77, out of range for 5 classes$"
-        ):
+        message = r"^target holds class 77, out of range for 5 classes$"
+        with threads(2), pytest.raises(IndexError, match=message):
             cross_entropy(torch.zeros(40000, 5), rows)
 
 

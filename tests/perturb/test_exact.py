@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from ksam_kernels import perturb_, restore_, restore_adam_, restore_sgd_, use_backend
-from tests.helpers import FLOATS, all_same_bits, any_bits, assert_within, same_bits, sliced, unit
+from tests.helpers import (
+    FLOATS,
+    all_same_bits,
+    any_bits,
+    assert_within,
+    same_bits,
+    sliced,
+    threads,
+    unit,
+)
 from tests.perturb.lists import clones, empty_like, like, tensors
 from tests.perturb.optim import garbage, name, one, zeros_like
 
@@ -29,11 +38,9 @@ Lists = list[list[Tensor]]
 
 
 @pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def any_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    with threads(request.param):
+        yield
 
 
 def unaligned(tensors: list[Tensor]) -> list[Tensor]:
@@ -46,14 +53,17 @@ def unaligned(tensors: list[Tensor]) -> list[Tensor]:
     return moved
 
 
-def left_by(
-    backend: str, operation: Callable[..., object], written: Lists, **options: Any
-) -> Lists:
+def left_by(backend: str, operation: Callable[..., object], written: Lists) -> Lists:
     """What the operation leaves in copies of the lists that it writes."""
     copies = [clones(tensors) for tensors in written]
     with use_backend(backend):
         operation(*copies)
     return copies
+
+
+def assert_same_bits_as_reference(backend: str, call: Any) -> None:
+    for ours, expected in zip(left_by(backend, *call), left_by("reference", *call), strict=True):
+        assert all_same_bits(ours, expected)
 
 
 def climbs(sizes: Sequence[tuple[int, ...]], dtype: torch.dtype, **options: Any) -> Any:
@@ -78,15 +88,13 @@ def sgd(params: list[Tensor], grads: list[Tensor], **options: Any) -> Any:
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_perturb(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
     call = climbs(EDGES, dtype, adaptive=adaptive, eta=0.01)
-    for ours, expected in zip(left_by(backend, *call), left_by("reference", *call), strict=True):
-        assert all_same_bits(ours, expected)
+    assert_same_bits_as_reference(backend, call)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("any_threads")
 def test_perturb_of_large_lists(backend: str) -> None:
     call = climbs(LARGE, torch.float32)
-    for ours, expected in zip(left_by(backend, *call), left_by("reference", *call), strict=True):
-        assert all_same_bits(ours, expected)
+    assert_same_bits_as_reference(backend, call)
 
 
 SGD = [
@@ -103,16 +111,14 @@ SGD = [
 def test_sgd(backend: str, dtype: torch.dtype, options: Any, more: Any) -> None:
     params = tensors(dtype, EDGES)
     call = sgd(params, like(params), **options, **more)
-    for ours, expected in zip(left_by(backend, *call), left_by("reference", *call), strict=True):
-        assert all_same_bits(ours, expected)
+    assert_same_bits_as_reference(backend, call)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("any_threads")
 def test_sgd_of_large_lists(backend: str) -> None:
     params = tensors(torch.float32, LARGE)
     call = sgd(params, like(params), momentum=0.9, weight_decay=0.1)
-    for ours, expected in zip(left_by(backend, *call), left_by("reference", *call), strict=True):
-        assert all_same_bits(ours, expected)
+    assert_same_bits_as_reference(backend, call)
 
 
 def check_adam(backend: str, params: list[Tensor], betas: tuple[float, float], **more: Any) -> None:
@@ -145,7 +151,7 @@ def test_adam(backend: str, dtype: torch.dtype, betas: Any, decoupled: bool) -> 
     check_adam(backend, tensors(dtype, EDGES), betas, maximize=True, grad_scale=one(3.0))
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("any_threads")
 def test_adam_of_large_lists(backend: str) -> None:
     check_adam(backend, tensors(torch.float32, LARGE), (0.9, 0.99), decoupled_weight_decay=True)
 
@@ -169,7 +175,7 @@ def test_at_any_address(backend: str, sizes: Any) -> None:
     assert all_same_bits(after, guards)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("any_threads")
 @DTYPES
 def test_restore_moves_any_bits_of_large_lists(backend: str, dtype: torch.dtype) -> None:
     backup = [any_bits(shape, dtype) for shape in LARGE]

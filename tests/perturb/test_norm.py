@@ -11,7 +11,7 @@ from torch import Tensor
 from ksam_kernels import grad_norm, use_backend
 from ksam_kernels.perturb import reference
 from tests.conftest import INSTALLED
-from tests.helpers import FLOATS, U32, any_bits, assert_within, bits, same_bits, smallest
+from tests.helpers import FLOATS, U32, any_bits, assert_within, bits, same_bits, smallest, threads
 from tests.perturb.lists import LAYOUTS, SHAPES, laid_out, mixed, norm64, tensors
 
 INF, NAN = float("inf"), float("nan")
@@ -123,14 +123,6 @@ def test_no_parameters_and_an_empty_list_of_them_differ(backend: str) -> None:
         grad_norm([torch.ones(1)], [])
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_same_bits_for_any_number_of_threads_and_in_every_run(
     norm_of: object, dtype: torch.dtype
@@ -140,8 +132,8 @@ def test_the_same_bits_for_any_number_of_threads_and_in_every_run(
     for args in ((grads,), (grads, params, 0.1)):
         seen = set()
         for count in (1, 2, 3, 4, 2, 1):
-            torch.set_num_threads(count)
-            seen.add(int(bits(norm_of(*args))))  # type: ignore[operator]
+            with threads(count):
+                seen.add(int(bits(norm_of(*args))))  # type: ignore[operator]
         assert len(seen) == 1
 
 
