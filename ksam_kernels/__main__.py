@@ -28,7 +28,7 @@ def _entry(room: str, operator: str, device: torch.device) -> dict[str, Any]:
     chosen = ksam_kernels.requested_backend()
     last = runs if chosen == "auto" else chosen
     passed_over = {}
-    for name in backends.BACKENDS:
+    for name in backends.choices()[1:]:
         if name == last:
             if runs is None:
                 passed_over[name] = backends.why_not(name, operator, device)

@@ -4,6 +4,7 @@ Three backends, best first: ``native`` (the compiled extension), ``triton`` (GPU
 on first use) and ``reference`` (plain PyTorch, the written contract, runs anywhere). Each call of
 an operator asks :func:`resolve` once. ``auto`` takes the best backend that can run the operator on
 the tensor's device; a backend that the user *named* either runs or raises, it is never replaced.
+Further backends may be registered with :func:`implements`; those run only where they are named.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 Kernel = Callable[..., Any]
 K = TypeVar("K", bound=Kernel)
 
+#: Those that ``auto`` chooses from.
 BACKENDS = ("native", "triton", "reference")
-CHOICES = ("auto", *BACKENDS)
 
 #: Operator names by room, in the order of a K-SAM step. Every backend implements a subset.
 OPERATORS: dict[str, tuple[str, ...]] = {
@@ -51,9 +52,14 @@ class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run the operator on the device."""
 
 
+def choices() -> tuple[str, ...]:
+    """What :func:`use_backend` takes: ``auto`` and every backend that is registered."""
+    return ("auto", *_kernels)
+
+
 def _checked(choice: str, source: str) -> str:
-    if choice not in CHOICES:
-        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice not in choices():
+        raise ValueError(f"{source} must be one of {', '.join(choices())}, got {choice!r}")
     return choice
 
 
@@ -72,7 +78,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operator in the ``with`` block on one backend, in all threads of the process.
 
     Args:
-        name: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
+        name: ``"auto"``, ``"native"``, ``"triton"``, ``"reference"`` or any that was registered.
 
     Raises:
         ValueError: for any other name. Where the named backend cannot run an operator, the call of
@@ -92,13 +98,14 @@ def implements(
     """Decorator: register a function as ``backend``'s implementation of ``operator``.
 
     Args:
+        backend: one of BACKENDS, or a new name, which ``auto`` never picks.
         devices: the device types that it runs on; None: all.
     """
     if not any(operator in names for names in OPERATORS.values()):
         raise ValueError(f"operator {operator!r} is not listed in OPERATORS")
 
     def register(kernel: K) -> K:
-        _kernels[backend][operator] = kernel
+        _kernels.setdefault(backend, {})[operator] = kernel
         if devices is not None:
             _devices[backend, operator] = devices
         return kernel
@@ -123,16 +130,14 @@ def resolve(operator: str, device: torch.device) -> tuple[str, Kernel]:
     Raises:
         BackendUnavailableError: the backend asked for by name cannot run it.
     """
-    if _choice != "auto":
-        reason = why_not(_choice, operator, device)
-        if reason is not None:
-            raise BackendUnavailableError(
-                f"backend {_choice!r} was asked for by name but cannot run {operator} "
-                f"on {device.type}: {reason}"
-            )
-        return _choice, _kernels[_choice][operator]
-    name = next(name for name in BACKENDS if why_not(name, operator, device) is None)
-    return name, _kernels[name][operator]
+    for name in BACKENDS if _choice == "auto" else (_choice,):
+        reason = why_not(name, operator, device)
+        if reason is None:
+            return name, _kernels[name][operator]
+    raise BackendUnavailableError(
+        f"backend {_choice!r} was asked for by name but cannot run {operator} "
+        f"on {device.type}: {reason}"
+    )
 
 
 def call(operator: str, device: torch.device, *args: Any) -> Any:

@@ -41,6 +41,18 @@ def half_native(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> list[s
     return calls
 
 
+@pytest.fixture
+def extra(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that is none of BACKENDS, of one operator."""
+    monkeypatch.setattr(backends, "_kernels", dict(backends._kernels))
+
+    @backends.implements("simt", "topk_indices")
+    def topk_indices(losses: torch.Tensor, k: int) -> torch.Tensor:
+        return torch.arange(k)
+
+    return "simt"
+
+
 def topk() -> list[int]:
     # The operator itself: the public function tries the extension's kernel first.
     return torch.ops.ksam.topk_indices(torch.tensor([1.0, 3.0, 2.0]), 2).tolist()
@@ -111,6 +123,29 @@ def test_a_named_backend_is_never_replaced(half_native: list[str]) -> None:
             match="'native' was asked for by name but cannot run mse on cpu: it has no mse kernel",
         ):
             ksam_kernels.mse(torch.zeros(2), torch.zeros(2))
+
+
+def test_another_backend_may_be_registered_and_runs_where_it_is_named(extra: str) -> None:
+    assert topk() == [1, 2]
+    assert backends.resolve("topk_indices", CPU)[0] == "reference"
+    with use_backend(extra):
+        assert topk() == [0, 1]
+        with pytest.raises(BackendUnavailableError, match=r"'simt' was asked .*: it has no mse"):
+            ksam_kernels.mse(torch.zeros(2), torch.zeros(2))
+    with pytest.raises(ValueError, match="reference, simt, got 'cuda'"), use_backend("cuda"):
+        pass
+
+
+def test_the_report_knows_another_backend_that_was_named(
+    extra: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with use_backend(extra):
+        code, facts = report(capsys)
+    assert code == 1
+    entries = {entry["operator"]: entry for entry in facts["operators"] if entry["device"] == "cpu"}
+    assert entries["topk_indices"]["runs"] == "simt"
+    assert entries["topk_indices"]["passed_over"]["reference"] == "simt was asked for by name"
+    assert entries["mse"]["passed_over"]["simt"] == "it has no mse kernel for cpu"
 
 
 @pytest.mark.usefixtures("only_reference")

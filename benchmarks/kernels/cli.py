@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=backends.CHOICES,
+        choices=backends.choices(),
         default=requested_backend(),
         help="of ksam_kernels; default: KSAM_BACKEND, else auto",
     )
