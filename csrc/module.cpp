@@ -17,6 +17,11 @@ PYBIND11_MODULE(_C, m) {
   ksam::load_thread_pool();
   m.attr("cpu_isa") = ksam::isa_name(ksam::current_isa());
   m.attr("compiler") = __VERSION__;
+#if defined(KSAM_CUDA)
+  m.attr("cuda_architectures") = KSAM_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
 #if defined(__SANITIZE_ADDRESS__)
   m.attr("sanitized") = true;
 #else

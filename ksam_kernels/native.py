@@ -19,7 +19,10 @@ try:
 except ModuleNotFoundError:  # any other ImportError is a broken installation: let it be seen
     extension = None  # type: ignore[assignment]
 
-__all__ = ["direct", "extension", "run"]
+__all__ = ["DEVICES", "direct", "extension", "run"]
+
+#: The device types that the extension has kernels for.
+DEVICES = ("cpu", "cuda") if extension is not None and extension.cuda_architectures else ("cpu",)
 
 
 def direct(name: str) -> Any:
@@ -48,12 +51,12 @@ def _shown(arg: Any) -> str:
     return f"[{', '.join(map(_shown, arg))}]" if isinstance(arg, (list, tuple)) else repr(arg)
 
 
-def run(name: str, *args: Any) -> None:
-    """Call a kernel of the extension with arguments that the public function has checked.
+def run(kernels: Any, name: str, *args: Any) -> None:
+    """Call a kernel of a compiled module with arguments that the public function has checked.
 
     Raises:
         RuntimeError: it declined them all the same.
     """
-    kernel = getattr(extension, name)
+    kernel = getattr(kernels, name)
     if not kernel(*args) and not kernel(*map(_plain, args)):
         raise RuntimeError(f"the native kernel of {name} does not take {_shown(args)}")

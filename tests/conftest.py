@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ksam_kernels import backends, use_backend
+from tests.simt import backend as simt
 
 _demanded = [name for name in os.environ.get("KSAM_TEST_BACKENDS", "").split(",") if name]
 _ran: Counter[str] = Counter()
@@ -28,14 +29,14 @@ def _missing(name: str) -> str | None:
     return reasons[0] if all(reasons) else None
 
 
-MISSING = {name: _missing(name) for name in backends.BACKENDS}
-INSTALLED = [name for name in backends.BACKENDS if MISSING[name] is None]
+MISSING = {name: _missing(name) for name in backends.BACKENDS} | {simt.NAME: simt.MISSING}
+INSTALLED = [name for name, reason in MISSING.items() if reason is None]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     for name in _demanded:
-        if MISSING[name] is not None:
-            raise pytest.UsageError(f"KSAM_TEST_BACKENDS asks for {name}: {MISSING[name]}")
+        if MISSING.get(name, "no such backend") is not None:
+            raise pytest.UsageError(f"KSAM_TEST_BACKENDS asks for {name}: {MISSING.get(name)}")
 
 
 @pytest.fixture(params=INSTALLED)
@@ -54,7 +55,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed:
         # Test ids read test_name[backend-…]; the backend fixture comes first or alone.
         parameters = report.nodeid.partition("[")[2].rstrip("]").split("-")
-        _ran.update(name for name in backends.BACKENDS if name in parameters)
+        _ran.update(name for name in MISSING if name in parameters)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -38,10 +38,22 @@ struct Version {
   uint32_t minor;
 };
 
+struct ManagedTensor {
+  Version version;
+  void* manager_context;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
+
+using SetError = void (*)(void* context, const char* kind, const char* message);
+
 struct ExchangeApi {
   Version version;
   ExchangeApi* older;
-  void* managed_tensor_allocator;
+  // A new tensor of the prototype's device, dtype and shape; 0, or -1 after a call of set_error.
+  int (*managed_tensor_allocator)(Tensor* prototype, ManagedTensor** out, void* error_context,
+                                  SetError set_error);
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
   int (*tensor_from_py_object)(void* object, Tensor* out);  // 0, or -1 with a Python exception set

@@ -6,6 +6,8 @@
 // for AVX-512, and a processor without it would run that.
 #pragma once
 
+#include "common/gpu.h"
+
 namespace ksam {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -19,7 +21,10 @@ const char* isa_name(Isa isa);
 
 // KSAM_DECLARE_PER_ISA(declarations): in every namespace.
 // KSAM_ON_ISA(function, arguments...): calls the copy for the current instruction set.
-#if defined(__x86_64__)
+#if defined(KSAM_SIMT)  // tests/simt builds GPU kernels only
+#define KSAM_DECLARE_PER_ISA(...)
+#define KSAM_ON_ISA(function, ...) ::ksam::NotBuilt::call(__VA_ARGS__)
+#elif defined(__x86_64__)
 #define KSAM_DECLARE_PER_ISA(...) \
   namespace baseline {            \
   __VA_ARGS__                     \

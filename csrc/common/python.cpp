@@ -1,7 +1,5 @@
 #include "common/python.h"
 
-#include "common/dlpack.h"
-
 namespace py = pybind11;
 
 namespace ksam {
@@ -40,6 +38,8 @@ void load_torch_types() {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
 }
+
+const dlpack::ExchangeApi& torch_api() { return *api; }
 
 bool read_tensor(py::handle object, Tensor* out) {
   if (Py_TYPE(object.ptr()) != tensor_type && Py_TYPE(object.ptr()) != parameter_type) return false;

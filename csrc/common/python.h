@@ -5,12 +5,16 @@
 
 #include <vector>
 
+#include "common/dlpack.h"
+#include "common/gpu.h"
 #include "common/tensor.h"
 
 namespace ksam {
 
 // Learns torch.Tensor, torch.nn.Parameter and their DLPack capsule; throws where there is none.
 void load_torch_types();
+
+const dlpack::ExchangeApi& torch_api();
 
 // Whether `object` is a plain tensor with memory of its own device: exactly torch.Tensor or
 // torch.nn.Parameter (a subclass may mean anything by its data), dense, with storage. What is not
@@ -20,7 +24,5 @@ bool read_tensors(pybind11::handle list, std::vector<Tensor>* out);
 
 // None reads as a tensor without data.
 bool read_optional(pybind11::handle object, Tensor* out);
-
-inline bool on_cpu(const Tensor& t) { return t.device_type == 1; }
 
 }  // namespace ksam

@@ -34,7 +34,8 @@ bool norm_of(const TensorList& grads, const TensorList& params, double eta, doub
   }
   std::vector<double> partial(table.chunks());
   py::gil_scoped_release release;
-  *norm = std::sqrt(KSAM_ON_ISA(sum_of_squares, table.rows(), adaptive, eta, partial.data()));
+  const double sum = KSAM_ON_ISA(sum_of_squares, table.rows(), adaptive, eta, partial.data());
+  *norm = std::sqrt(sum);
   return true;
 }
 

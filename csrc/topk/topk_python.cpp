@@ -10,18 +10,29 @@ namespace py = pybind11;
 namespace ksam {
 namespace {
 
-// losses [n] floating, contiguous; out [k] int64.
+void run_on_gpu(const Tensor& losses, int64_t k, int64_t* out) {
+  GpuCall call(losses);
+  const int64_t bytes = KSAM_ON_GPU(topk_scratch_bytes, losses.numel);
+  void* scratch = bytes == 0 ? nullptr : call.scratch(bytes);
+  KSAM_ON_GPU(topk_indices, losses, k, scratch, out, call.stream());
+}
+
+void run_on_cpu(const Tensor& losses, int64_t k, int64_t* out) {
+  py::gil_scoped_release release;
+  const std::unique_ptr<char[]> scratch(new char[topk_scratch_bytes(losses.dtype, losses.numel)]);
+  KSAM_ON_ISA(topk_indices, losses, k, scratch.get(), out);
+}
+
+// losses [n] floating, contiguous; out [k] int64 on the same device.
 bool topk_indices(py::handle losses_, py::handle out_) {
   Tensor losses, out;
   if (!read_tensor(losses_, &losses) || !read_tensor(out_, &out)) return false;
   const int64_t k = out.numel;
-  if (!on_cpu(losses) || !is_floating(losses.dtype)) return false;
+  if (!has_kernels(losses) || !is_floating(losses.dtype)) return false;
   if (losses.ndim != 1 || !is_contiguous(losses)) return false;
-  if (!on_cpu(out) || out.dtype != DType::i64 || !is_contiguous(out)) return false;
+  if (!same_device(out, losses) || out.dtype != DType::i64 || !is_contiguous(out)) return false;
   if (k < 1 || k > losses.numel || losses.numel >> 32 != 0) return false;
-  py::gil_scoped_release release;
-  const std::unique_ptr<char[]> scratch(new char[topk_scratch_bytes(losses.dtype, losses.numel)]);
-  KSAM_ON_ISA(topk_indices, losses, k, scratch.get(), out.as<int64_t>());
+  (on_gpu(losses) ? run_on_gpu : run_on_cpu)(losses, k, out.as<int64_t>());
   return true;
 }
 

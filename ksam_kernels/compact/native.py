@@ -9,7 +9,7 @@ from torch import Tensor
 from ksam_kernels.backends import implements
 from ksam_kernels.compact import reference
 from ksam_kernels.compact.operators import empty_rows
-from ksam_kernels.native import direct, extension
+from ksam_kernels.native import DEVICES, direct, extension
 
 
 def _gathered(kernel: Any, tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
@@ -31,9 +31,10 @@ def try_compact(tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
     return None if kernel is None else _gathered(kernel, tensors, indices)
 
 
-if extension is not None:
+def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
+    """Make the kernels of a compiled module a backend's implementations on some devices."""
 
-    @implements("native", "compact", devices=("cpu",))
+    @implements(backend, "compact", devices=devices)
     def compact(
         tensors: list[Tensor],  # each [B, ...]
         indices: Tensor,  # [k]
@@ -45,9 +46,13 @@ if extension is not None:
         by tensor: rows with gaps or in another order than the result's, dtypes unknown to DLPack,
         indices out of range, which the reference reports.
         """
-        gathered = _gathered(extension.compact, tensors, indices)
+        gathered = _gathered(kernels.compact, tensors, indices)
         if gathered is not None:
             return gathered
         if len(tensors) == 1:
             return reference.compact(tensors, indices)
         return [compact([tensor], indices)[0] for tensor in tensors]
+
+
+if extension is not None:
+    register("native", extension, DEVICES)

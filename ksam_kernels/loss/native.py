@@ -7,12 +7,14 @@ are the arguments rearranged.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ksam_kernels.backends import implements
 from ksam_kernels.checks import opmath_dtype
-from ksam_kernels.native import direct, extension, run
+from ksam_kernels.native import DEVICES, direct, extension, run
 
 
 def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
@@ -23,8 +25,8 @@ def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
 def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [...] and row statistics [..., 3], to be written."""
     *rows, _ = logits.shape  # ints of a list are read in half the time of a torch.Size
-    losses = torch.empty(rows, dtype=torch.float32)
-    return losses, torch.empty(*rows, 3, dtype=opmath_dtype(logits.dtype))
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    return losses, torch.empty(*rows, 3, dtype=opmath_dtype(logits.dtype), device=logits.device)
 
 
 def _needs_nothing(logits: Tensor, target: Tensor, weight: Tensor | None, *options: float) -> bool:
@@ -74,9 +76,10 @@ def try_select_cross_entropy(
     return (losses, indices) if accepted else None
 
 
-if extension is not None:
+def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
+    """Make the kernels of a compiled module a backend's implementations on some devices."""
 
-    @implements("native", "cross_entropy", devices=("cpu",))
+    @implements(backend, "cross_entropy", devices=devices)
     def cross_entropy(
         logits: Tensor,  # [..., C]
         target: Tensor,  # [...] or [..., C]
@@ -87,12 +90,20 @@ if extension is not None:
         """Losses [...] float32 and row statistics [..., 3] for the backward pass."""
         outputs = _outputs(logits)
         options = ignore_index, label_smoothing
-        if not extension.cross_entropy(logits, target, weight, *options, *outputs):
+        if not kernels.cross_entropy(logits, target, weight, *options, *outputs):
             logits, target = logits.contiguous(), target.contiguous()
-            run("cross_entropy", logits, target, _weight(weight, logits), *options, *outputs)
+            run(
+                kernels,
+                "cross_entropy",
+                logits,
+                target,
+                _weight(weight, logits),
+                *options,
+                *outputs,
+            )
         return outputs
 
-    @implements("native", "select_cross_entropy", devices=("cpu",))
+    @implements(backend, "select_cross_entropy", devices=devices)
     def select_cross_entropy(
         logits: Tensor,  # [B, C]
         target: Tensor,  # [B] or [B, C]
@@ -102,14 +113,22 @@ if extension is not None:
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses [B], row statistics [B, 3] and indices [k] of the k largest losses."""
-        outputs = *_outputs(logits), torch.empty(k, dtype=torch.int64)
+        outputs = *_outputs(logits), torch.empty(k, dtype=torch.int64, device=logits.device)
         options = ignore_index, label_smoothing
-        if not extension.select_cross_entropy(logits, target, weight, *options, *outputs):
+        if not kernels.select_cross_entropy(logits, target, weight, *options, *outputs):
             logits, target = logits.contiguous(), target.contiguous()
-            run("select_cross_entropy", logits, target, _weight(weight, logits), *options, *outputs)
+            run(
+                kernels,
+                "select_cross_entropy",
+                logits,
+                target,
+                _weight(weight, logits),
+                *options,
+                *outputs,
+            )
         return outputs
 
-    @implements("native", "cross_entropy_backward", devices=("cpu",))
+    @implements(backend, "cross_entropy_backward", devices=devices)
     def cross_entropy_backward(
         grad: Tensor,  # [...]
         logits: Tensor,  # [..., C]
@@ -120,12 +139,13 @@ if extension is not None:
         label_smoothing: float,
     ) -> Tensor:
         """Gradient [..., C] of the logits, in their dtype."""
-        out = torch.empty(logits.shape, dtype=logits.dtype)
+        out = logits.new_empty(logits.shape)
         options = ignore_index, label_smoothing
-        if not extension.cross_entropy_backward(grad, logits, target, stats, weight, *options, out):
+        if not kernels.cross_entropy_backward(grad, logits, target, stats, weight, *options, out):
             grad, stats = grad.float().contiguous(), stats.contiguous()
             logits, target = logits.contiguous(), target.contiguous()
             run(
+                kernels,
                 "cross_entropy_backward",
                 grad,
                 logits,
@@ -141,7 +161,7 @@ if extension is not None:
         """One weight per element of a sample."""
         return _weight(None if pos_weight is None else pos_weight.expand(logits.shape[1:]), logits)
 
-    @implements("native", "binary_cross_entropy_with_logits", devices=("cpu",))
+    @implements(backend, "binary_cross_entropy_with_logits", devices=devices)
     def binary_cross_entropy_with_logits(
         logits: Tensor,  # [B, ...]
         target: Tensor,  # [B, ...]
@@ -149,8 +169,9 @@ if extension is not None:
     ) -> Tensor:
         """Losses [B] float32."""
         logits, target = logits.contiguous(), target.contiguous()
-        losses = torch.empty(logits.shape[0], dtype=torch.float32)
+        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
         run(
+            kernels,
             "binary_cross_entropy_with_logits",
             logits,
             target,
@@ -159,7 +180,7 @@ if extension is not None:
         )
         return losses
 
-    @implements("native", "binary_cross_entropy_with_logits_backward", devices=("cpu",))
+    @implements(backend, "binary_cross_entropy_with_logits_backward", devices=devices)
     def binary_cross_entropy_with_logits_backward(
         grad: Tensor,  # [B]
         logits: Tensor,  # [B, ...]
@@ -168,8 +189,9 @@ if extension is not None:
     ) -> Tensor:
         """Gradient [B, ...] of the logits, in their dtype."""
         logits, target = logits.contiguous(), target.contiguous()
-        out = torch.empty(logits.shape, dtype=logits.dtype)
+        out = logits.new_empty(logits.shape)
         run(
+            kernels,
             "binary_cross_entropy_with_logits_backward",
             grad.float(),
             logits,
@@ -179,18 +201,18 @@ if extension is not None:
         )
         return out
 
-    @implements("native", "mse", devices=("cpu",))
+    @implements(backend, "mse", devices=devices)
     def mse(
         pred: Tensor,  # [B, ...]
         target: Tensor,  # [B, ...]
     ) -> Tensor:
         """Losses [B] float32."""
         pred, target = pred.contiguous(), target.contiguous()
-        losses = torch.empty(pred.shape[0], dtype=torch.float32)
-        run("mse", pred, target, losses)
+        losses = pred.new_empty(pred.shape[0], dtype=torch.float32)
+        run(kernels, "mse", pred, target, losses)
         return losses
 
-    @implements("native", "mse_backward", devices=("cpu",))
+    @implements(backend, "mse_backward", devices=devices)
     def mse_backward(
         grad: Tensor,  # [B]
         pred: Tensor,  # [B, ...]
@@ -198,6 +220,10 @@ if extension is not None:
     ) -> Tensor:
         """Gradient [B, ...] of pred, in its dtype."""
         pred, target = pred.contiguous(), target.contiguous()
-        out = torch.empty(pred.shape, dtype=pred.dtype)
-        run("mse_backward", grad.float(), pred, target, out)
+        out = pred.new_empty(pred.shape)
+        run(kernels, "mse_backward", grad.float(), pred, target, out)
         return out
+
+
+if extension is not None:
+    register("native", extension, DEVICES)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ksam_kernels import library
 from ksam_kernels.backends import implements
-from ksam_kernels.native import direct, extension, run
+from ksam_kernels.native import DEVICES, direct, extension, run
 
 TensorList = Sequence[Tensor]
 
@@ -79,14 +79,20 @@ def try_update_(
     return True
 
 
-if extension is not None:
+def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
+    """Make the kernels of a compiled module a backend's implementations on some devices."""
 
-    def _norm(name: str, *args: Any) -> Tensor:
-        norm = torch.empty((), dtype=torch.float32)
-        run(name, *args, norm)
+    def norm_of(name: str, *args: Any) -> Tensor:
+        grads = args[0]
+        norm = torch.empty((), dtype=torch.float32, device=grads[0].device if grads else None)
+        run(kernels, name, *args, norm)
         return norm
 
-    for _name in ("grad_norm", "perturb_"):
-        implements("native", _name, devices=("cpu",))(partial(_norm, _name))
-    for _name in ("restore_", "restore_sgd_", "restore_adam_"):
-        implements("native", _name, devices=("cpu",))(partial(run, _name))
+    for name in ("grad_norm", "perturb_"):
+        implements(backend, name, devices=devices)(partial(norm_of, name))
+    for name in ("restore_", "restore_sgd_", "restore_adam_"):
+        implements(backend, name, devices=devices)(partial(run, kernels, name))
+
+
+if extension is not None:
+    register("native", extension, DEVICES)

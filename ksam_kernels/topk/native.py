@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ksam_kernels.backends import implements
-from ksam_kernels.native import direct, extension, run
+from ksam_kernels.native import DEVICES, direct, extension, run
 
 
 def try_topk_indices(losses: Tensor, k: int) -> Tensor | None:
@@ -18,9 +20,10 @@ def try_topk_indices(losses: Tensor, k: int) -> Tensor | None:
     return indices if kernel(losses, indices) else None
 
 
-if extension is not None:
+def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
+    """Make the kernels of a compiled module a backend's implementations on some devices."""
 
-    @implements("native", "topk_indices", devices=("cpu",))
+    @implements(backend, "topk_indices", devices=devices)
     def topk_indices(
         losses: Tensor,  # [B]
         k: int,
@@ -28,5 +31,9 @@ if extension is not None:
         """Indices [k] int64, ascending, of the k largest losses."""
         losses = losses.contiguous()
         indices = losses.new_empty(k, dtype=torch.int64)  # (k,) takes 1 us longer to parse
-        run("topk_indices", losses, indices)
+        run(kernels, "topk_indices", losses, indices)
         return indices
+
+
+if extension is not None:
+    register("native", extension, DEVICES)

@@ -1,0 +1,55 @@
+// What of gpu.h asks torch, through its DLPack capsule.
+#include "common/gpu.h"
+
+#include <string>
+
+#include "common/gpu_runtime.h"
+#include "common/python.h"
+
+namespace ksam {
+
+#if defined(KSAM_CUDA)
+
+GpuCall::GpuCall(const Tensor& t) : device_{t.device_type, t.device_id} {
+  previous_device_ = gpu::set_device(device_.id);
+  void* stream = nullptr;
+  if (torch_api().current_work_stream(device_.type, device_.id, &stream) != 0) {
+    throw pybind11::error_already_set();
+  }
+  stream_ = static_cast<Stream>(stream);
+}
+
+GpuCall::~GpuCall() {
+  for (int i = 0; i < scratch_count_; ++i) scratch_[i]->deleter(scratch_[i]);
+  gpu::set_device(previous_device_);
+}
+
+void* GpuCall::scratch(int64_t bytes) {
+  if (scratch_count_ == kMaxScratch) throw std::logic_error("too many pieces of scratch memory");
+  int64_t shape[] = {bytes};
+  dlpack::Tensor prototype{};
+  prototype.device = device_;
+  prototype.ndim = 1;
+  prototype.dtype = {dlpack::kUInt, 8, 1};
+  prototype.shape = shape;
+  std::string error;
+  const auto set_error = [](void* context, const char*, const char* message) {
+    *static_cast<std::string*>(context) = message;
+  };
+  dlpack::ManagedTensor* tensor = nullptr;
+  if (torch_api().managed_tensor_allocator(&prototype, &tensor, &error, set_error) != 0) {
+    throw std::runtime_error("no " + std::to_string(bytes) + " bytes of device memory: " + error);
+  }
+  scratch_[scratch_count_++] = tensor;
+  return static_cast<char*>(tensor->tensor.data) + tensor->tensor.byte_offset;
+}
+
+#else
+
+GpuCall::GpuCall(const Tensor&) : device_{} { NotBuilt::call(); }
+GpuCall::~GpuCall() = default;
+void* GpuCall::scratch(int64_t bytes) { return NotBuilt::call(bytes); }
+
+#endif
+
+}  // namespace ksam

@@ -1,0 +1,86 @@
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "common/launch.cuh"
+
+namespace ksam::gpu {
+
+#if defined(KSAM_SIMT)
+
+// Few, so that the tests' grids have blocks that take several turns.
+int multiprocessors() { return 3; }
+int set_device(int) { return 0; }
+
+unsigned* ticket(Stream, void*) {
+  static unsigned counter = 0;
+  return &counter;
+}
+
+#else
+
+int set_device(int device) {
+  int previous = 0;
+  check(cudaGetDevice(&previous));
+  if (previous != device) check(cudaSetDevice(device));
+  return previous;
+}
+
+namespace {
+
+constexpr int kTickets = 1024;
+
+// Of each device; the runtime sets it to zero when it loads the module there.
+__device__ unsigned tickets[kTickets];
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device));
+  return device;
+}
+
+// The place of a stream's ticket, the same for its whole life; kTickets where all are taken.
+int place_of(int device, Stream stream) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, Stream>, int> places;
+  static std::map<int, int> taken;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = places.find({device, stream});
+  if (found != places.end()) return found->second;
+  int& next = taken[device];
+  if (next == kTickets) return kTickets;
+  places[{device, stream}] = next;
+  return next++;
+}
+
+}  // namespace
+
+int multiprocessors() {
+  constexpr int kDevices = 64;
+  static int known[kDevices] = {};
+  const int device = current_device();
+  if (device < kDevices && known[device] != 0) return known[device];
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  if (device < kDevices) known[device] = count;
+  return count;
+}
+
+unsigned* ticket(Stream stream, void* fallback) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &capture));
+  if (capture == cudaStreamCaptureStatusNone) {
+    const int place = place_of(current_device(), stream);
+    if (place < kTickets) {
+      void* begin = nullptr;
+      check(cudaGetSymbolAddress(&begin, tickets));
+      return static_cast<unsigned*>(begin) + place;
+    }
+  }
+  check(cudaMemsetAsync(fallback, 0, sizeof(unsigned), stream));
+  return static_cast<unsigned*>(fallback);
+}
+
+#endif
+
+}  // namespace ksam::gpu

@@ -1,0 +1,86 @@
+// Where the kernels of a call run, and what GPU kernels need from torch and from the driver.
+//
+// KSAM_CUDA is defined in builds with CUDA kernels. tests/simt builds the same kernels for its
+// runner, which executes them on the CPU (KSAM_SIMT): CPU tensors are then what the GPU takes.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "common/dlpack.h"
+#include "common/tensor.h"
+
+struct CUstream_st;
+
+namespace ksam {
+
+using Stream = CUstream_st*;
+
+#if defined(KSAM_SIMT)
+inline bool on_cpu(const Tensor&) { return false; }
+inline bool on_gpu(const Tensor& t) { return t.device_type == dlpack::kCPU; }
+#elif defined(KSAM_CUDA)
+inline bool on_cpu(const Tensor& t) { return t.device_type == dlpack::kCPU; }
+inline bool on_gpu(const Tensor& t) { return t.device_type == dlpack::kCUDA; }
+#else
+inline bool on_cpu(const Tensor& t) { return t.device_type == dlpack::kCPU; }
+inline bool on_gpu(const Tensor&) { return false; }
+#endif
+
+// Whether this build has kernels for the tensor's device.
+inline bool has_kernels(const Tensor& t) { return on_cpu(t) || on_gpu(t); }
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.device_type == b.device_type && a.device_id == b.device_id;
+}
+
+// Makes a device the current one for the duration of a call, whose work goes to torch's current
+// stream there.
+class GpuCall {
+ public:
+  explicit GpuCall(const Tensor& t);
+  ~GpuCall();
+  GpuCall(const GpuCall&) = delete;
+  GpuCall& operator=(const GpuCall&) = delete;
+
+  Stream stream() const { return stream_; }
+
+  // Device memory from torch's allocator, aligned to 512 bytes; freed with this object, which
+  // torch's allocator takes as the order of the stream.
+  void* scratch(int64_t bytes);
+
+ private:
+  static constexpr int kMaxScratch = 4;
+  dlpack::Device device_;
+  int previous_device_ = 0;
+  Stream stream_ = nullptr;
+  dlpack::ManagedTensor* scratch_[kMaxScratch] = {};
+  int scratch_count_ = 0;
+};
+
+// What a call of a kernel that this build leaves out stands for; has_kernels() prevents it.
+struct NotBuilt {
+  template <class... Arguments>
+  static NotBuilt call(const Arguments&...) {
+    throw std::logic_error("a kernel that is not in this build was called");
+  }
+  template <class Result>
+  operator Result() const {
+    return Result{};
+  }
+};
+
+}  // namespace ksam
+
+// KSAM_DECLARE_GPU(declarations): in namespace gpu.
+// KSAM_ON_GPU(function, arguments...): calls it, in builds that have it.
+#if defined(KSAM_CUDA)
+#define KSAM_DECLARE_GPU(...) \
+  namespace gpu {             \
+  __VA_ARGS__                 \
+  }
+#define KSAM_ON_GPU(function, ...) gpu::function(__VA_ARGS__)
+#else
+#define KSAM_DECLARE_GPU(...)
+#define KSAM_ON_GPU(function, ...) ::ksam::NotBuilt::call(__VA_ARGS__)
+#endif

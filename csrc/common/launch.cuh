@@ -1,0 +1,88 @@
+// Launches, for nvcc and for the runner of tests/simt.
+#pragma once
+
+#if defined(KSAM_SIMT)
+#include "cuda.h"  // tests/simt/cuda.h
+#else
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#endif
+
+#include "common/gpu_runtime.h"
+
+// A struct as a kernel's parameter, read where the launch has put it.
+// KSAM_DYNAMIC_SHARED(T, name): `name` points to the shared memory whose size the launch gives.
+// KSAM_DEVICE_ASSERT(condition): ends the kernel with an error that the host sees at its next wait.
+#if defined(KSAM_SIMT)
+#define KSAM_PARAMETER(T) const T&
+#define KSAM_DEVICE_ASSERT(condition) \
+  ((condition) ? (void)0 : simt::fail("device-side assert: " #condition, {__FILE__, __LINE__}))
+#else
+#define KSAM_PARAMETER(T) const __grid_constant__ T
+#define KSAM_DYNAMIC_SHARED(T, name)                          \
+  extern __shared__ __align__(16) unsigned char ksam_shared[]; \
+  T* name = reinterpret_cast<T*>(ksam_shared)
+#define KSAM_DEVICE_ASSERT(condition) \
+  ((condition) ? (void)0 : __assert_fail(#condition, __FILE__, __LINE__, __func__))
+#endif
+
+namespace ksam::gpu {
+
+// Bytes of parameters that one launch can carry (CUDA C++ Programming Guide, "Function Parameters").
+#if defined(KSAM_SIMT)
+constexpr int kParameterBytes = 2048;  // so that tests reach the next launch sooner
+#elif CUDART_VERSION >= 12010
+constexpr int kParameterBytes = 32764;
+#else
+constexpr int kParameterBytes = 4096;
+#endif
+
+#if defined(KSAM_SIMT)
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
+  simt::launch(false, kernel, grid, block, 0, arguments...);
+}
+
+template <class... P, class... A>
+void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
+  simt::launch(true, kernel, grid, block, 0, arguments...);
+}
+
+#else
+
+inline void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream, A&&... arguments) {
+  kernel<<<grid, block, 0, stream>>>(static_cast<P>(arguments)...);
+  check(cudaGetLastError());
+}
+
+// All blocks run at once, or the launch fails; cooperative_groups' grid.sync() works in them.
+template <class... P, class... A>
+void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
+                        A&&... arguments) {
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+}
+
+#endif
+
+}  // namespace ksam::gpu

@@ -1,0 +1,133 @@
+"""Builds the runner's extension: ``python -m tests.simt.build [--sanitize NAMES]``.
+
+Needs clang++ 17 or later (g++ puts no static variable of a template into a section) and the headers
+of a CUDA toolkit; no nvcc, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-DKSAM_SIMT",
+    "-DKSAM_CUDA",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-unknown-pragmas",
+]
+
+
+def folder(sanitize: str) -> Path:
+    """Where the extension of a build lies."""
+    return ROOT / "build" / "simt" / (sanitize.replace(",", "-") or "plain")
+
+
+def compiler() -> str | None:
+    """A clang++ that is new enough; $KSAM_SIMT_CXX names another."""
+    named = os.environ.get("KSAM_SIMT_CXX")
+    names = [named] if named else [f"clang++-{version}" for version in range(22, 16, -1)]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def cuda_headers() -> Path | None:
+    """The folder that holds cuda_fp16.h, beside nvcc or in $CUDA_HOME."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1]]
+    candidates = [Path(home) / "include" for home in (*homes, "/usr/local/cuda") if home]
+    return next((path for path in candidates if (path / "cuda_fp16.h").is_file()), None)
+
+
+def missing() -> str | None:
+    """What the build lacks; None if it can be built."""
+    if compiler() is None:
+        return "no clang++-17 or later"
+    if cuda_headers() is None:
+        return "no headers of a CUDA toolkit"
+    return None
+
+
+def sources() -> list[Path]:
+    """Kernels, their Python functions and the runner; no CPU kernels."""
+    host = [
+        path
+        for path in CSRC.rglob("*.cpp")
+        if not path.name.endswith("_cpu.cpp") and path != CSRC / "module.cpp"
+    ]
+    return sorted([*CSRC.rglob("*.cu"), *host, *HERE.glob("*.cpp")])
+
+
+def _ninja_file(output: Path, sanitize: str) -> str:
+    import pybind11
+
+    mode = ["-O1", "-g"]
+    if sanitize:
+        mode += [f"-fsanitize={sanitize}", "-fno-sanitize=vptr", "-fno-omit-frame-pointer"]
+        mode += ["-fno-sanitize-recover=undefined", f"-fsanitize-ignorelist={HERE}/ignore.txt"]
+        mode += ["-shared-libsan"]
+    system = (cuda_headers(), sysconfig.get_paths()["include"], pybind11.get_include())
+    flags = [*FLAGS, *mode, f"-I{CSRC}", f"-I{HERE}", *(f"-isystem{path}" for path in system)]
+    lines = [
+        f"cxx = {compiler()}",
+        f"flags = {' '.join(flags)}",
+        "rule compile",
+        "  command = $cxx $flags -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared {' '.join(mode)} $in -ldl -o $out",
+    ]
+    objects = []
+    for source in sources():
+        objects.append("-".join(source.relative_to(ROOT).parts) + ".o")
+        lines.append(f"build {objects[-1]}: compile {source}")
+    lines.append(f"build {output.name}: link {' '.join(objects)}")
+    return "\n".join([*lines, ""])
+
+
+def build(sanitize: str = "") -> Path:
+    """Compile what has changed; the path of the extension.
+
+    Raises:
+        RuntimeError: something is missing, or does not compile.
+    """
+    import ninja
+
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(f"the runner cannot be built: {reason}")
+    output = folder(sanitize) / "_simt.so"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    (output.parent / "build.ninja").write_text(_ninja_file(output, sanitize))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(output.parent)]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise RuntimeError("the runner does not compile, see the compiler's message above")
+    return output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitize", default="", help="address,undefined or thread")
+    try:
+        print(build(parser.parse_args().sanitize))
+    except RuntimeError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
