@@ -1,15 +1,10 @@
-#include "runner.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <numeric>
-#include <vector>
 
-#include "sanitizers.h"
+#include "machine.h"
 
 // The linker's names for the section that holds static shared memory, where a kernel has some.
 extern "C" {
@@ -44,61 +39,6 @@ simt_switch_stack:
 )");
 
 namespace simt {
-namespace {
-
-constexpr size_t kStackBytes = 256 << 10;
-constexpr int kWarp = 32;
-constexpr double kYieldChance = 0.05;
-constexpr uint64_t kTurn = 512;  // switches that a block's turn lasts, on average
-
-enum class State { ready, at_block_barrier, at_warp_operation, at_grid_barrier, done };
-
-struct Block;
-
-struct Fiber {
-  void* stack_pointer = nullptr;
-  sanitizers::Context context;
-  Block* block = nullptr;
-  uint3 index{};
-  int linear = 0;
-  State state = State::done;
-  Site site{};
-  // of the barrier or warp operation that it waits at
-  WarpOp op{};
-  Vote vote{};
-  unsigned mask = 0;
-  uint64_t in = 0, out = 0;
-  int source = 0;
-
-  int warp() const { return linear / kWarp; }
-  int lane() const { return linear % kWarp; }
-};
-
-struct Block {
-  uint3 index{};
-  std::vector<Fiber*> fibers;
-  std::vector<Fiber*> ready;
-  int live = 0, waiting = 0;
-  std::unique_ptr<char, decltype(&std::free)> dynamic{nullptr, &std::free};
-  size_t dynamic_room = 0;
-  std::vector<char> image;      // its static shared memory, while another block's is in place
-  char order[kWarp + 1] = {};   // addresses that stand for the barriers of the block and its warps
-};
-
-struct Machine {
-  uint64_t seed = 0, random = 1;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<std::unique_ptr<Block>> resident;
-  Block* in_place = nullptr;  // the block whose static shared memory lies in the section
-  Fiber* current = nullptr;
-  void* scheduler = nullptr;
-  sanitizers::Context scheduler_context;
-  dim3 grid, block;
-  int grid_live = 0, grid_waiting = 0;
-  const std::function<void()>* body = nullptr;
-  std::string fault;
-  char launch_order = 0, end_order = 0, fence_order = 0;
-};
 
 Machine machine;
 
@@ -120,6 +60,24 @@ std::string place_of(const Fiber& f) {
 void note_fault(const std::string& what) {
   if (machine.fault.empty()) machine.fault = what;
 }
+
+void to_scheduler() {
+  Fiber* self = machine.current;
+  sanitizers::before_switch(&self->context, machine.scheduler_context);
+  simt_switch_stack(&self->stack_pointer, machine.scheduler);
+  sanitizers::after_switch(&self->context, &machine.scheduler_context);
+}
+
+void make_ready(Fiber* fiber) {
+  fiber->state = State::ready;
+  fiber->block->ready.push_back(fiber);
+}
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr double kYieldChance = 0.05;
+constexpr uint64_t kTurn = 512;  // switches that a block's turn lasts, on average
 
 // Bytes that no sanitizer may see: what fibers of other blocks did to them is no race.
 __attribute__((no_sanitize("address", "thread", "memory"), noinline)) void copy_unseen(
@@ -145,13 +103,6 @@ void put_in_place(Block* block) {
   machine.in_place = block;
 }
 
-void to_scheduler() {
-  Fiber* self = machine.current;
-  sanitizers::before_switch(&self->context, machine.scheduler_context);
-  simt_switch_stack(&self->stack_pointer, machine.scheduler);
-  sanitizers::after_switch(&self->context, &machine.scheduler_context);
-}
-
 void to_fiber(Fiber* fiber) {
   machine.current = fiber;
   put_in_place(fiber->block);
@@ -159,115 +110,6 @@ void to_fiber(Fiber* fiber) {
   simt_switch_stack(&machine.scheduler, fiber->stack_pointer);
   sanitizers::Context unused;
   sanitizers::after_switch(&machine.scheduler_context, &unused);
-}
-
-void make_ready(Fiber* fiber) {
-  fiber->state = State::ready;
-  fiber->block->ready.push_back(fiber);
-}
-
-void open_block_barrier(Block* block) {
-  if (block->waiting == 0 || block->waiting != block->live) return;
-  const Fiber* first = nullptr;
-  int count = 0;
-  for (const Fiber* f : block->fibers) {
-    if (f->state != State::at_block_barrier) continue;
-    if (first == nullptr) first = f;
-    if (f->site.line != first->site.line || f->vote != first->vote) {
-      note_fault("__syncthreads of one block in two places: " + place_of(*first) + " and " +
-                 place_of(*f));
-    }
-    count += f->in != 0;
-  }
-  if (block->live != static_cast<int>(block->fibers.size())) {
-    note_fault("__syncthreads that threads have left out by returning: " + place_of(*first));
-  }
-  const int live = block->live;
-  block->waiting = 0;
-  for (Fiber* f : block->fibers) {
-    if (f->state != State::at_block_barrier) continue;
-    f->out = f->vote == Vote::count ? count : f->vote == Vote::any ? count > 0 : count == live;
-    make_ready(f);
-  }
-}
-
-void open_grid_barrier() {
-  if (machine.grid_waiting == 0 || machine.grid_waiting != machine.grid_live) return;
-  machine.grid_waiting = 0;
-  for (const auto& block : machine.resident) {
-    for (Fiber* f : block->fibers) {
-      if (f->state == State::at_grid_barrier) make_ready(f);
-    }
-  }
-}
-
-// The lanes of a mask that the last warp of a block has.
-unsigned existing(const Fiber& f) {
-  const int lanes = static_cast<int>(f.block->fibers.size()) - f.warp() * kWarp;
-  return lanes < kWarp ? f.mask & ((1u << lanes) - 1) : f.mask;
-}
-
-template <class Function>
-void for_each_lane(const Fiber& f, const Function& function) {
-  const unsigned mask = existing(f);
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (mask >> lane & 1) function(lane, f.block->fibers[f.warp() * kWarp + lane]);
-  }
-}
-
-uint64_t reduced(const Fiber& f) {
-  bool first = true;
-  int32_t result = 0;
-  for_each_lane(f, [&](int, const Fiber* other) {
-    const int32_t value = static_cast<int32_t>(other->in);
-    if (first) {
-      result = value;
-    } else if (f.op == WarpOp::add) {
-      result = static_cast<int32_t>(static_cast<uint32_t>(result) + static_cast<uint32_t>(value));
-    } else {
-      result = f.op == WarpOp::min ? std::min(result, value) : std::max(result, value);
-    }
-    first = false;
-  });
-  return static_cast<uint32_t>(result);
-}
-
-uint64_t result_of(const Fiber& f) {
-  uint64_t lanes = 0;
-  switch (f.op) {
-    case WarpOp::sync:
-      return 0;
-    case WarpOp::shuffle:
-      if ((existing(f) >> f.source & 1) == 0) return 0xfff7fff7fff7fff7ull;  // undefined in CUDA
-      return f.block->fibers[f.warp() * kWarp + f.source]->in;
-    case WarpOp::ballot:
-      for_each_lane(f, [&](int lane, const Fiber* o) { lanes |= uint64_t{o->in != 0} << lane; });
-      return lanes;
-    case WarpOp::match:
-      for_each_lane(f, [&](int lane, const Fiber* o) { lanes |= uint64_t{o->in == f.in} << lane; });
-      return lanes;
-    default:
-      return reduced(f);
-  }
-}
-
-// Once all lanes that `f` names have come to its operation.
-void finish_warp_operation(const Fiber& f) {
-  bool all = true;
-  for_each_lane(f, [&](int lane, const Fiber* other) {
-    if (other->state == State::done) {
-      note_fault("lane " + std::to_string(lane) + ", named in a mask, has returned: " +
-                 place_of(f));
-    }
-    const bool here = other->state == State::at_warp_operation && other->op == f.op;
-    if (here && other->mask != f.mask && other->site.line == f.site.line) {
-      note_fault("masks differ: " + place_of(f) + " and " + place_of(*other));
-    }
-    all = all && here && other->mask == f.mask;
-  });
-  if (!all) return;
-  for_each_lane(f, [&](int, Fiber* other) { other->out = result_of(*other); });
-  for_each_lane(f, [&](int, Fiber* other) { make_ready(other); });
 }
 
 // Where every fiber starts; it is used again for thread after thread.
@@ -387,11 +229,6 @@ void end_blocks() {
   machine.in_place = nullptr;
 }
 
-void wait(State state) {
-  machine.current->state = state;
-  to_scheduler();
-}
-
 }  // namespace
 
 void set_seed(uint64_t seed) { machine.seed = seed; }
@@ -437,30 +274,6 @@ dim3 grid_size() { return machine.grid; }
 char* dynamic_shared() { return machine.current->block->dynamic.get(); }
 int lane() { return machine.current->lane(); }
 
-int block_barrier(Vote vote, bool predicate, Site site) {
-  Fiber* self = machine.current;
-  self->site = site;
-  self->vote = vote;
-  self->in = predicate;
-  self->state = State::at_block_barrier;
-  sanitizers::release(&self->block->order[kWarp]);
-  ++self->block->waiting;
-  open_block_barrier(self->block);
-  to_scheduler();
-  sanitizers::acquire(&self->block->order[kWarp]);
-  return static_cast<int>(self->out);
-}
-
-void grid_barrier(Site site) {
-  machine.current->site = site;
-  machine.current->state = State::at_grid_barrier;
-  sanitizers::release(&machine.end_order);
-  ++machine.grid_waiting;
-  open_grid_barrier();
-  to_scheduler();
-  sanitizers::acquire(&machine.end_order);
-}
-
 void yield() {
   make_ready(machine.current);
   to_scheduler();
@@ -472,26 +285,10 @@ void chance_of_yield() {
   }
 }
 
-uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, int source, Site site) {
-  Fiber* self = machine.current;
-  self->site = site;
-  self->op = op;
-  self->mask = mask;
-  self->in = value;
-  self->source = source;
-  self->state = State::at_warp_operation;
-  if ((mask >> self->lane() & 1) == 0) note_fault("a lane not in its own mask: " + place_of(*self));
-  sanitizers::release(&self->block->order[self->warp()]);
-  finish_warp_operation(*self);
-  to_scheduler();
-  sanitizers::acquire(&self->block->order[self->warp()]);
-  return self->out;
-}
-
 void fail(const std::string& what, Site site) {
   machine.current->site = site;
   note_fault(what + ": " + place_of(*machine.current));
-  for (;;) wait(State::done);
+  for (;;) to_scheduler();  // for ever: the scheduler stops at a fault
 }
 
 void fence() {

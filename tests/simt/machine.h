@@ -1,0 +1,77 @@
+// The runner's state, for its own sources.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runner.h"
+#include "sanitizers.h"
+
+namespace simt {
+
+constexpr int kWarp = 32;
+
+enum class State { ready, at_block_barrier, at_warp_operation, at_grid_barrier, done };
+
+struct Block;
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  sanitizers::Context context;
+  Block* block = nullptr;
+  uint3 index{};
+  int linear = 0;
+  State state = State::done;
+  Site site{};
+  // of the barrier or warp operation that it waits at
+  WarpOp op{};
+  Vote vote{};
+  unsigned mask = 0;
+  uint64_t in = 0, out = 0;
+  int source = 0;
+
+  int warp() const { return linear / kWarp; }
+  int lane() const { return linear % kWarp; }
+};
+
+struct Block {
+  uint3 index{};
+  std::vector<Fiber*> fibers;
+  std::vector<Fiber*> ready;
+  int live = 0, waiting = 0;
+  std::unique_ptr<char, decltype(&std::free)> dynamic{nullptr, &std::free};
+  size_t dynamic_room = 0;
+  std::vector<char> image;      // its static shared memory, while another block's is in place
+  char order[kWarp + 1] = {};   // addresses that stand for the barriers of the block and its warps
+};
+
+struct Machine {
+  uint64_t seed = 0, random = 1;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::unique_ptr<Block>> resident;
+  Block* in_place = nullptr;  // the block whose static shared memory lies in the section
+  Fiber* current = nullptr;
+  void* scheduler = nullptr;
+  sanitizers::Context scheduler_context;
+  dim3 grid, block;
+  int grid_live = 0, grid_waiting = 0;
+  const std::function<void()>* body = nullptr;
+  std::string fault;
+  char launch_order = 0, end_order = 0, fence_order = 0;
+};
+
+extern Machine machine;
+
+uint64_t next_random();
+std::string place_of(const Fiber& fiber);
+void note_fault(const std::string& what);  // the first one is reported
+void make_ready(Fiber* fiber);
+void to_scheduler();  // from the running fiber; returns when it is taken again
+
+// Let go on who waits, if nobody is missing any more.
+void open_block_barrier(Block* block);
+void open_grid_barrier();
+
+}  // namespace simt
