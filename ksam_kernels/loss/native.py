@@ -7,11 +7,14 @@ are the arguments rearranged.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ksam_kernels.backends import implements
 from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.library import attach, wants_grad
 from ksam_kernels.native import direct, extension, run
 
 
@@ -27,9 +30,9 @@ def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
     return losses, torch.empty(*rows, 3, dtype=opmath_dtype(logits.dtype))
 
 
-def _needs_nothing(logits: Tensor, target: Tensor, weight: Tensor | None, *options: float) -> bool:
-    """Whether a kernel may be tried with arguments that are not checked: no gradient is wanted of
-    any, and the options, which no kernel checks, are in their ranges."""
+def _may_try(logits: Tensor, target: Tensor, weight: Tensor | None, *options: float) -> bool:
+    """Whether a kernel may be tried with arguments that are not checked: no gradient is wanted but
+    that of the logits, and the options, which no kernel checks, are in their ranges."""
     ignore_index, label_smoothing = options
     return (
         type(logits) is Tensor
@@ -38,12 +41,8 @@ def _needs_nothing(logits: Tensor, target: Tensor, weight: Tensor | None, *optio
         and 0 <= label_smoothing <= 1
         and (ignore_index < 0 or not target.is_floating_point())
         and not (
-            torch.is_grad_enabled()
-            and (
-                logits.requires_grad
-                or target.requires_grad
-                or (weight is not None and weight.requires_grad)
-            )
+            (target.requires_grad or (weight is not None and wants_grad(weight)))
+            and torch.is_grad_enabled()
         )
     )
 
@@ -53,10 +52,14 @@ def try_cross_entropy(
 ) -> Tensor | None:
     """The losses, if the kernel takes the arguments as they are."""
     kernel = direct("cross_entropy")
-    if kernel is None or not _needs_nothing(logits, target, weight, *options):
+    if kernel is None or not _may_try(logits, target, weight, *options):
         return None
     outputs = _outputs(logits)
-    return outputs[0] if kernel(logits, target, weight, *options, *outputs) else None
+    if not kernel(logits, target, weight, *options, *outputs):
+        return None
+    if logits.requires_grad and torch.is_grad_enabled():
+        return attach("cross_entropy", outputs, logits, target, weight, *options)
+    return outputs[0]
 
 
 def try_select_cross_entropy(
@@ -64,14 +67,26 @@ def try_select_cross_entropy(
 ) -> tuple[Tensor, Tensor] | None:
     """Losses and indices, if the kernel takes the arguments as they are."""
     kernel = direct("select_cross_entropy")
-    if kernel is None or not _needs_nothing(logits, target, weight, *options):
+    if kernel is None or not _may_try(logits, target, weight, *options):
         return None
     if type(k) is not int or k < 1 or logits.dim() != 2:
         return None
     losses, stats = _outputs(logits)
-    indices = torch.empty(k, dtype=torch.int64)
-    accepted = kernel(logits, target, weight, *options, losses, stats, indices)
-    return (losses, indices) if accepted else None
+    outputs = losses, stats, torch.empty(k, dtype=torch.int64)
+    if not kernel(logits, target, weight, *options, *outputs):
+        return None
+    if logits.requires_grad and torch.is_grad_enabled():
+        losses = attach("select_cross_entropy", outputs, logits, target, k, weight, *options)
+    return losses, outputs[2]
+
+
+def try_cross_entropy_backward(grad: Tensor, logits: Tensor, *args: Any) -> Tensor | None:
+    """The gradient of the logits, if the kernel takes the arguments as they are."""
+    kernel = direct("cross_entropy_backward")
+    if kernel is None or torch.is_grad_enabled():  # a second derivative raises in the operator
+        return None
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return out if kernel(grad, logits, *args, out) else None
 
 
 if extension is not None:
