@@ -23,11 +23,16 @@ def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
     return None if weight is None else weight.to(opmath_dtype(like.dtype)).contiguous()
 
 
-def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [...] and row statistics [..., 3], to be written."""
-    *rows, _ = logits.shape  # ints of a list are read in half the time of a torch.Size
-    losses = torch.empty(rows, dtype=torch.float32)
-    return losses, torch.empty(*rows, 3, dtype=opmath_dtype(logits.dtype))
+def _losses(logits: Tensor) -> Tensor:
+    """Losses [...], to be written."""
+    *rows, _ = logits.shape  # ints one by one are read in half the time of a torch.Size
+    return torch.empty(*rows, dtype=torch.float32) if rows else torch.empty((), dtype=torch.float32)
+
+
+def _stats(logits: Tensor) -> Tensor:
+    """Row statistics [..., 3], to be written."""
+    *rows, _ = logits.shape
+    return torch.empty(*rows, 3, dtype=opmath_dtype(logits.dtype))
 
 
 def _may_try(logits: Tensor, target: Tensor, weight: Tensor | None, *options: float) -> bool:
@@ -54,12 +59,13 @@ def try_cross_entropy(
     kernel = direct("cross_entropy")
     if kernel is None or not _may_try(logits, target, weight, *options):
         return None
-    outputs = _outputs(logits)
-    if not kernel(logits, target, weight, *options, *outputs):
+    losses = _losses(logits)
+    stats = _stats(logits) if logits.requires_grad and torch.is_grad_enabled() else None
+    if not kernel(logits, target, weight, *options, losses, stats):
         return None
-    if logits.requires_grad and torch.is_grad_enabled():
-        return attach("cross_entropy", outputs, logits, target, weight, *options)
-    return outputs[0]
+    if stats is None:
+        return losses
+    return attach("cross_entropy", (losses, stats), logits, target, weight, *options)
 
 
 def try_select_cross_entropy(
@@ -71,13 +77,14 @@ def try_select_cross_entropy(
         return None
     if type(k) is not int or k < 1 or logits.dim() != 2:
         return None
-    losses, stats = _outputs(logits)
-    outputs = losses, stats, torch.empty(k, dtype=torch.int64)
-    if not kernel(logits, target, weight, *options, *outputs):
+    losses, indices = _losses(logits), torch.empty(k, dtype=torch.int64)
+    stats = _stats(logits) if logits.requires_grad and torch.is_grad_enabled() else None
+    if not kernel(logits, target, weight, *options, losses, stats, indices):
         return None
-    if logits.requires_grad and torch.is_grad_enabled():
+    if stats is not None:
+        outputs = losses, stats, indices
         losses = attach("select_cross_entropy", outputs, logits, target, k, weight, *options)
-    return losses, outputs[2]
+    return losses, indices
 
 
 def try_cross_entropy_backward(grad: Tensor, logits: Tensor, *args: Any) -> Tensor | None:
@@ -100,7 +107,7 @@ if extension is not None:
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         """Losses [...] float32 and row statistics [..., 3] for the backward pass."""
-        outputs = _outputs(logits)
+        outputs = _losses(logits), _stats(logits)
         options = ignore_index, label_smoothing
         if not extension.cross_entropy(logits, target, weight, *options, *outputs):
             logits, target = logits.contiguous(), target.contiguous()
@@ -117,7 +124,7 @@ if extension is not None:
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses [B], row statistics [B, 3] and indices [k] of the k largest losses."""
-        outputs = *_outputs(logits), torch.empty(k, dtype=torch.int64)
+        outputs = _losses(logits), _stats(logits), torch.empty(k, dtype=torch.int64)
         options = ignore_index, label_smoothing
         if not extension.select_cross_entropy(logits, target, weight, *options, *outputs):
             logits, target = logits.contiguous(), target.contiguous()
