@@ -18,7 +18,7 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     losses: Tensor,
-    stats: Tensor,
+    stats: Tensor | None,
 ) -> bool: ...
 def select_cross_entropy(
     logits: Tensor,
@@ -27,7 +27,7 @@ def select_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     losses: Tensor,
-    stats: Tensor,
+    stats: Tensor | None,
     indices: Tensor,
 ) -> bool: ...
 def cross_entropy_backward(

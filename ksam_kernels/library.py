@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import Parameter
 
 from ksam_kernels import backends
+
+#: The derivatives of the operators that have one.
+_functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:
@@ -28,12 +32,17 @@ def _device(args: tuple[Any, ...]) -> torch.device:
     return torch.device("cpu")
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+def operator(
+    schema: str, setup: Callable[..., None] | None = None, grad: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
     """Declare ``torch.ops.ksam.<function name>``; the decorated function is its fake kernel.
 
     Args:
         schema: arguments and returns as in ``(Tensor(a!) x, int n) -> Tensor``; what it marks with
             ``!`` is mutated.
+        setup: ``setup(ctx, inputs, output)`` keeps what ``grad`` needs.
+        grad: ``grad(ctx, *upstream)``, a gradient per input. Of several outputs the first alone has
+            a derivative.
     """
     mutated = re.findall(r"Tensor\(\w+!\)(?:\[\])? (\w+)", schema)
 
@@ -45,36 +54,86 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
         op = torch.library.custom_op(f"ksam::{name}", kernel, mutates_args=mutated, schema=schema)
         op.register_fake(fake)
+        if setup is not None and grad is not None:
+            op.register_autograd(grad, setup_context=setup)
+            _functions[name] = _function(name, setup, grad)
         return op
 
     return declare
 
 
+def _function(
+    name: str, setup: Callable[..., None], grad: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """The derivative of an operator for :func:`attach`.
+
+    No ``setup_context``: where that is defined, ``apply`` inspects a signature in every call.
+    """
+
+    def forward(ctx: Any, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
+        setup(ctx, inputs, outputs)
+        return outputs[0]
+
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad(ctx, *upstream)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"ksam_{name}", (torch.autograd.Function,), methods)
+
+
+def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
+    """The first of the outputs of ``torch.ops.ksam.<name>``, computed without it, with the gradient
+    that it would have. The tuple hides the outputs from autograd, which would take them for inputs.
+    """
+    losses: Tensor = _functions[name].apply(outputs, *inputs)  # type: ignore[no-untyped-call]
+    return losses
+
+
 def is_eager() -> bool:
-    """Nothing traces or intercepts operators now: no compiler, no dispatch mode."""
-    return not torch.compiler.is_compiling() and not _len_torch_dispatch_stack()
+    """Nothing traces or intercepts operators now: no compiler, dispatch mode or transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+    )
 
 
 def wants_grad(arg: Any) -> bool:
+    if isinstance(arg, (list, tuple)):
+        return any(map(wants_grad, arg))
     return isinstance(arg, Tensor) and arg.requires_grad
 
 
-def _is_opaque(arg: Any) -> bool:
-    """A tensor that may have more to it than its data: a subclass, or one that wants a gradient."""
-    kind = type(arg)
-    if kind is Tensor or kind is Parameter:
-        return arg.requires_grad and torch.is_grad_enabled()
+def _is_subclass(arg: Any) -> bool:
+    """A tensor that may have more to it than its data."""
     if isinstance(arg, (list, tuple)):
-        return any(map(_is_opaque, arg))
-    return isinstance(arg, Tensor)
+        return any(map(_is_subclass, arg))
+    kind = type(arg)
+    return kind is not Tensor and kind is not Parameter and isinstance(arg, Tensor)
 
 
 def call(name: str, *args: Any) -> Any:
     """Run ``torch.ops.ksam.<name>``, which must not mutate its arguments.
 
-    The dispatcher takes some 30 us to reach a Python kernel. Where it has nothing to do (no
-    gradient, no tracing, no tensor subclass) the implementation is called without it.
+    The dispatcher takes some 30 us to reach a Python kernel, and 100 us where a gradient is wanted.
+    Where it has nothing to do (no tracing, no tensor subclass) the implementation is called without
+    it, and its derivative attached.
     """
-    if not is_eager() or any(map(_is_opaque, args)):
-        return getattr(torch.ops.ksam, name)(*args)
-    return backends.call(name, _device(args), *args)
+    if is_eager() and not any(map(_is_subclass, args)):
+        if not (torch.is_grad_enabled() and any(map(wants_grad, args))):
+            return backends.call(name, _device(args), *args)
+        if name in _functions:
+            with torch.no_grad():
+                outputs = backends.call(name, _device(args), *args)
+            if isinstance(outputs, Tensor):
+                return attach(name, (outputs,), *args)
+            return attach(name, outputs, *args), *outputs[1:]
+    return getattr(torch.ops.ksam, name)(*args)
+
+
+def call_backward(name: str, grad: Tensor, *args: Any) -> Any:
+    """:func:`call` in a backward pass. Under vmap, functorch's or that of ``is_grads_batched``, the
+    operator runs, over which PyTorch loops."""
+    if not is_eager() or is_legacy_batchedtensor(grad):
+        return getattr(torch.ops.ksam, name)(grad, *args)
+    return call(name, grad, *args)

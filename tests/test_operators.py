@@ -259,3 +259,15 @@ def test_a_compiled_restore_and_update_equals_the_eager_one(backend: str) -> Non
         results.append(copies)
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # no batching rule: PyTorch loops
+def test_functorch_transforms_without_gradients_see_the_operators(backend: str) -> None:
+    logits, target = torch.randn(3, 8, 5), torch.randint(0, 5, (8,))
+
+    def losses(x: Tensor) -> Tensor:
+        return ksam_kernels.cross_entropy(x, target)
+
+    expected = torch.stack([losses(x) for x in logits])
+    assert torch.equal(torch.func.vmap(losses)(logits), expected)
+    assert torch.equal(torch.func.functionalize(losses)(logits[0]), expected[0])

@@ -58,7 +58,7 @@ bool read_tensor(py::handle object, Tensor* out) {
   out->dtype = dtype_of(t.dtype);
   out->numel = 1;
   for (int i = 0; i < t.ndim; ++i) out->numel *= t.shape[i];
-  return true;
+  return t.data != nullptr || out->numel == 0;  // null: a wrapper, functorch's for one
 }
 
 bool read_tensors(py::handle list, std::vector<Tensor>* out) {

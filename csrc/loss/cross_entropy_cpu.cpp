@@ -1,8 +1,8 @@
 // Cross-entropy of every row, in one pass over the logits.
 //
 // Bytes moved: each logit once, and each probability where the target has them; per row a class,
-// 4 for the loss and 12 for the statistics. A block of a row is looked at twice, for its maximum
-// and for its sums, the second time in the first-level cache.
+// 4 for the loss and 12 for the statistics, if they are wanted. A block of a row is looked at
+// twice, for its maximum and for its sums, the second time in the first-level cache.
 #include "loss/elementary_cpu.h"
 #include "loss/loss_row.h"
 #include "loss/target_cpu.h"
@@ -101,7 +101,9 @@ KSAM_INLINE void write_row(const CrossEntropy& args, const Target<A>& target, in
     loss = loss_of(sums, stats.log_s, hot, z_y);
   }
   args.losses[row] = static_cast<float>(loss);
-  std::memcpy(static_cast<A*>(args.stats) + 3 * row, &stats, sizeof(stats));
+  if (args.stats != nullptr) {
+    std::memcpy(static_cast<A*>(args.stats) + 3 * row, &stats, sizeof(stats));
+  }
 }
 
 template <bool kSpread, class T>

@@ -27,7 +27,7 @@ struct CrossEntropy {
   int64_t ignore_index;
   double label_smoothing;
   float* losses;       // [N]; the backward pass takes no losses
-  void* stats;         // [N, 3] A: m = max x, log s with s = sum exp(x - m), mass = sum q
+  void* stats;         // [N, 3] A: m = max x, log s with s = sum exp(x - m), mass = sum q; or null
   int64_t* first_bad;  // in: N; out: the first row whose class is out of range, if any is
 };
 

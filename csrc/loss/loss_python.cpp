@@ -97,9 +97,9 @@ bool read_cross_entropy(py::handle logits_, py::handle target, py::handle weight
 bool read_losses(py::handle losses_, py::handle stats_, CrossEntropy* args) {
   Tensor losses, stats;
   const Matrix& logits = args->logits;
-  if (!read_tensor(losses_, &losses) || !read_tensor(stats_, &stats)) return false;
+  if (!read_tensor(losses_, &losses) || !read_optional(stats_, &stats)) return false;
   if (!is_plain(losses, DType::f32, logits.rows)) return false;
-  if (!is_plain(stats, opmath_of(logits.dtype), 3 * logits.rows)) return false;
+  if (!stats_.is_none() && !is_plain(stats, opmath_of(logits.dtype), 3 * logits.rows)) return false;
   args->losses = losses.as<float>();
   args->stats = stats.data;
   return true;
@@ -127,7 +127,8 @@ void run(CrossEntropy* args, const Body& body) {
 }
 
 // logits [..., C] floating, any stride between rows; target [...] or [..., C]; weight [C] A or
-// None; losses [...] f32 and stats [..., 3] A, contiguous. A is f64 for f64 logits, else f32.
+// None; losses [...] f32, and stats [..., 3] A or None where no gradient will follow, contiguous.
+// A is f64 for f64 logits, else f32.
 bool cross_entropy(py::handle logits, py::handle target, py::handle weight, int64_t ignore_index,
                    double label_smoothing, py::handle losses, py::handle stats) {
   CrossEntropy args;

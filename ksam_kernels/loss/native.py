@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ksam_kernels.backends import implements
 from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.library import attach, wants_grad
 from ksam_kernels.native import DEVICES, direct, extension, run
 
 
@@ -22,16 +23,28 @@ def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
     return None if weight is None else weight.to(opmath_dtype(like.dtype)).contiguous()
 
 
-def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [...] and row statistics [..., 3], to be written."""
-    *rows, _ = logits.shape  # ints of a list are read in half the time of a torch.Size
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    return losses, torch.empty(*rows, 3, dtype=opmath_dtype(logits.dtype), device=logits.device)
+# On the device of the logits whatever the default device is. Sizes one by one are read in half the
+# time of a torch.Size.
+def _losses(logits: Tensor) -> Tensor:
+    """Losses [...], to be written."""
+    *rows, _ = logits.shape
+    return logits.new_empty(rows, dtype=torch.float32)
 
 
-def _needs_nothing(logits: Tensor, target: Tensor, weight: Tensor | None, *options: float) -> bool:
-    """Whether a kernel may be tried with arguments that are not checked: no gradient is wanted of
-    any, and the options, which no kernel checks, are in their ranges."""
+def _stats(logits: Tensor) -> Tensor:
+    """Row statistics [..., 3], to be written."""
+    *rows, _ = logits.shape
+    return logits.new_empty((*rows, 3), dtype=opmath_dtype(logits.dtype))
+
+
+def _indices(logits: Tensor, k: int) -> Tensor:
+    """Indices [k], to be written."""
+    return logits.new_empty(k, dtype=torch.int64)
+
+
+def _may_try(logits: Tensor, target: Tensor, weight: Tensor | None, *options: float) -> bool:
+    """Whether a kernel may be tried with arguments that are not checked: no gradient is wanted but
+    that of the logits, and the options, which no kernel checks, are in their ranges."""
     ignore_index, label_smoothing = options
     return (
         type(logits) is Tensor
@@ -40,12 +53,8 @@ def _needs_nothing(logits: Tensor, target: Tensor, weight: Tensor | None, *optio
         and 0 <= label_smoothing <= 1
         and (ignore_index < 0 or not target.is_floating_point())
         and not (
-            torch.is_grad_enabled()
-            and (
-                logits.requires_grad
-                or target.requires_grad
-                or (weight is not None and weight.requires_grad)
-            )
+            (target.requires_grad or (weight is not None and wants_grad(weight)))
+            and torch.is_grad_enabled()
         )
     )
 
@@ -55,10 +64,15 @@ def try_cross_entropy(
 ) -> Tensor | None:
     """The losses, if the kernel takes the arguments as they are."""
     kernel = direct("cross_entropy")
-    if kernel is None or not _needs_nothing(logits, target, weight, *options):
+    if kernel is None or not _may_try(logits, target, weight, *options):
         return None
-    outputs = _outputs(logits)
-    return outputs[0] if kernel(logits, target, weight, *options, *outputs) else None
+    losses = _losses(logits)
+    stats = _stats(logits) if logits.requires_grad and torch.is_grad_enabled() else None
+    if not kernel(logits, target, weight, *options, losses, stats):
+        return None
+    if stats is None:
+        return losses
+    return attach("cross_entropy", (losses, stats), logits, target, weight, *options)
 
 
 def try_select_cross_entropy(
@@ -66,14 +80,27 @@ def try_select_cross_entropy(
 ) -> tuple[Tensor, Tensor] | None:
     """Losses and indices, if the kernel takes the arguments as they are."""
     kernel = direct("select_cross_entropy")
-    if kernel is None or not _needs_nothing(logits, target, weight, *options):
+    if kernel is None or not _may_try(logits, target, weight, *options):
         return None
     if type(k) is not int or k < 1 or logits.dim() != 2:
         return None
-    losses, stats = _outputs(logits)
-    indices = torch.empty(k, dtype=torch.int64)
-    accepted = kernel(logits, target, weight, *options, losses, stats, indices)
-    return (losses, indices) if accepted else None
+    losses, indices = _losses(logits), _indices(logits, k)
+    stats = _stats(logits) if logits.requires_grad and torch.is_grad_enabled() else None
+    if not kernel(logits, target, weight, *options, losses, stats, indices):
+        return None
+    if stats is not None:
+        outputs = losses, stats, indices
+        losses = attach("select_cross_entropy", outputs, logits, target, k, weight, *options)
+    return losses, indices
+
+
+def try_cross_entropy_backward(grad: Tensor, logits: Tensor, *args: Any) -> Tensor | None:
+    """The gradient of the logits, if the kernel takes the arguments as they are."""
+    kernel = direct("cross_entropy_backward")
+    if kernel is None or torch.is_grad_enabled():  # a second derivative raises in the operator
+        return None
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return out if kernel(grad, logits, *args, out) else None
 
 
 def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
@@ -88,7 +115,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         """Losses [...] float32 and row statistics [..., 3] for the backward pass."""
-        outputs = _outputs(logits)
+        outputs = _losses(logits), _stats(logits)
         options = ignore_index, label_smoothing
         if not kernels.cross_entropy(logits, target, weight, *options, *outputs):
             logits, target = logits.contiguous(), target.contiguous()
@@ -113,7 +140,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses [B], row statistics [B, 3] and indices [k] of the k largest losses."""
-        outputs = *_outputs(logits), torch.empty(k, dtype=torch.int64, device=logits.device)
+        outputs = _losses(logits), _stats(logits), _indices(logits, k)
         options = ignore_index, label_smoothing
         if not kernels.select_cross_entropy(logits, target, weight, *options, *outputs):
             logits, target = logits.contiguous(), target.contiguous()

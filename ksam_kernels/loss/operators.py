@@ -11,12 +11,45 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.checks import opmath_dtype
-from ksam_kernels.library import operator
+from ksam_kernels.library import call_backward, operator
+from ksam_kernels.loss import native
+
+
+def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Serves both operators: select_cross_entropy has k between target and weight.
+    logits, target, *_, weight, ctx.ignore_index, ctx.label_smoothing = inputs
+    ctx.constants = len(inputs) - 1
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logits, target, output[1], weight)
+
+
+def _cross_entropy_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logits, target, stats, weight = ctx.saved_tensors
+    args = grad, logits, target, stats, weight, ctx.ignore_index, ctx.label_smoothing
+    dx = native.try_cross_entropy_backward(*args)
+    if dx is None:
+        dx = call_backward("cross_entropy_backward", *args)
+    return dx, *[None] * ctx.constants
+
+
+def _elementwise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _bce_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    name = "binary_cross_entropy_with_logits_backward"
+    return call_backward(name, grad, *ctx.saved_tensors), None, None
+
+
+def _mse_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return call_backward("mse_backward", grad, *ctx.saved_tensors), None
 
 
 @operator(
     "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
-    " -> (Tensor losses, Tensor stats)"
+    " -> (Tensor losses, Tensor stats)",
+    _cross_entropy_setup,
+    _cross_entropy_grad,
 )
 def cross_entropy(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = logits.shape[:-1]
@@ -34,7 +67,9 @@ def cross_entropy_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 @operator(
     "(Tensor logits, Tensor target, SymInt k, Tensor? weight, int ignore_index,"
-    " float label_smoothing) -> (Tensor losses, Tensor stats, Tensor indices)"
+    " float label_smoothing) -> (Tensor losses, Tensor stats, Tensor indices)",
+    _cross_entropy_setup,
+    _cross_entropy_grad,
 )
 def select_cross_entropy(
     logits: Tensor, target: Tensor, k: int, *_: Any
@@ -45,7 +80,9 @@ def select_cross_entropy(
     return losses, stats, logits.new_empty((k,), dtype=torch.int64)
 
 
-@operator("(Tensor logits, Tensor target, Tensor? pos_weight) -> Tensor")
+@operator(
+    "(Tensor logits, Tensor target, Tensor? pos_weight) -> Tensor", _elementwise_setup, _bce_grad
+)
 def binary_cross_entropy_with_logits(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty((logits.shape[0],), dtype=torch.float32)
 
@@ -55,7 +92,7 @@ def binary_cross_entropy_with_logits_backward(grad: Tensor, logits: Tensor, *_: 
     return logits.new_empty(logits.shape)
 
 
-@operator("(Tensor pred, Tensor target) -> Tensor")
+@operator("(Tensor pred, Tensor target) -> Tensor", _elementwise_setup, _mse_grad)
 def mse(pred: Tensor, target: Tensor) -> Tensor:
     return pred.new_empty((pred.shape[0],), dtype=torch.float32)
 
@@ -63,38 +100,3 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
 @operator("(Tensor grad, Tensor pred, Tensor target) -> Tensor")
 def mse_backward(grad: Tensor, pred: Tensor, target: Tensor) -> Tensor:
     return pred.new_empty(pred.shape)
-
-
-def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Serves both operators: select_cross_entropy has k between target and weight.
-    logits, target, *_, weight, ctx.ignore_index, ctx.label_smoothing = inputs
-    ctx.constants = len(inputs) - 1
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(logits, target, output[1], weight)
-
-
-def _cross_entropy_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    logits, target, stats, weight = ctx.saved_tensors
-    dx = torch.ops.ksam.cross_entropy_backward(
-        grad, logits, target, stats, weight, ctx.ignore_index, ctx.label_smoothing
-    )
-    return dx, *[None] * ctx.constants
-
-
-def _elementwise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _bce_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx = torch.ops.ksam.binary_cross_entropy_with_logits_backward(grad, *ctx.saved_tensors)
-    return dx, None, None
-
-
-def _mse_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.ksam.mse_backward(grad, *ctx.saved_tensors), None
-
-
-cross_entropy.register_autograd(_cross_entropy_grad, setup_context=_cross_entropy_setup)
-select_cross_entropy.register_autograd(_cross_entropy_grad, setup_context=_cross_entropy_setup)
-binary_cross_entropy_with_logits.register_autograd(_bce_grad, setup_context=_elementwise_setup)
-mse.register_autograd(_mse_grad, setup_context=_elementwise_setup)

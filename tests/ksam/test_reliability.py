@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -67,6 +67,15 @@ def test_a_base_optimizer_that_raises_leaves_the_weights(backend: str) -> None:
     assert all_same_bits(weights(model), before)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where pytest was started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("operation", ["perturb_", "restore_sgd_"])
 def test_ctrl_c_while_weights_are_written_leaves_whole_weights(
     backend: str, operation: str, monkeypatch: pytest.MonkeyPatch
