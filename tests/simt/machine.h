@@ -31,6 +31,7 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t in = 0, out = 0;
   int source = 0;
+  uint64_t turn = 0;  // its block's, when it last ran
 
   int warp() const { return linear / kWarp; }
   int lane() const { return linear % kWarp; }
@@ -59,7 +60,9 @@ struct Machine {
   int grid_live = 0, grid_waiting = 0;
   const std::function<void()>* body = nullptr;
   std::string fault;
-  char launch_order = 0, end_order = 0, fence_order = 0;
+  bool cooperative = false;
+  uint64_t turn = 0;  // counts how often another block came to run
+  char launch_order = 0, end_order = 0, fence_order = 0, turn_order = 0;
 };
 
 extern Machine machine;

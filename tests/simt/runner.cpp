@@ -61,11 +61,20 @@ void note_fault(const std::string& what) {
   if (machine.fault.empty()) machine.fault = what;
 }
 
+void begin_turn(Fiber* self) {
+  if (self->turn != machine.turn) sanitizers::acquire(&machine.turn_order);
+  self->turn = machine.turn;
+}
+
+// Static shared memory has one address for all blocks. Where blocks take turns, all of one turn is
+// therefore told to ThreadSanitizer as being before the next.
 void to_scheduler() {
   Fiber* self = machine.current;
+  if (machine.cooperative) sanitizers::release(&machine.turn_order);
   sanitizers::before_switch(&self->context, machine.scheduler_context);
   simt_switch_stack(&self->stack_pointer, machine.scheduler);
   sanitizers::after_switch(&self->context, &machine.scheduler_context);
+  begin_turn(self);
 }
 
 void make_ready(Fiber* fiber) {
@@ -117,6 +126,7 @@ void fiber_main() {
   sanitizers::after_switch(&machine.current->context, &machine.scheduler_context);
   for (;;) {
     sanitizers::acquire(&machine.launch_order);
+    begin_turn(machine.current);
     (*machine.body)();
     sanitizers::release(&machine.end_order);
     Fiber* self = machine.current;
@@ -202,6 +212,7 @@ Block* any_ready_block() {
 // place takes longer than a switch of fibers.
 void run_ready_fibers() {
   while (Block* block = any_ready_block()) {
+    ++machine.turn;
     do {
       to_fiber(take_ready(block));
       if (!machine.fault.empty()) return;
@@ -239,6 +250,7 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
   if (blocks == 0 || threads == 0 || threads > 1024) throw Fault("a launch of this shape is invalid");
   machine.grid = grid;
   machine.block = block;
+  machine.cooperative = cooperative;
   machine.body = &body;
   machine.fault.clear();
   machine.random = machine.seed * 0x9e3779b97f4a7c15ull + 1;
