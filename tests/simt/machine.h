@@ -40,7 +40,8 @@ struct Fiber {
 struct Block {
   uint3 index{};
   std::vector<Fiber*> fibers;
-  std::vector<Fiber*> ready;
+  std::vector<Fiber*> ready[kWarp];  // of each warp
+  int last_warp = 0;                 // that ran
   int live = 0, waiting = 0;
   std::unique_ptr<char, decltype(&std::free)> dynamic{nullptr, &std::free};
   size_t dynamic_room = 0;

@@ -79,7 +79,7 @@ void to_scheduler() {
 
 void make_ready(Fiber* fiber) {
   fiber->state = State::ready;
-  fiber->block->ready.push_back(fiber);
+  fiber->block->ready[fiber->warp()].push_back(fiber);
 }
 
 namespace {
@@ -87,6 +87,7 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr double kYieldChance = 0.05;
 constexpr uint64_t kTurn = 512;  // switches that a block's turn lasts, on average
+constexpr uint64_t kWarpTurn = 64;
 
 // Bytes that no sanitizer may see: what fibers of other blocks did to them is no race.
 __attribute__((no_sanitize("address", "thread", "memory"), noinline)) void copy_unseen(
@@ -189,34 +190,45 @@ void start_block(unsigned linear, size_t shared_bytes) {
   }
 }
 
-Fiber* take_ready(Block* block) {
-  std::vector<Fiber*>& ready = block->ready;
-  // Without a seed the last comes first: barriers make threads ready in their order.
-  const size_t i = machine.seed == 0 ? ready.size() - 1 : next_random() % ready.size();
-  std::swap(ready[i], ready.back());
-  Fiber* fiber = ready.back();
-  ready.pop_back();
-  return fiber;
-}
-
-Block* any_ready_block() {
-  const size_t count = machine.resident.size(), first = next_random() % count;
-  for (size_t i = 0; i < count; ++i) {
-    Block* block = machine.resident[(first + i) % count].get();
-    if (!block->ready.empty()) return block;
+// A warp with threads that are ready: most often the one that ran last, as a GPU's warps run ahead of
+// each other. Null where the block has none.
+std::vector<Fiber*>* ready_warp(Block* block) {
+  const bool stay = next_random() % kWarpTurn != 0;
+  const int first = stay ? block->last_warp : static_cast<int>(next_random() % kWarp);
+  for (int i = 0; i < kWarp; ++i) {
+    const int warp = (first + i) % kWarp;
+    if (block->ready[warp].empty()) continue;
+    block->last_warp = warp;
+    return &block->ready[warp];
   }
   return nullptr;
 }
 
+Fiber* take(std::vector<Fiber*>* ready) {
+  if (machine.seed != 0) std::swap((*ready)[next_random() % ready->size()], ready->back());
+  Fiber* fiber = ready->back();
+  ready->pop_back();
+  return fiber;
+}
+
 // A block's threads run on for a while before another block's turn: bringing shared memory into
 // place takes longer than a switch of fibers.
+bool run_turn(Block* block) {
+  std::vector<Fiber*>* ready = ready_warp(block);
+  if (ready == nullptr) return false;
+  ++machine.turn;
+  for (; ready != nullptr && machine.fault.empty(); ready = ready_warp(block)) {
+    to_fiber(take(ready));
+    if (next_random() % kTurn == 0) break;
+  }
+  return true;
+}
+
 void run_ready_fibers() {
-  while (Block* block = any_ready_block()) {
-    ++machine.turn;
-    do {
-      to_fiber(take_ready(block));
-      if (!machine.fault.empty()) return;
-    } while (!block->ready.empty() && next_random() % kTurn != 0);
+  const size_t count = machine.resident.size();
+  for (size_t idle = 0, at = 0; idle < count && machine.fault.empty();) {
+    at = machine.seed == 0 || idle > 0 ? (at + 1) % count : next_random() % count;
+    idle = run_turn(machine.resident[at].get()) ? 0 : idle + 1;
   }
 }
 
