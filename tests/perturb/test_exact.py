@@ -66,9 +66,16 @@ def assert_same_bits_as_reference(backend: str, call: Any) -> None:
         assert all_same_bits(ours, expected)
 
 
+def eighths(tensors: list[Tensor]) -> list[Tensor]:
+    """Values whose squares add up without a rounding, whatever the order."""
+    return [(t * 8).round() / 8 for t in tensors]
+
+
 def climbs(sizes: Sequence[tuple[int, ...]], dtype: torch.dtype, **options: Any) -> Any:
     params = tensors(dtype, sizes)
     grads = like(params)
+    if dtype == torch.float64:  # reads the norm as a double, whose last bit the order decides
+        params, grads = eighths(params), eighths(grads)
     return (
         lambda p, b: perturb_(p, grads, b, rho=0.05, **options),
         [params, empty_like(params)],
@@ -87,7 +94,7 @@ def sgd(params: list[Tensor], grads: list[Tensor], **options: Any) -> Any:
 @DTYPES
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_perturb(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
-    call = climbs(EDGES, dtype, adaptive=adaptive, eta=0.01)
+    call = climbs(EDGES, dtype, adaptive=adaptive, eta=0.125)
     assert_same_bits_as_reference(backend, call)
 
 

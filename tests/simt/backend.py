@@ -14,7 +14,7 @@ from ksam_kernels.topk import native as topk
 from tests.simt import build
 
 NAME = "simt"
-ROOMS = (topk,)
+ROOMS = (topk, perturb)
 
 
 def _load() -> ModuleType | None:
