@@ -18,7 +18,7 @@ from ksam_kernels.topk import native as topk
 from tests.simt import build
 
 NAME = "simt"
-ROOMS = (topk,)
+ROOMS = (topk, compact)
 
 
 def _load() -> ModuleType | None:
