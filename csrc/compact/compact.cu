@@ -20,9 +20,9 @@ struct PackedLeaf {
   uint32_t first_tile;    // of the launch; its last is before the next leaf's first
 };
 
-// 4 KB, for which a launch takes no longer than without, hold 102 leaves.
+// 4 KB hold 101 leaves, more than batches have; every launch would copy a larger table.
 constexpr int kBatchBytes = kParameterBytes < 4096 ? kParameterBytes : 4096;
-constexpr int kOtherBytes = 40;  // of the count and of IndexList
+constexpr int kOtherBytes = 40;  // the count and the other parameters
 constexpr int kMaxLeaves = (kBatchBytes - kOtherBytes) / static_cast<int>(sizeof(PackedLeaf));
 
 struct Leaves {
@@ -42,7 +42,7 @@ struct IndexList {
   __device__ __forceinline__ bool takes(int64_t index) const { return index >= 0 && index < rows; }
 };
 
-static_assert(sizeof(Leaves) + sizeof(IndexList<int64_t>) <= kBatchBytes);
+static_assert(sizeof(Leaves) + sizeof(IndexList<int64_t>) + sizeof(int64_t) <= kBatchBytes);
 
 // The leaf in whose output the tile lies.
 __device__ __forceinline__ int leaf_of(const Leaves& leaves, uint32_t tile) {
