@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,6 +25,13 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def raises_out_of_range(backend: str, message: str) -> AbstractContextManager[Any]:
+    """An IndexError with the message; of GPU kernels, which cannot raise it, their assertion."""
+    if backend == "simt":
+        return pytest.raises(RuntimeError, match=r"device-side assert: .*in_range")
+    return pytest.raises(IndexError, match=message)
 
 
 def unit(dtype: torch.dtype) -> float:

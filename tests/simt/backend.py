@@ -14,7 +14,7 @@ from ksam_kernels.topk import native as topk
 from tests.simt import build
 
 NAME = "simt"
-ROOMS = (topk, perturb)
+ROOMS = (loss, topk, compact, perturb)
 
 
 def _load() -> ModuleType | None:

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_simt, m) {
   py::register_exception<simt::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def("set_seed", &simt::set_seed);
   ksam::bind_topk(m);
+  ksam::bind_compact(m);
   ksam::bind_perturb(m);
 }

@@ -140,6 +140,18 @@ void fiber_main() {
   }
 }
 
+// Its stack as after a call: the return address at the top, below it the six saved registers. What
+// a fault left on it in mid-kernel is gone.
+void start(Fiber* fiber) {
+  char* stack = static_cast<char*>(const_cast<void*>(fiber->context.stack));
+  sanitizers::allow(stack, kStackBytes);
+  sanitizers::create(&fiber->context);
+  void** top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
+  *--top = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber->stack_pointer = top;
+}
+
 std::unique_ptr<Fiber> new_fiber() {
   constexpr size_t kGuard = 4096;
   void* memory = mmap(nullptr, kStackBytes + kGuard, PROT_READ | PROT_WRITE,
@@ -147,15 +159,9 @@ std::unique_ptr<Fiber> new_fiber() {
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, kGuard, PROT_NONE);
   auto fiber = std::make_unique<Fiber>();
-  char* stack = static_cast<char*>(memory) + kGuard;
-  fiber->context.stack = stack;
+  fiber->context.stack = static_cast<char*>(memory) + kGuard;
   fiber->context.size = kStackBytes;
-  sanitizers::create(&fiber->context);
-  // As after a call: the return address at the top, below it the six saved registers.
-  void** top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
-  *--top = reinterpret_cast<void*>(&fiber_main);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber->stack_pointer = top;
+  start(fiber.get());
   return fiber;
 }
 
@@ -286,8 +292,7 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
     end_blocks();
   }
   if (machine.fault.empty()) return;
-  for (auto& fiber : machine.fibers) (void)fiber.release();  // stopped in mid-kernel: never again
-  machine.fibers.clear();
+  for (auto& fiber : machine.fibers) start(fiber.get());
   throw Fault(machine.fault);
 }
 

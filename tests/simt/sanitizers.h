@@ -27,14 +27,17 @@ namespace simt::sanitizers {
 struct Context {
   const void* stack = nullptr;  // its lowest address
   size_t size = 0;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // AddressSanitizer's; a stopped fiber's is lost
   void* thread = nullptr;      // ThreadSanitizer's
 };
 
+// A fiber at its beginning, also where it was stopped before.
 inline void create(Context* fiber) {
 #ifdef SIMT_TSAN
+  if (fiber->thread != nullptr) __tsan_destroy_fiber(fiber->thread);
   fiber->thread = __tsan_create_fiber(0);
 #endif
+  fiber->fake_stack = nullptr;
   (void)fiber;
 }
 
