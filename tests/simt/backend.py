@@ -10,11 +10,12 @@ import importlib.util
 import os
 from types import ModuleType
 
+from ksam_kernels.loss import native as loss
 from ksam_kernels.topk import native as topk
 from tests.simt import build
 
 NAME = "simt"
-ROOMS = (topk,)
+ROOMS = (loss, topk)
 
 
 def _load() -> ModuleType | None:
