@@ -10,6 +10,7 @@ import importlib.util
 import os
 from types import ModuleType
 
+from ksam_kernels.loss import native as loss
 from ksam_kernels.topk import native as topk
 from tests.simt import build
 
