@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,9 @@ def topk_indices(
     """Indices [k] int64, ascending, of the k largest losses.
 
     A stable descending sort is exactly the order wanted: NaN first, -0 equal to +0, equal losses by
-    ascending index.
+    ascending index. GPUs sort by bits, so there is to be one NaN, positive, and one zero.
     """
+    if losses.device.type != "cpu":
+        losses = losses.masked_fill(losses.isnan(), math.nan).masked_fill(losses == 0, 0.0)
     order = torch.sort(losses, stable=True, descending=True).indices
     return order[:k].sort().values

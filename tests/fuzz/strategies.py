@@ -1,7 +1,7 @@
 """What the fuzz tests draw: small descriptions of tensors, which a failure prints.
 
 A description is built into a tensor with a generator of its own seed, so that it can be pasted into
-an ``@example``. Without ``KSAM_FUZZ_EXAMPLES`` every run draws the same few examples;
+an ``@example``; on the CPU, whatever the device of the tests, where it gives the same numbers. Without ``KSAM_FUZZ_EXAMPLES`` every run draws the same few examples;
 ``KSAM_FUZZ_EXAMPLES=2000 pytest tests/fuzz`` draws that many new ones for each test and backend.
 A failure prints a ``@reproduce_failure`` line that brings its example back.
 """
@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from tests.device import DEVICE
 from tests.helpers import FLOATS, bits
 
 _EXAMPLES = int(os.environ.get("KSAM_FUZZ_EXAMPLES", "0"))
@@ -109,10 +110,13 @@ class Spec:
             room *= max(self.shape[d] * step, 1)
         generator = Generator().manual_seed(self.seed)
         n = self.offset + room + 3
-        base = (
-            fill(n, self.dtype, generator) if fill else values(self.kind, n, self.dtype, generator)
-        )
-        return base.as_strided(self.shape, strides, self.offset)
+        with torch.device("cpu"):
+            base = (
+                fill(n, self.dtype, generator)
+                if fill
+                else values(self.kind, n, self.dtype, generator)
+            )
+        return base.to(DEVICE).as_strided(self.shape, strides, self.offset)
 
 
 def copy_of(tensor: Tensor) -> Tensor:

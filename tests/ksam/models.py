@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ksam import cross_entropy
+from tests.device import DEVICE
 
 Batch = dict[str, Tensor]
 
@@ -21,10 +22,10 @@ def network(*, batchnorm: bool = False, dtype: torch.dtype = torch.float32) -> n
 
 def batch(seed: int = 0, size: int = 24, dtype: torch.dtype = torch.float32) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(size, 8, generator=generator).to(dtype),
-        "y": torch.randint(5, (size,), generator=generator),
-    }
+    with torch.device("cpu"):
+        x = torch.randn(size, 8, generator=generator).to(dtype)
+        y = torch.randint(5, (size,), generator=generator)
+    return {"x": x.to(DEVICE), "y": y.to(DEVICE)}
 
 
 def loss_of(model: nn.Module) -> Callable[[Batch], Tensor]:
