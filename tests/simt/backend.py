@@ -10,7 +10,9 @@ import importlib.util
 import os
 from types import ModuleType
 
+from ksam_kernels.compact import native as compact
 from ksam_kernels.loss import native as loss
+from ksam_kernels.perturb import native as perturb
 from ksam_kernels.topk import native as topk
 from tests.simt import build
 
