@@ -21,7 +21,7 @@ ROOMS = (loss, topk, compact, perturb)
 
 
 def _load() -> ModuleType | None:
-    path = build.folder(os.environ.get("KSAM_SIMT_SANITIZE", "")) / "_simt.so"
+    path = build.output(os.environ.get("KSAM_SIMT_SANITIZE", ""))
     if not path.is_file():
         return None
     spec = importlib.util.spec_from_file_location("_simt", path)

@@ -1,7 +1,8 @@
-"""Runs contract tests on the runner: ``python -m tests.simt.run [--sanitize NAMES] PYTEST-ARGUMENTS``.
+"""Runs contract tests on the runner: ``python -m tests.simt.run [--sanitize NAMES] [PYTEST]``.
 
 Builds it first. Races show with ``--sanitize thread``, bounds and alignment with
-``--sanitize address,undefined``.
+``--sanitize address,undefined``; ``--sanitize memory`` runs a program of its own instead of the tests
+(memory_sanitizer/main.cpp).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pathlib import Path
 from tests.simt import build
 
 _LIBRARIES = {"address,undefined": "asan", "thread": "tsan"}
-SANITIZERS = tuple(_LIBRARIES)
+SANITIZERS = (*_LIBRARIES, "memory")
 
 
 def _environment(sanitize: str) -> dict[str, str]:
     """Python itself is not instrumented: the sanitizer's library has to be there before it."""
     environment = os.environ | {"KSAM_TEST_BACKENDS": "simt", "OMP_NUM_THREADS": "1"}
-    if not sanitize:
+    if sanitize not in _LIBRARIES:
         return environment
     name = f"libclang_rt.{_LIBRARIES[sanitize]}-x86_64.so"
     command = [str(build.compiler()), f"-print-file-name={name}"]
@@ -38,7 +39,9 @@ def _environment(sanitize: str) -> dict[str, str]:
 
 
 def command(sanitize: str, arguments: list[str]) -> list[str]:
-    """pytest on the runner's backend alone."""
+    """pytest on the runner's backend alone, or the program for "memory"."""
+    if sanitize == "memory":
+        return [str(build.output(sanitize))]
     pytest = [sys.executable, "-m", "pytest", "-q", "-k", "simt", *arguments]
     # ThreadSanitizer wants memory where the kernel's randomization may not leave it.
     return ["setarch", "-R", *pytest] if sanitize == "thread" else pytest
