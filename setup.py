@@ -87,6 +87,11 @@ def compiler() -> list[str]:
     return [found]
 
 
+def host_compiler(cxx: list[str]) -> str:
+    """The one program that nvcc takes for host code: without such as ccache before it."""
+    return next(word for word in cxx if not word.endswith("ccache"))
+
+
 def mode_flags() -> list[str]:
     """Optimized, or instrumented."""
     names = os.environ.get("KSAM_SANITIZE")
@@ -252,9 +257,7 @@ def _ninja_path(path: object) -> str:
 
 def _nvcc_lines(cxx: list[str], cuda: Cuda, defines: list[str]) -> list[str]:
     """The rule that compiles a ``*.cu`` for all architectures."""
-    flags = [*NVCC_FLAGS, *defines, f"-I{CSRC}"]
-    # nvcc takes one program for host code, without such as ccache before it.
-    flags.append(f"-ccbin={next(word for word in cxx if not word.endswith('ccache'))}")
+    flags = [*NVCC_FLAGS, *defines, f"-I{CSRC}", f"-ccbin={host_compiler(cxx)}"]
     for name in cuda.architectures:
         number, _, ptx = name.partition("+")
         codes = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]

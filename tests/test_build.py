@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -10,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from tests.helpers import ROOT, setup_py
+
 pytest.importorskip("setuptools")
-ROOT = Path(__file__).resolve().parents[1]
 
 KNOWN = ("75", "80", "86", "90", "90a", "100", "120")
 NVCC = """#!/bin/sh
@@ -24,20 +24,10 @@ esac
 """
 
 
-def load() -> ModuleType:
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("ksam_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py on a machine where nothing is found or asked for."""
-    module = load()
+    module = setup_py()
     for name in ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     for name in ("NATIVE", "CUDA", "SANITIZE"):
@@ -170,7 +160,7 @@ def test_a_toolkit_that_will_not_do_is_named_with_the_reason(
 def test_cuda_home_is_the_only_place_where_it_is_set(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    find_nvcc = load().find_nvcc
+    find_nvcc = setup_py().find_nvcc
     monkeypatch.setattr(build.shutil, "which", lambda name: sys.executable)
     assert find_nvcc() == Path(sys.executable)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
