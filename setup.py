@@ -132,7 +132,8 @@ def output_of(*command: str) -> str:
 
 def find_cudart(nvcc: Path) -> Path | None:
     """The folder of libcudart_static.a, from nvcc, which may be a script far from its toolkit."""
-    plan = output_of(str(nvcc), "--dryrun", "-c", str(CSRC / "common" / "gpu.cu"))
+    host = f"-ccbin={host_compiler(compiler())}"
+    plan = output_of(str(nvcc), "--dryrun", host, "-c", str(CSRC / "common" / "gpu.cu"))
     folders = [Path(path) for path in re.findall(r'"-L([^"]+)"', plan)]
     return next((path for path in folders if (path / "libcudart_static.a").is_file()), None)
 
@@ -153,11 +154,11 @@ def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
     """Those asked for, or the default; exits where nvcc does not know one that was asked for."""
     if asked:
         chosen = parse_architectures(asked)
-        for name in chosen:
-            if name.removesuffix("+PTX") not in known:
+        for number in (name.removesuffix("+PTX").rstrip("af") for name in chosen):
+            if number not in known:
                 sys.exit(
-                    f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{name.removesuffix('+PTX')}, "
-                    f"which this nvcc does not know; it knows {', '.join(known)}."
+                    f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{number}, which this nvcc "
+                    f"does not know; it knows {', '.join(known)}."
                 )
         return chosen
     default = [name for name in DEFAULT_ARCHITECTURES if name in known]

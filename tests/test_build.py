@@ -13,7 +13,7 @@ from tests.helpers import ROOT, setup_py
 
 pytest.importorskip("setuptools")
 
-KNOWN = ("75", "80", "86", "90", "90a", "100", "120")
+KNOWN = ("75", "80", "86", "90", "100", "120")
 NVCC = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
@@ -52,6 +52,7 @@ def toolkit(
     (home / "some where").mkdir()
     (home / "some where" / "libcudart_static.a").touch()
     monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    monkeypatch.setenv("CXX", "c++")
     return nvcc
 
 
