@@ -87,6 +87,11 @@ def compiler() -> list[str]:
     return [found]
 
 
+def host_compiler(cxx: list[str]) -> str:
+    """The one program that nvcc takes for host code: without such as ccache before it."""
+    return next(word for word in cxx if not word.endswith("ccache"))
+
+
 def mode_flags() -> list[str]:
     """Optimized, or instrumented."""
     names = os.environ.get("KSAM_SANITIZE")
@@ -127,7 +132,8 @@ def output_of(*command: str) -> str:
 
 def find_cudart(nvcc: Path) -> Path | None:
     """The folder of libcudart_static.a, from nvcc, which may be a script far from its toolkit."""
-    plan = output_of(str(nvcc), "--dryrun", "-c", str(CSRC / "common" / "gpu.cu"))
+    host = f"-ccbin={host_compiler(compiler())}"
+    plan = output_of(str(nvcc), "--dryrun", host, "-c", str(CSRC / "common" / "gpu.cu"))
     folders = [Path(path) for path in re.findall(r'"-L([^"]+)"', plan)]
     return next((path for path in folders if (path / "libcudart_static.a").is_file()), None)
 
@@ -148,11 +154,11 @@ def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
     """Those asked for, or the default; exits where nvcc does not know one that was asked for."""
     if asked:
         chosen = parse_architectures(asked)
-        for name in chosen:
-            if name.removesuffix("+PTX") not in known:
+        for number in (name.removesuffix("+PTX").rstrip("af") for name in chosen):
+            if number not in known:
                 sys.exit(
-                    f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{name.removesuffix('+PTX')}, "
-                    f"which this nvcc does not know; it knows {', '.join(known)}."
+                    f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{number}, which this nvcc "
+                    f"does not know; it knows {', '.join(known)}."
                 )
         return chosen
     default = [name for name in DEFAULT_ARCHITECTURES if name in known]
@@ -252,9 +258,7 @@ def _ninja_path(path: object) -> str:
 
 def _nvcc_lines(cxx: list[str], cuda: Cuda, defines: list[str]) -> list[str]:
     """The rule that compiles a ``*.cu`` for all architectures."""
-    flags = [*NVCC_FLAGS, *defines, f"-I{CSRC}"]
-    # nvcc takes one program for host code, without such as ccache before it.
-    flags.append(f"-ccbin={next(word for word in cxx if not word.endswith('ccache'))}")
+    flags = [*NVCC_FLAGS, *defines, f"-I{CSRC}", f"-ccbin={host_compiler(cxx)}"]
     for name in cuda.architectures:
         number, _, ptx = name.partition("+")
         codes = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -10,10 +9,11 @@ from types import ModuleType
 
 import pytest
 
-pytest.importorskip("setuptools")
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT, setup_py
 
-KNOWN = ("75", "80", "86", "90", "90a", "100", "120")
+pytest.importorskip("setuptools")
+
+KNOWN = ("75", "80", "86", "90", "100", "120")
 NVCC = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
@@ -24,20 +24,10 @@ esac
 """
 
 
-def load() -> ModuleType:
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("ksam_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py on a machine where nothing is found or asked for."""
-    module = load()
+    module = setup_py()
     for name in ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     for name in ("NATIVE", "CUDA", "SANITIZE"):
@@ -62,6 +52,7 @@ def toolkit(
     (home / "some where").mkdir()
     (home / "some where" / "libcudart_static.a").touch()
     monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    monkeypatch.setenv("CXX", "c++")
     return nvcc
 
 
@@ -170,7 +161,7 @@ def test_a_toolkit_that_will_not_do_is_named_with_the_reason(
 def test_cuda_home_is_the_only_place_where_it_is_set(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    find_nvcc = load().find_nvcc
+    find_nvcc = setup_py().find_nvcc
     monkeypatch.setattr(build.shutil, "which", lambda name: sys.executable)
     assert find_nvcc() == Path(sys.executable)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
