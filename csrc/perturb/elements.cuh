@@ -185,8 +185,10 @@ __device__ __forceinline__ void locate(const StridedRow<N, Value>& row, int64_t 
                                        char* (&at)[N]) {
   int64_t offset[N] = {};
   for (int d = 0; d < row.layout.ndim; ++d) {
-    const int64_t place = index % row.layout.shape[d];
-    index /= row.layout.shape[d];
+    const bool outermost = d == row.layout.ndim - 1;  // takes no division
+    const int64_t rest = outermost ? 0 : index / row.layout.shape[d];
+    const int64_t place = index - rest * row.layout.shape[d];
+    index = rest;
 #pragma unroll
     for (int i = 0; i < N; ++i) offset[i] += place * row.layout.strides[i][d];
   }

@@ -44,7 +44,7 @@ struct Norm {
 };
 
 // The block's sum goes to its place. The last block of all adds up all places, each thread and then
-// the block always in the same order: the same bits from run to run.
+// the block in an order that the rows and their alignment decide: the same bits from run to run.
 __device__ void finish_norm(const NormArgs& args, double own) {
   own = block_sum<kThreads>(own);
   if (threadIdx.x == 0) args.partial[args.first + blockIdx.x] = own;

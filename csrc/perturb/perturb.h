@@ -11,7 +11,8 @@
 
 namespace ksam {
 
-constexpr int64_t kChunk = 4096;  // elements; also the unit of the norm's fixed order of addition
+// Elements that the CPU takes at once; also the unit of its norm's fixed order of addition.
+constexpr int64_t kChunk = 4096;
 
 // Whether a formula reads or writes an operand.
 enum Access { kUntouched = 0, kRead = 1, kWrite = 2, kReadWrite = 3 };
@@ -89,17 +90,19 @@ KSAM_DECLARE_PER_ISA(
 
 constexpr int64_t kTicketBytes = sizeof(unsigned);  // scratch of an update that counts steps
 
-// The same in device memory.
-KSAM_DECLARE_GPU(int64_t norm_scratch_bytes(const Rows<2>& rows);
-                 // (grads, params) -> norm [1], and as a double at the beginning of `scratch`.
-                 void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch,
-                                float* norm, Stream stream);
-                 void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream);
-                 void restore(const Rows<2>& rows, Stream stream);
-                 // These look at found_inf, and count the steps up.
-                 void restore_sgd(const Rows<4>& rows, const SgdArgs& args, float* const* steps,
-                                  void* scratch, Stream stream);
-                 void restore_adam(const Rows<5>& rows, const AdamArgs& args, float* const* steps,
-                                   void* scratch, Stream stream);)
+KSAM_DECLARE_GPU(
+    // Bytes of device memory that grad_norm needs.
+    int64_t norm_scratch_bytes(const Rows<2>& rows);
+    // (grads, params) -> norm [1], and as a double at the beginning of `scratch`.
+    void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch, float* norm,
+                   Stream stream);
+    // The others take the same rows in device memory.
+    void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream);
+    void restore(const Rows<2>& rows, Stream stream);
+    // These look at found_inf, and count the steps up.
+    void restore_sgd(const Rows<4>& rows, const SgdArgs& args, float* const* steps, void* scratch,
+                     Stream stream);
+    void restore_adam(const Rows<5>& rows, const AdamArgs& args, float* const* steps, void* scratch,
+                      Stream stream);)
 
 }  // namespace ksam

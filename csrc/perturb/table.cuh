@@ -145,6 +145,7 @@ int kind_of(const Row<M>& row) {
 // body(table) for as few tables as hold all rows of a kind; value_of(row) is the row's value.
 template <class Table, int N, int M, class ValueOf, class Body>
 void for_each_table(const Rows<M>& rows, int kind, const ValueOf& value_of, const Body& body) {
+  static_assert(sizeof(Table) <= kTableBytes && Table::kRows > 0, "too many parameters");
   Table table;
   for (int64_t r = 0; r < rows.count; ++r) {
     const Row<M>& row = rows.rows[r];
