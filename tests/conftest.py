@@ -81,4 +81,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             f"{name}: {_ran[name] if reason is None else f'none, {reason}'}"
         )
     if _left_out:
-        terminalreporter.write_line(f"left out on {device.DEVICE}: {len(_left_out)}. {device.ASSERTS}")
+        terminalreporter.write_line(
+            f"left out on {device.DEVICE}: {len(_left_out)}. {device.ASSERTS}"
+        )

@@ -213,7 +213,13 @@ REFUSED = {
     ),
     "smoothing > 1": (X, Y, {"label_smoothing": 1.5}, ValueError, "label_smoothing .*got 1.5"),
     "smoothing NaN": (X, Y, {"label_smoothing": NAN}, ValueError, "label_smoothing .*got nan"),
-    "target elsewhere": (X, Y.to("meta"), {}, ValueError, f"target must be on .*{X.device}, got meta"),
+    "target elsewhere": (
+        X,
+        Y.to("meta"),
+        {},
+        ValueError,
+        f"target must be on .*{X.device}, got meta",
+    ),
     "weight elsewhere": (
         *(X, Y, {"weight": torch.ones(5, device="meta")}, ValueError),
         f"weight must be on the device of logits, {X.device}, got meta",

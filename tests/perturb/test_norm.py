@@ -152,7 +152,11 @@ def test_what_it_cannot_serve_raises_with_the_argument_and_the_value(backend: st
         (([g, [1.0]],), TypeError, r"grads\[1\] must be a tensor, got list"),
         (([g.int()],), TypeError, r"grads\[0\] must be float32.*got torch.int32"),
         (([g.to_sparse()],), TypeError, r"grads\[0\] must be a dense .*got layout torch.sparse"),
-        (([g], [torch.ones(2)]), ValueError, rf"params\[0\] must be \(3,\) on {g.device}.*got \(2,\)"),
+        (
+            ([g], [torch.ones(2)]),
+            ValueError,
+            rf"params\[0\] must be \(3,\) on {g.device}.*got \(2,\)",
+        ),
         (([g], [g, g]), ValueError, "params must hold one tensor per parameter, 1, got 2"),
         (([g], [g], -1.0), ValueError, "eta must be finite and >= 0.0, got -1.0"),
         (([g], [g], INF), ValueError, "eta must be .*got inf"),
