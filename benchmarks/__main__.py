@@ -13,6 +13,7 @@ from benchmarks.errors import UsageError
 COMMANDS = {
     "train": ("benchmarks.train.cli", "train with SGD, SAM and K-SAM: accuracy, time, step cost"),
     "kernels": ("benchmarks.kernels.cli", "time every operation against plain PyTorch"),
+    "gpu": ("benchmarks.gpu.cli", "all checks and measurements that need a GPU, in nine minutes"),
 }
 
 

@@ -81,8 +81,16 @@ def _index_select_out() -> Contestant:
     return Contestant("out=", start)
 
 
-def _case(name: str, device: torch.device) -> Case:
-    samples, shape, make_batch = _BATCHES[name]
+def case(
+    name: str,
+    samples: int,
+    shape: str,
+    make_batch: Callable[[torch.device], Batch],
+    device: torch.device,
+    *,
+    quick: bool = False,
+) -> Case:
+    """A third of the samples gathered from the batches that `make_batch` makes."""
     k = samples // 3
 
     def make_input() -> tuple[Batch, Tensor]:
@@ -105,10 +113,11 @@ def _case(name: str, device: torch.device) -> Case:
             stateless("index_select", _index_select),
             _index_select_out(),
         ],
-        quick=name != "large images",
+        quick=quick,
     )
 
 
 def cases(device: torch.device) -> Iterator[Case]:
     """All cases of the room."""
-    return (_case(name, device) for name in _BATCHES)
+    for name, batches in _BATCHES.items():
+        yield case(name, *batches, device, quick=name != "large images")

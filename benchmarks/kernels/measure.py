@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from benchmarks.environment import preemptions
-from benchmarks.kernels.case import KSAM, Case, Contestant, Run, UnavailableError, size_in_bytes
+from benchmarks.kernels.case import (
+    KSAM,
+    Case,
+    Contestant,
+    DisagreementError,
+    Run,
+    UnavailableError,
+    size_in_bytes,
+)
 from benchmarks.kernels.timing import pool_size, time_in_turns
 from benchmarks.timing import Plan, Quartiles, ratios
 from ksam_kernels import BackendUnavailableError, backends
@@ -50,11 +58,11 @@ def measure_case(
     try:
         backend = backend_in_force(case, device)
     except BackendUnavailableError as error:
-        return [_row(case, contestant, "", note=str(error)) for contestant in case.contestants]
+        return [row_of(case, contestant, "", note=str(error)) for contestant in case.contestants]
     torch.manual_seed(0)
     with torch.set_grad_enabled(case.needs_grad):
         first = case.make_input()
-        runs, reasons = _start_all(case, first, quick=quick)
+        runs, reasons = start_all(case, first, quick=quick)
         # The first input comes last: the check has just brought it into the caches.
         more = 0 if case.stateful else pool_size(size_in_bytes(first), device) - 1
         pool = [*(case.make_input() for _ in range(more)), first]
@@ -67,10 +75,10 @@ def measure_case(
         name = contestant.name
         row_backend = backend if name == KSAM else "torch"
         if name in reasons:
-            rows.append(_row(case, contestant, row_backend, note=reasons[name]))
+            rows.append(row_of(case, contestant, row_backend, note=reasons[name]))
         else:
-            figures = _figures(case, times[name], times[KSAM], bandwidth)
-            rows.append(_row(case, contestant, row_backend, **figures, preemptions_per_s=rate))
+            figures = figures_of(case, times[name], times[KSAM], bandwidth)
+            rows.append(row_of(case, contestant, row_backend, **figures, preemptions_per_s=rate))
     return rows
 
 
@@ -84,11 +92,17 @@ def backend_in_force(case: Case, device: torch.device) -> str:
     return "+".join(names)
 
 
-def _start_all(case: Case, input: object, *, quick: bool) -> tuple[dict[str, Run], dict[str, str]]:
+def start_all(
+    case: Case, input: object, *, quick: bool, keep_going: bool = False
+) -> tuple[dict[str, Run], dict[str, str]]:
     """Start every contestant and compare what it makes of the first input with ksam's result.
+
+    Args:
+        keep_going: a rival that fails or disagrees is left out, rather than ends everything.
 
     Returns the runs of those that can run, and why the others cannot.
     """
+    tolerated = (DisagreementError, RuntimeError) if keep_going else ()
     runs: dict[str, Run] = {}
     reasons: dict[str, str] = {}
     expected = None
@@ -98,19 +112,33 @@ def _start_all(case: Case, input: object, *, quick: bool) -> tuple[dict[str, Run
             continue
         try:
             run = contestant.start(input)
+            if contestant.name == KSAM:
+                expected = run(input)
+            else:
+                _compare(case, contestant, run, expected, input, tolerated)
         except UnavailableError as error:
             reasons[contestant.name] = str(error)
             continue
-        result = run(input)
-        if contestant.name == KSAM:
-            expected = result
-        else:
-            case.check_agreement(contestant, result, expected, input)
         runs[contestant.name] = run
     return runs, reasons
 
 
-def _row(case: Case, contestant: Contestant, backend: str, **figures: Any) -> Row:
+def _compare(
+    case: Case,
+    contestant: Contestant,
+    run: Run,
+    expected: Any,
+    input: object,
+    tolerated: tuple[type[Exception], ...],
+) -> None:
+    try:
+        case.check_agreement(contestant, run(input), expected, input)
+    except tolerated as error:
+        raise UnavailableError(str(error).strip().partition("\n")[0]) from error
+
+
+def row_of(case: Case, contestant: Contestant, backend: str, **figures: Any) -> Row:
+    """The row of a contestant: what it is, and its figures."""
     return Row(
         room=case.room,
         operation=case.operation,
@@ -124,9 +152,10 @@ def _row(case: Case, contestant: Contestant, backend: str, **figures: Any) -> Ro
     )
 
 
-def _figures(
+def figures_of(
     case: Case, times: list[float], yardstick: list[float], bandwidth: float
 ) -> dict[str, Any]:
+    """What seconds per call, one number a round, come to; `yardstick`: ksam's in these rounds."""
     microseconds = Quartiles.of([1e6 * seconds for seconds in times])
     return {
         "microseconds": microseconds,

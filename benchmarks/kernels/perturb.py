@@ -80,7 +80,7 @@ _OPERATIONS: dict[str, tuple[Callable[[SamStep], Run], tuple[str, ...]]] = {
 }
 
 
-def _case(
+def case(
     room: str,
     operation: str,
     base: str,
@@ -91,6 +91,7 @@ def _case(
     adaptive: bool = False,
     quick: bool = False,
 ) -> Case:
+    """An operation on a list of random tensors of these shapes."""
     timed, names = _OPERATIONS[operation]
     if adaptive:  # the swap has no weighting in its single pass
         names = tuple(name for name in names if name != "swap+fused")
@@ -137,8 +138,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     for operation, base in _operations():
         for name, shapes in MODELS.items():
             quick = name == "1000 small"
-            yield _case("perturb", operation, base, name, shapes, device, quick=quick)
-    yield _case(
+            yield case("perturb", operation, base, name, shapes, device, quick=quick)
+    yield case(
         "perturb", "SAM step", "SGD", "ResNet-50", MODELS["ResNet-50"], device, adaptive=True
     )
 
@@ -148,7 +149,7 @@ def host_cases(device: torch.device) -> Iterator[Case]:
     for operation, base in _operations()[1:4]:
         for tensors in _HOST_COUNTS:
             shapes = [(1,)] * tensors
-            yield _case(
+            yield case(
                 *("host", operation, base, "one element", lambda s=shapes: s, device),
                 quick=tensors == 62,
             )

@@ -77,7 +77,10 @@ class SamStep:
 
     def prepare(self, start: Start, base: Base) -> None:
         """Make the base optimizer, and give it the state."""
-        self.optimizer = base.kind(self.params, **base.options, **self.implementation)
+        options = {**base.options, **self.implementation}
+        if "exp_avg" in self.state and self.params[0].is_cuda:
+            options["capturable"] = True  # steps counted on the device, no wait for it
+        self.optimizer = base.kind(self.params, **options)
         self.load_state(self.optimizer, start)
 
     def load_state(self, optimizer: Optimizer, start: Start) -> None:
@@ -85,7 +88,8 @@ class SamStep:
         for i, param in enumerate(self.params):
             optimizer.state[param] = {name: tensors[i] for name, tensors in self.state.items()}
             if "exp_avg" in self.state:
-                optimizer.state[param]["step"] = torch.tensor(start.steps)
+                device = param.device if param.is_cuda else None
+                optimizer.state[param]["step"] = torch.tensor(start.steps, device=device)
 
     @property
     def grads(self) -> list[Tensor]:

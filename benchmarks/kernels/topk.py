@@ -57,7 +57,8 @@ def assert_same_losses(
     assert torch.equal(chosen, best), "the losses chosen are not the largest"
 
 
-def _case(values: str, size: int, device: torch.device) -> Case:
+def case(values: str, size: int, device: torch.device) -> Case:
+    """Selection of a third of `size` losses of a kind named in `_VALUES`."""
     k = size // 3
     return Case(
         room="topk",
@@ -81,7 +82,7 @@ def _case(values: str, size: int, device: torch.device) -> Case:
 def cases(device: torch.device) -> Iterator[Case]:
     """All cases of the room."""
     for size in _SIZES:
-        yield _case("normal", size, device)
+        yield case("normal", size, device)
     for values in ("uniform", "narrow", "all equal"):
         for size in _SIZES_OF_OTHER_VALUES:
-            yield _case(values, size, device)
+            yield case(values, size, device)

@@ -1,7 +1,8 @@
 """What the fuzz tests draw: small descriptions of tensors, which a failure prints.
 
 A description is built into a tensor with a generator of its own seed, so that it can be pasted into
-an ``@example``; on the CPU, whatever the device of the tests, where it gives the same numbers. Without ``KSAM_FUZZ_EXAMPLES`` every run draws the same few examples;
+an ``@example``; on the CPU, whatever the device of the tests, so that the numbers are the same.
+Without ``KSAM_FUZZ_EXAMPLES`` every run draws the same few examples;
 ``KSAM_FUZZ_EXAMPLES=2000 pytest tests/fuzz`` draws that many new ones for each test and backend.
 A failure prints a ``@reproduce_failure`` line that brings its example back.
 """

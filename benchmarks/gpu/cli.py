@@ -1,0 +1,81 @@
+"""Command line of ``python -m benchmarks gpu``; benchmarks/gpu.md says how to prepare a machine."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import device_name, select_device
+from benchmarks.errors import UsageError
+from benchmarks.gpu.part import Context
+from benchmarks.gpu.run import PARTS, run_in_process, run_parts
+
+_RESULTS = Path(__file__).parent.parent / "results"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `gpu` to `parser`."""
+    parser.add_argument(
+        "--only",
+        type=_parse_parts,
+        default=tuple(PARTS),
+        metavar="LIST",
+        help=f"comma-separated: {', '.join(PARTS)}; default: all",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for results (default: benchmarks/results/<name of the GPU>)",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="also repeat parts whose results are in the folder"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.5, help="of the whole run (default: 8.5)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="all of it on the CPU, in seconds: does it run?"
+    )
+    # What the run starts for each of its parts.
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the parts that `args` name."""
+    device = torch.device("cpu") if args.dry_run else select_device("cuda")
+    context = Context(
+        device=device,
+        out=args.out or default_folder(device),
+        dry_run=args.dry_run,
+        deadline=time.monotonic() + 60 * args.minutes,
+    )
+    if args.here:
+        (name,) = args.only
+        run_in_process(name, context)
+        return
+    try:
+        run_parts(args.only, context, again=args.again)
+    except OSError as error:
+        raise UsageError(f"{context.out}: cannot write results: {error}") from error
+
+
+def default_folder(device: torch.device) -> Path:
+    """benchmarks/results/nvidia-h100-80gb-hbm3, say."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return _RESULTS / slug
+
+
+def _parse_parts(text: str) -> tuple[str, ...]:
+    """Parse "build,tests" into names of parts, in the order of the run."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PARTS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a comma-separated list of {', '.join(PARTS)}"
+        )
+    return tuple(name for name in PARTS if name in names)

@@ -1,0 +1,54 @@
+"""Work captured in CUDA graphs, so that its time is the GPU's alone; on the CPU, just the calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.environment import synchronize
+
+_WARM_UP_CALLS = 3
+
+
+def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """A function that replays `work`, which has run some times before on the capturing stream.
+
+    Raises:
+        RuntimeError: `work` does what no graph can hold: it waits for the GPU, say.
+    """
+    if device.type != "cuda":
+        return lambda: _call(work)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_CALLS):
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    synchronize(device)
+    return graph.replay
+
+
+def _call(work: Callable[[], object]) -> None:
+    work()
+
+
+def seconds_of(replay: Callable[[], object], times: int, device: torch.device) -> float:
+    """How long the device is busy with so many replays."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(times):
+            replay()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

@@ -1,0 +1,94 @@
+"""Kernels launched per operation and per step, as the profiler sees them, beside PyTorch's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.environment import synchronize
+from benchmarks.gpu.cases import launch_cases
+from benchmarks.gpu.part import Context, PartFile, reason
+from benchmarks.gpu.step import Operations
+from benchmarks.kernels.case import Case, UnavailableError
+
+# Driver and runtime calls that wait, whoever makes them.
+_WAITS = ("Synchronize", "cudaMemcpy", "cuMemcpy")
+_DO_NOT_WAIT = ("Async", "cudaStreamWaitEvent")
+_COPIES = ("Memcpy", "Memset")
+
+
+def waits_for_device(name: str) -> bool:
+    """Whether a call of CUDA's API by this name keeps the host waiting."""
+    return any(w in name for w in _WAITS) and not any(d in name for d in _DO_NOT_WAIT)
+
+
+def count(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Kernels, copies and waits of one call of `work`, which is called before to warm up."""
+    work()
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    synchronize(device)
+    with profile(activities=activities) as trace:
+        work()
+        synchronize(device)  # the trace is of what has ended
+    kernels: Counter[str] = Counter()
+    copies: Counter[str] = Counter()
+    waits: Counter[str] = Counter()
+    for event in trace.events() or []:
+        on_device = event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU)
+        if not cuda or on_device:
+            (copies if event.name.startswith(_COPIES) else kernels)[_short(event.name)] += 1
+        elif waits_for_device(event.name):
+            waits[event.name] += 1
+    waits["cudaDeviceSynchronize"] -= 1  # the one above
+    return {
+        "launches": kernels.total(),
+        "copies": copies.total(),
+        "waits": {name: n for name, n in waits.items() if n > 0},
+        "kernels": dict(kernels.most_common(12)),
+        "copies_by_name": dict(copies),
+    }
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 120 else f"{name[:117]}..."
+
+
+def _of_case(case: Case, device: torch.device) -> dict[str, Any]:
+    """Every contestant's counts."""
+    found: dict[str, Any] = {}
+    with torch.set_grad_enabled(case.needs_grad):
+        input = case.make_input()
+        for contestant in case.contestants:
+            try:
+                run = contestant.start(input)
+                found[contestant.name] = count(lambda run=run: run(input), device)
+            except (UnavailableError, RuntimeError) as error:
+                found[contestant.name] = {"error": reason(error)}
+    return found
+
+
+def run(context: Context, file: PartFile) -> None:
+    """A step without the model, then operation by operation."""
+    device = context.device
+    operations = Operations(device, tiny=context.dry_run)
+    operations.step()
+    step = {name: count(call, device) for name, call in operations.calls.items()}
+    file.results["step"] = {**step, "together": count(operations.step, device)}
+    for name, counted in file.results["step"].items():
+        print(f"step: {name:22} {counted['launches']:4} launches, {counted['copies']} copies")
+    file.write(complete=False)
+    file.results["operations"] = {}
+    for case in launch_cases(device, tiny=context.dry_run):
+        label = f"{case.label} {case.shape}"
+        found = file.results["operations"][label] = _of_case(case, device)
+        line = ", ".join(f"{name} {c.get('launches', '-')}" for name, c in found.items())
+        print(f"{label}: {line}", flush=True)
+        file.write(complete=False)
+    if device.type == "cuda" and not file.results["step"]["together"]["launches"]:
+        raise RuntimeError("the profiler saw no kernels: is CUPTI installed?")

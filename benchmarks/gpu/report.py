@@ -1,0 +1,183 @@
+"""One page, a table of all times and a plot, from whatever parts have run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.aims import Aim, Results, aims
+from benchmarks.gpu.part import Context
+from benchmarks.kernels.case import KSAM
+from benchmarks.kernels.measure import Row
+from benchmarks.results_file import ResultsFile
+from benchmarks.timing import Quartiles
+
+COLUMNS = (
+    "room", "operation", "shape", "dtype", "extra", "contestant", "backend", "mode",
+    "median_us", "q25_us", "q75_us", "rounds", "floor_bytes", "working_set_bytes",
+    "share_of_copy", "ratio", "note", "torch", "device", "timestamp",
+)  # fmt: skip
+
+_VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
+
+
+def write_report(context: Context) -> None:
+    """Write report.md, summary.json, results.csv and ratios.png beside the parts' files."""
+    parts = _read_parts(context)
+    if not parts:
+        return
+    results: Results = {name: part["results"] for name, part in parts.items()}
+    found = aims(results)
+    rows = results.get("kernels", {}).get("rows", [])
+    _write_csv(context, parts, rows)
+    plotted = _plot(context, rows)
+    summary = {"parts": _states(parts), "aims": [vars(aim) for aim in found], "results": results}
+    _file(context, "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    lines = [*_heading(parts, context), *_aims(found), *_times(rows), *_launches(results)]
+    lines += [*_failures(parts), *([f"![Ratios]({plotted.name})"] if plotted else [])]
+    _file(context, "report.md").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _file(context: Context, name: str) -> Path:
+    return context.out / f"{context.prefix}{name}"
+
+
+def _read_parts(context: Context) -> dict[str, dict[str, Any]]:
+    """The files of the parts, in the order in which they were written."""
+    found = []
+    for path in context.out.glob(f"{context.prefix}*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "part" in content and path.name == f"{context.prefix}{content['part']}.json":
+            found.append(content)
+    return {content["part"]: content for content in sorted(found, key=lambda c: c["written"])}
+
+
+def _states(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    names = ("complete", "written", "device", "torch")
+    return {part: {name: content[name] for name in names} for part, content in parts.items()}
+
+
+def _heading(parts: dict[str, dict[str, Any]], context: Context) -> list[str]:
+    newest = list(parts.values())[-1]
+    facts = parts.get("build", {}).get("results", {})
+    extension = facts.get("extension", {})
+    versions = [
+        f"torch {newest['torch']}",
+        f"CUDA {facts.get('cuda_of_torch')}",
+        f"driver {facts.get('gpu', {}).get('nvidia_smi', {}).get('driver_version')}",
+        f"Triton {facts.get('triton')}",
+        f"kernels built for {extension.get('cuda_architectures') or 'no GPU'}",
+    ]
+    states = [f"{n}{'' if p['complete'] else ' (not complete)'}" for n, p in parts.items()]
+    dry = (
+        ["", "**A dry run on the CPU: no figure here means anything.**"] if context.dry_run else []
+    )
+    return [
+        f"# {newest['device']}",
+        *dry,
+        "",
+        ", ".join(versions) + f". {newest['written']}.",
+        "",
+        f"Parts: {', '.join(states)}. The command: `python -m benchmarks gpu`.",
+        "",
+    ]
+
+
+def _aims(found: list[Aim]) -> list[str]:
+    rows = [f"| {a.name} | {a.aim} | {a.figure} | {_VERDICTS[a.met]} |" for a in found]
+    return ["| what | aim | measured | |", "|---|---|---|---|", *rows, ""]
+
+
+def _times(rows: list[dict[str, Any]]) -> list[str]:
+    """Ksam's times, and the others' as multiples of them."""
+    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("operation", "extra", "shape", "dtype"))
+        cases.setdefault(key, []).append(row)
+    if not cases:
+        return []
+    lines = ["| operation | shape | backend | us | of copy | others, times as long |"]
+    lines.append("|---|---|---|---|---|---|")
+    for (operation, extra, shape, dtype), own in cases.items():
+        ours = next(row for row in own if row["contestant"] == KSAM)
+        label = f"{operation}, {extra}" if extra else operation
+        others = ", ".join(_other(row) for row in own if row is not ours)
+        lines.append(
+            f"| {label} | {shape} {dtype} | {ours['backend']} | {_figures(ours)} | {others} |"
+        )
+    note = "`~`: waits for the GPU, so timed with the gaps between its launches. `-`: did not run."
+    return [*lines, "", note, ""]
+
+
+def _figures(row: dict[str, Any]) -> str:
+    time = row["microseconds"]
+    if time is None:
+        return f"- | {row['note']}"
+    return (
+        f"{time['median']:.1f} [{time['q25']:.1f}-{time['q75']:.1f}] | {row['share_of_copy']:.0%}"
+    )
+
+
+def _other(row: dict[str, Any]) -> str:
+    if row["ratio"] is None:
+        return f"{row['contestant']} -"
+    return f"{row['contestant']} {row['ratio']:.2f}{'~' if row.get('mode') == 'eager' else ''}"
+
+
+def _launches(results: Results) -> list[str]:
+    operations = results.get("launches", {}).get("operations", {})
+    if not operations:
+        return []
+    lines = ["| launches of | |", "|---|---|"]
+    for label, counts in operations.items():
+        cells = [f"{name} {c.get('launches', '-')}" for name, c in counts.items()]
+        lines.append(f"| {label} | {', '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _failures(parts: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    for name, part in parts.items():
+        found = part["results"]
+        if "failure" in found:
+            lines.append(f"- {name}: {found['failure']}")
+        lines += [f"- {case}: {why}" for case, why in found.get("failures", {}).items()]
+        lines += [f"- {name}: no time left for {what}" for what in found.get("left_out") or []]
+    return ["What failed or was left out:", "", *lines, ""] if lines else []
+
+
+def _write_csv(
+    context: Context, parts: dict[str, dict[str, Any]], rows: list[dict[str, Any]]
+) -> None:
+    if not rows:
+        return
+    kernels = parts["kernels"]
+    constant = {"torch": kernels["torch"], "device": kernels["device"]}
+    with ResultsFile(_file(context, "results.csv"), COLUMNS, constant) as file:
+        for row in rows:
+            times = row["microseconds"] or {}
+            quartiles = {f"{name}_us": value for name, value in times.items()}
+            flat = {**row, **quartiles}
+            file.append({name: flat[name] for name in COLUMNS if name in flat})
+
+
+def _plot(context: Context, rows: list[dict[str, Any]]) -> Path | None:
+    """The plot; None without rows, or without matplotlib, which a bare machine may lack."""
+    if not rows:
+        return None
+    try:
+        from benchmarks.kernels.plot import plot_ratios, require_matplotlib
+
+        require_matplotlib()
+    except Exception:
+        return None
+    names = Row.__dataclass_fields__
+    typed = []
+    for row in rows:
+        own = {name: row[name] for name in names if name in row}
+        times = own["microseconds"]
+        typed.append(Row(**{**own, "microseconds": times and Quartiles(**times)}))
+    path = _file(context, "ratios.png")
+    plot_ratios(path, typed, context.out.name)
+    return path
