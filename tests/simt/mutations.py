@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+from tests.simt.faults import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "mutations"
@@ -25,105 +26,6 @@ COPIED = (
     "README.md",
 )
 TIMEOUT = 300.0
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One fault: in a file of csrc, `old` (once in the file, or `nth` of several) becomes `new`."""
-
-    what: str
-    file: str
-    old: str
-    new: str
-    tests: str  # pytest's arguments
-    sanitize: str = ""
-    nth: int = 0
-
-    def apply(self, text: str) -> str:
-        parts = text.split(self.old)
-        if len(parts) < 2 or self.nth >= len(parts) - 1:
-            raise ValueError(f"{self.what}: {self.file} does not hold {self.old!r}")
-        before = self.old.join(parts[: self.nth + 1])
-        return before + self.new + self.old.join(parts[self.nth + 1 :])
-
-
-TOPK = "tests/topk"
-MUTATIONS = (
-    Mutation(
-        "no barrier between clearing and counting digits",
-        "topk/select.cuh",
-        "shared.count[d] = 0;\n  __syncthreads();",
-        "shared.count[d] = 0;",
-        TOPK,
-    ),
-    Mutation(
-        "no barrier after counting digits",
-        "topk/select.cuh",
-        "& (kDigits - 1));\n  }\n  __syncthreads();",
-        "& (kDigits - 1));\n  }",
-        TOPK,
-        "thread",
-    ),
-    Mutation(
-        "a plain store where an atomic one is needed",
-        "topk/select.cuh",
-        "atomicAdd(&count[digit], 1u);",
-        "count[digit] += 1u;",
-        TOPK,
-        "thread",
-    ),
-    Mutation(
-        "ties to the highest index",
-        "topk/select.cuh",
-        "ahead.equal < at.wanted))",
-        "ahead.equal >= at.wanted))",
-        TOPK,
-    ),
-    Mutation(
-        "an element too many",
-        "topk/select.cuh",
-        "const bool real = i < share.end;",
-        "const bool real = i <= share.end;",
-        TOPK,
-        "address,undefined",
-    ),
-    Mutation(
-        "the last element left out",
-        "topk/select.cuh",
-        "const bool real = i < share.end;",
-        "const bool real = i + 1 < share.end;",
-        TOPK,
-    ),
-    Mutation(
-        "-0 below +0",
-        "topk/topk_key.h",
-        "magnitude == 0 ? 0x80000000u : ordered",
-        "ordered",
-        TOPK,
-    ),
-    Mutation(
-        "no barrier of the grid before global counts are read",
-        "topk/topk.cu",
-        "grid.sync();\n    for (int d",
-        "for (int d",
-        TOPK,
-    ),
-    Mutation(
-        "global counts that are not cleared",
-        "topk/topk.cu",
-        "scratch.count[i] = 0;",
-        "(void)i;",
-        TOPK,
-    ),
-    Mutation(
-        "a shuffle that a part of the warp leaves out",
-        "topk/select.cuh",
-        "const uint32_t higher = __shfl_up_sync(kAllLanes, through, by);\n      if",
-        "if (lane_of_thread() < by) continue;\n      const uint32_t higher = "
-        "__shfl_up_sync(kAllLanes, through, by);\n      if",
-        TOPK,
-    ),
-)
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -141,7 +43,7 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _outcome(mutation: Mutation) -> str | None:
     """How the tests failed; None if they passed."""
-    arguments = ["tests.simt.run", "-x", mutation.tests]
+    arguments = ["tests.simt.run", "-x", *mutation.tests.split()]
     if mutation.sanitize:
         arguments += ["--sanitize", mutation.sanitize]
     try:

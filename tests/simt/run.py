@@ -1,7 +1,7 @@
 """Runs contract tests on the runner: ``python -m tests.simt.run [--sanitize NAMES] [PYTEST]``.
 
 Builds it first. Races show with ``--sanitize thread``, bounds and alignment with
-``--sanitize address,undefined``; ``--sanitize memory`` runs a program of its own instead of the tests
+``--sanitize address,undefined``; ``--sanitize memory`` runs a program of its own, not the tests
 (memory_sanitizer/main.cpp).
 """
 
