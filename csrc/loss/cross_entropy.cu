@@ -57,7 +57,7 @@ struct RowLosses {
   }
 
   struct Item {
-    Elements<T, N> x;
+    Packed<T, N> x;
     typename TargetOf::Probabilities t;
   };
 
@@ -69,12 +69,11 @@ struct RowLosses {
     const bool w_aligned = is_vector_aligned(target.weight);
     const T none = Rounded<T>::from(-HUGE_VALF);  // adds exp(-inf)
     for_each_batch<N>(
-        target.classes, 0, team,
-        [&](const Piece& piece, bool whole) {
-          if (whole && x_aligned && t_aligned) {
-            return Item{load_whole<N>(x + piece.first), target.load(t, piece, true)};
-          }
-          return Item{load_piece<N>(x, piece, x_aligned, none), target.load(t, piece, t_aligned)};
+        target.classes, 0, x_aligned && t_aligned, team,
+        [&](const Piece& piece, bool fast) {
+          return Item{
+              fast ? load_whole<N>(x + piece.first) : load_piece<N>(x, piece, x_aligned, none),
+              target.load(t, piece, fast, t_aligned)};
         },
         [&](const Piece* pieces, const Item* items) {
           raise(items, sums);
@@ -91,7 +90,7 @@ struct RowLosses {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) high = larger(high, to<A>(items[u].x.at[j]));  // not NaN
+      for (int j = 0; j < N; ++j) high = larger(high, element(items[u].x, j));  // not NaN
     }
     if (high > sums->max) raise_maximum(sums, high);
   }
@@ -102,7 +101,7 @@ struct RowLosses {
     A z[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      z[j] = to<A>(item.x.at[j]) - max;
+      z[j] = element(item.x, j) - max;
       sums->exp += exponential(z[j]);
     }
     if constexpr (kHasSpread) {

@@ -33,7 +33,7 @@ struct RowGradients {
         out(reinterpret_cast<T*>(args.out)) {}
 
   struct Item {
-    Elements<T, N> x;
+    Packed<T, N> x;
     typename TargetOf::Probabilities t;
   };
 
@@ -49,21 +49,19 @@ struct RowGradients {
     const Q* t = target.row(TargetOf::kHasHot ? 0 : i);
     const bool x_aligned = is_vector_aligned(x, lead), t_aligned = is_vector_aligned(t, lead);
     const bool w_aligned = is_vector_aligned(target.weight, lead);
+    const T zero = Rounded<T>::from(0.0f);
     for_each_batch<N>(
-        target.classes, lead, team,
-        [&](const Piece& piece, bool whole) {
-          if (whole && x_aligned && t_aligned) {
-            return Item{load_whole<N>(x + piece.first), target.load(t, piece, true)};
-          }
-          const T zero = Rounded<T>::from(0.0f);
-          return Item{load_piece<N>(x, piece, x_aligned, zero), target.load(t, piece, t_aligned)};
+        target.classes, lead, x_aligned && t_aligned, team,
+        [&](const Piece& piece, bool fast) {
+          return Item{
+              fast ? load_whole<N>(x + piece.first) : load_piece<N>(x, piece, x_aligned, zero),
+              target.load(t, piece, fast, t_aligned)};
         },
         [&](const Piece* pieces, const Item* items) {
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
             if (pieces[u].end > 0) {
-              store_piece<N>(to, pieces[u], true,
-                             gradient(slope, pieces[u], items[u], y, w_aligned));
+              store_piece<N>(to, pieces[u], gradient(slope, pieces[u], items[u], y, w_aligned));
             }
           }
         });
@@ -73,34 +71,32 @@ struct RowGradients {
     A max, log_s, mass, grad, hot;
   };
 
-  __device__ __forceinline__ Elements<T, N> gradient(const Slope& slope, const Piece& piece,
+  __device__ __forceinline__ Elements<A, N> gradient(const Slope& slope, const Piece& piece,
                                                      const Item& item, int64_t y,
                                                      bool w_aligned) const {
     Elements<A, N> q{};
     if constexpr (TargetOf::kHasSpread) q = target.spread(item.t, piece, w_aligned);
     const int64_t ahead = y - piece.first;
     const int hot_at = TargetOf::kHasHot && ahead >= 0 && ahead < N ? static_cast<int>(ahead) : -1;
-    Elements<T, N> dx;
+    Elements<A, N> dx;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const A of_class = j == hot_at ? q.at[j] + slope.hot : q.at[j];
-      const A p = exponential(to<A>(item.x.at[j]) - slope.max - slope.log_s);
-      dx.at[j] = Rounded<T>::from(slope.grad * ::fma(slope.mass, p, -of_class));
+      const A p = exponential(element(item.x, j) - slope.max - slope.log_s);
+      dx.at[j] = slope.grad * ::fma(slope.mass, p, -of_class);
     }
     return dx;
   }
 
   __device__ __forceinline__ void clear(T* to, int lead, const Team& team) const {
     struct Nothing {};
-    Elements<T, N> zeros;
-#pragma unroll
-    for (int j = 0; j < N; ++j) zeros.at[j] = Rounded<T>::from(0.0f);
+    const Elements<A, N> zeros{};
     for_each_batch<N>(
-        target.classes, lead, team, [](const Piece&, bool) { return Nothing{}; },
+        target.classes, lead, true, team, [](const Piece&, bool) { return Nothing{}; },
         [&](const Piece* pieces, const Nothing*) {
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            if (pieces[u].end > 0) store_piece<N>(to, pieces[u], true, zeros);
+            if (pieces[u].end > 0) store_piece<N>(to, pieces[u], zeros);
           }
         });
   }

@@ -53,8 +53,8 @@ struct Samples {
         n(args.input.columns) {}
 
   struct Item {
-    Elements<T, N> x;
-    Elements<Q, N> t;
+    Packed<T, N> x;
+    Packed<Q, N> t;
   };
 
   // body(piece, x, t, positive) for the pieces of a thread's share of sample i, whose vectors begin
@@ -67,11 +67,9 @@ struct Samples {
     const bool x_aligned = is_vector_aligned(x, lead), t_aligned = is_vector_aligned(t, lead);
     const bool p_aligned = is_vector_aligned(pos_weight, lead);
     for_each_batch<N>(
-        n, lead, team,
-        [&](const Piece& piece, bool whole) {
-          if (whole && x_aligned && t_aligned) {
-            return Item{load_whole<N>(x + piece.first), load_whole<N>(t + piece.first)};
-          }
+        n, lead, x_aligned && t_aligned, team,
+        [&](const Piece& piece, bool fast) {
+          if (fast) return Item{load_whole<N>(x + piece.first), load_whole<N>(t + piece.first)};
           return Item{load_piece<N>(x, piece, x_aligned, Rounded<T>::from(0.0f)),
                       load_piece<N>(t, piece, t_aligned, Rounded<Q>::from(0.0f))};
         },
@@ -82,8 +80,8 @@ struct Samples {
             Elements<A, N> x, t;
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-              x.at[j] = to<A>(items[u].x.at[j]);
-              t.at[j] = to<A>(items[u].t.at[j]);
+              x.at[j] = element(items[u].x, j);
+              t.at[j] = element(items[u].t, j);
             }
             body(pieces[u], x, t, positive(pieces[u], t, p_aligned));
           }
@@ -99,7 +97,7 @@ struct Samples {
       if (pos_weight == nullptr) return result;
       const auto p = load_piece<N>(pos_weight, piece, p_aligned, A(1));
 #pragma unroll
-      for (int j = 0; j < N; ++j) result.at[j] = Loss::positive(t.at[j], p.at[j]);
+      for (int j = 0; j < N; ++j) result.at[j] = Loss::positive(t.at[j], element(p, j));
     }
     return result;
   }
@@ -164,13 +162,13 @@ struct SampleGradients {
     samples.for_each_piece(
         i, lead_of(row), team,
         [&](const Piece& piece, const auto& x, const auto& t, const auto& positive) {
-          Elements<T, N> dx;
+          Elements<A, N> dx;
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             const A slope = Loss::slope(x.at[j], t.at[j], positive.at[j]);
-            dx.at[j] = Rounded<T>::from(Loss::kFactor * share * slope);
+            dx.at[j] = Loss::kFactor * share * slope;
           }
-          store_piece<N>(row, piece, true, dx);
+          store_piece<N>(row, piece, dx);
         });
   }
 };

@@ -94,69 +94,129 @@ struct Piece {
   __device__ __forceinline__ bool has(int j) const { return j >= begin && j < end; }
 };
 
+// N elements as they were loaded. Halves stay in pairs until they are used: taken apart at once,
+// each load would be waited for before the next is asked for.
+template <class T, int N>
+struct Packed {
+  uint32_t words[N * sizeof(T) / 4];
+};
+
+template <class T, int N>
+__device__ __forceinline__ void put(Packed<T, N>* to, int j, T value) {
+  if constexpr (sizeof(T) == 2) {
+    uint16_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (j % 2 == 0) to->words[j / 2] = 0;
+    to->words[j / 2] |= uint32_t{bits} << (j % 2 * 16);
+  } else {
+    memcpy(to->words + j * sizeof(T) / 4, &value, sizeof value);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ float element(const Packed<float, N>& from, int j) {
+  return __uint_as_float(from.words[j]);
+}
+template <int N>
+__device__ __forceinline__ double element(const Packed<double, N>& from, int j) {
+  double value;
+  memcpy(&value, from.words + 2 * j, sizeof value);
+  return value;
+}
+template <int N>
+__device__ __forceinline__ float element(const Packed<bf16, N>& from, int j) {
+  const uint32_t pair = from.words[j / 2];
+  return __uint_as_float(j % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+}
+template <int N>
+__device__ __forceinline__ float element(const Packed<f16, N>& from, int j) {
+  __half2 pair;
+  memcpy(&pair, &from.words[j / 2], sizeof pair);
+  return j % 2 == 0 ? __low2float(pair) : __high2float(pair);
+}
+
 template <int N, class T>
-__device__ __forceinline__ Elements<T, N> load_whole(const T* p) {
-  constexpr int kEach = kPerVector<T> < N ? kPerVector<T> : N;
-  Elements<T, N> to;
+__device__ __forceinline__ Packed<T, N> load_whole(const T* p) {
+  constexpr int kWords = kVectorBytes / 4;
+  Packed<T, N> to;
 #pragma unroll
-  for (int i = 0; i < N; i += kEach) {
-    const auto vector = load_vector<T, kEach>(p + i);
+  for (int i = 0; i < static_cast<int>(sizeof(to.words)) / 4; i += kWords) {
+    const auto vector = load_vector<uint32_t, kWords>(reinterpret_cast<const uint32_t*>(p) + i);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) to.at[i + j] = vector.at[j];
+    for (int j = 0; j < kWords; ++j) to.words[i + j] = vector.at[j];
   }
   return to;
 }
 
 // The elements of a piece, `fill` around them. aligned: row + piece.first is, as a vector.
 template <int N, class T>
-__device__ __forceinline__ Elements<T, N> load_piece(const T* row, const Piece& piece, bool aligned,
-                                                     T fill) {
+__device__ __forceinline__ Packed<T, N> load_piece(const T* row, const Piece& piece, bool aligned,
+                                                   T fill) {
   const T* p = row + piece.first;
-  Elements<T, N> to;
-  if (piece.begin == 0 && piece.end == N) {
-    if (aligned) return load_whole<N>(p);
+  const bool whole = piece.begin == 0 && piece.end == N;
+  if (whole && aligned) return load_whole<N>(p);
+  Packed<T, N> to;
+  if (whole) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) to.at[j] = p[j];
-    return to;
+    for (int j = 0; j < N; ++j) put(&to, j, p[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) put(&to, j, piece.has(j) ? p[j] : fill);
   }
-#pragma unroll
-  for (int j = 0; j < N; ++j) to.at[j] = piece.has(j) ? p[j] : fill;
   return to;
 }
 
-template <int N, class T>
-__device__ __forceinline__ void store_piece(T* row, const Piece& piece, bool aligned,
-                                            const Elements<T, N>& from) {
+// Two halves side by side, by the one instruction that rounds both.
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high, bf16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high, f16) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// Rounds the elements of a piece, which lies at a vector's boundary, and stores them.
+template <int N, class T, class A>
+__device__ __forceinline__ void store_piece(T* row, const Piece& piece,
+                                            const Elements<A, N>& from) {
   T* p = row + piece.first;
-  if (aligned && piece.begin == 0 && piece.end == N) {
-    constexpr int kEach = kPerVector<T> < N ? kPerVector<T> : N;
+  if (piece.begin != 0 || piece.end != N) {
 #pragma unroll
-    for (int i = 0; i < N; i += kEach) {
-      Vector<T, kEach> vector;
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) vector.at[j] = from.at[i + j];
-      store_vector(p + i, vector);
+    for (int j = 0; j < N; ++j) {
+      if (piece.has(j)) p[j] = Rounded<T>::from(from.at[j]);
     }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (piece.has(j)) p[j] = from.at[j];
+  } else {
+    uint4 words;
+    if constexpr (sizeof(T) == 2) {
+      words = {rounded_pair(from.at[0], from.at[1], T()), rounded_pair(from.at[2], from.at[3], T()),
+               rounded_pair(from.at[4], from.at[5], T()),
+               rounded_pair(from.at[6], from.at[7], T())};
+    } else {
+      static_assert(sizeof(from) == kVectorBytes);
+      memcpy(&words, &from, kVectorBytes);
+    }
+    __stcg(reinterpret_cast<uint4*>(p), words);  // a plain store nvcc takes apart
   }
 }
 
 // The calling thread's share of a row, kUnroll pieces of N elements at a time:
-// `load(piece, whole)` gives what use(pieces, items) gets of each; whole: all of the pieces are.
-// The first piece begins `lead` elements before the row, so that a boundary lies where it should.
+// `load(piece, fast)` gives what use(pieces, items) gets of each; fast: the piece is whole, and the
+// row is aligned. The first piece begins `lead` elements before the row, so that a boundary lies
+// where it should.
 template <int N, class Load, class Use>
-__device__ __forceinline__ void for_each_batch(int64_t columns, int lead, const Team& team,
-                                               const Load& load, const Use& use) {
+__device__ __forceinline__ void for_each_batch(int64_t columns, int lead, bool aligned,
+                                               const Team& team, const Load& load, const Use& use) {
   using Item = decltype(load(Piece{}, true));
   const int64_t step = team.threads * N;
   for (int64_t first = team.thread * N - lead; first < columns; first += kUnroll * step) {
     Piece pieces[kUnroll];
     Item items[kUnroll];
-    if (first >= 0 && first + (kUnroll - 1) * step + N <= columns) {
+    if (aligned && first >= 0 && first + (kUnroll - 1) * step + N <= columns) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         pieces[u] = {first + u * step, 0, N};

@@ -2,6 +2,8 @@
 // and says what `hot` and `spread` are.
 #pragma once
 
+#include <type_traits>
+
 #include "loss/row.cuh"
 
 namespace ksam::gpu {
@@ -18,7 +20,8 @@ struct Target {
   static constexpr bool kHasHot = kKind != Kind::probabilities;
   static constexpr bool kHasSpread = kKind != Kind::classes;
   static constexpr int N = kPerVector<T>;
-  using Probabilities = Elements<Q, kKind == Kind::probabilities ? N : 1>;
+  struct Nothing {};
+  using Probabilities = std::conditional_t<kKind == Kind::probabilities, Packed<Q, N>, Nothing>;
 
   const void* data;  // [rows] int64 or int32, or [rows, classes] Q
   int64_t stride;    // between rows
@@ -57,13 +60,15 @@ struct Target {
     return static_cast<const Q*>(data) + i * stride;
   }
 
-  // What of a row spread() needs beside the weights.
-  __device__ __forceinline__ Probabilities load(const Q* row, const Piece& piece,
+  // What of a row spread() needs beside the weights; as load_whole() and load_piece().
+  __device__ __forceinline__ Probabilities load(const Q* row, const Piece& piece, bool fast,
                                                 bool aligned) const {
     if constexpr (kKind == Kind::probabilities) {
+      if (fast) return load_whole<N>(row + piece.first);
       return load_piece<N>(row, piece, aligned, Rounded<Q>::from(0.0f));
+    } else {
+      return {};
     }
-    return {};
   }
 
   // spread_c of the elements of a piece; 0 around them.
@@ -73,13 +78,13 @@ struct Target {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       A value = share;
-      if constexpr (kKind == Kind::probabilities) value = ::fma(kept, to<A>(t.at[j]), share);
+      if constexpr (kKind == Kind::probabilities) value = ::fma(kept, element(t, j), share);
       q.at[j] = piece.has(j) ? value : A(0);
     }
     if (weight == nullptr) return q;
     const auto w = load_piece<N>(weight, piece, weight_aligned, A(0));
 #pragma unroll
-    for (int j = 0; j < N; ++j) q.at[j] *= w.at[j];
+    for (int j = 0; j < N; ++j) q.at[j] *= element(w, j);
     return q;
   }
 };
