@@ -20,7 +20,7 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     """
     if device.type != "cuda":
         return lambda: _call(work)
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP_CALLS):
@@ -45,10 +45,11 @@ def seconds_of(replay: Callable[[], object], times: int, device: torch.device) -
         for _ in range(times):
             replay()
         return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    begin, end = events
     begin.record()
     for _ in range(times):
         replay()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
