@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 import ksam_kernels  # registers every backend that is installed
 from ksam_kernels import backends
+
+
+def _version() -> str | None:
+    """None where the packages are on the path, but not installed."""
+    try:
+        return version("ksam")
+    except PackageNotFoundError:
+        return None
 
 
 def _devices() -> list[torch.device]:
@@ -47,7 +55,7 @@ def _entry(room: str, operator: str, device: torch.device) -> dict[str, Any]:
 def report() -> dict[str, Any]:
     """Versions, the backend asked for, and an entry per operator and device."""
     return {
-        "ksam": version("ksam"),
+        "ksam": _version(),
         "torch": torch.__version__,
         "requested": ksam_kernels.requested_backend(),
         "operators": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -28,8 +29,13 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     torch.cuda.current_stream(device).wait_stream(stream)
     synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
+    gc.collect()
+    gc.disable()  # what it frees could break off the capture
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            work()
+    finally:
+        gc.enable()
     synchronize(device)
     return graph.replay
 
