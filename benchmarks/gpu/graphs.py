@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.environment import synchronize
 
-_WARM_UP_CALLS = 3
+WARM_UP_CALLS = 3
 
 
 def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
@@ -24,7 +24,7 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_CALLS):
+        for _ in range(WARM_UP_CALLS):
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     synchronize(device)
