@@ -114,9 +114,9 @@ def run(context: Context, file: PartFile) -> None:
                 file.results = summarize(statuses, logs)
                 file.write(complete=False)
         time.sleep(0.2)
-    for name, log in logs.items():
+    for name, path in logs.items():
         if statuses[name] == 0:
-            log.unlink()
+            path.unlink()
     _print(file.results)
 
 
