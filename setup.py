@@ -4,8 +4,16 @@ The extension needs nothing of torch to compile or link: it reads tensors throug
 finds torch's thread pool when it is loaded. So pip's build isolation needs no torch, and one build
 serves every torch of the supported range.
 
+CUDA kernels are built where nvcc 12 or later is found, which needs no GPU. CUDA's runtime is linked
+in, so that the extension also loads where there is none.
+
 Environment:
     KSAM_NATIVE=0      leaves the extension out: the pure-PyTorch reference backend only.
+    KSAM_CUDA          1 demands the CUDA kernels, 0 leaves them out.
+    CUDA_HOME          the CUDA toolkit, before an nvcc on the PATH and /usr/local/cuda.
+    TORCH_CUDA_ARCH_LIST
+                       GPU architectures, "8.0;9.0+PTX". By default 8.0, 9.0, 10.0 and 12.0, as far
+                       as the toolkit knows them, with PTX of the last, which later GPUs compile.
     KSAM_SANITIZE      "address,undefined": instruments the extension for the sanitizers' CI run.
     CXX, MAX_JOBS      the C++17 compiler, and how many of it run at once.
 """
@@ -14,12 +22,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -49,6 +59,18 @@ CXX_FLAGS = [
     "-Wno-psabi",
 ]
 
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Wno-deprecated-gpu-targets",
+]
+# As -ffp-contract=off: the update must round where torch.optim rounds.
+ROOM_NVCC_FLAGS = {"perturb": ["-fmad=false"]}
+
+DEFAULT_ARCHITECTURES = ("80", "90", "100", "120")
+OLDEST_NVCC = (12, 0)
+
 
 def compiler() -> list[str]:
     """The command of the C++ compiler; exits with one sentence where there is none."""
@@ -65,6 +87,11 @@ def compiler() -> list[str]:
     return [found]
 
 
+def host_compiler(cxx: list[str]) -> str:
+    """The one program that nvcc takes for host code: without such as ccache before it."""
+    return next(word for word in cxx if not word.endswith("ccache"))
+
+
 def mode_flags() -> list[str]:
     """Optimized, or instrumented."""
     names = os.environ.get("KSAM_SANITIZE")
@@ -79,6 +106,112 @@ def mode_flags() -> list[str]:
     ]
 
 
+class Cuda(NamedTuple):
+    """What CUDA kernels are built with."""
+
+    nvcc: Path
+    libraries: Path  # the folder of libcudart_static.a
+    architectures: list[str]  # "80", "90a"; "90+PTX" is sm_90 and its PTX
+
+
+def find_nvcc() -> Path | None:
+    """nvcc in $CUDA_HOME, and nowhere else if that is set; on the PATH; in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    on_path = None if home else shutil.which("nvcc")
+    nvcc = Path(on_path) if on_path else Path(home or "/usr/local/cuda") / "bin" / "nvcc"
+    return nvcc if nvcc.is_file() else None
+
+
+def output_of(*command: str) -> str:
+    """What a command prints, or nothing if it fails."""
+    result = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return result.stdout if result.returncode == 0 else ""
+
+
+def find_cudart(nvcc: Path) -> Path | None:
+    """The folder of libcudart_static.a, from nvcc, which may be a script far from its toolkit."""
+    host = f"-ccbin={host_compiler(compiler())}"
+    plan = output_of(str(nvcc), "--dryrun", host, "-c", str(CSRC / "common" / "gpu.cu"))
+    folders = [Path(path) for path in re.findall(r'"-L([^"]+)"', plan)]
+    return next((path for path in folders if (path / "libcudart_static.a").is_file()), None)
+
+
+def parse_architectures(text: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, "8.0;9.0+PTX": ["80", "90+PTX"]. Exits where it is anything else."""
+    names = re.split(r"[;,\s]+", text.strip(" ;,"))
+    for name in names:
+        if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name) is None:
+            sys.exit(
+                f"ksam: TORCH_CUDA_ARCH_LIST must be numbers such as 8.0;9.0+PTX, got {name!r} "
+                f"in {text!r}."
+            )
+    return [name.replace(".", "") for name in names]
+
+
+def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
+    """Those asked for, or the default; exits where nvcc does not know one that was asked for."""
+    if asked:
+        chosen = parse_architectures(asked)
+        for number in (name.removesuffix("+PTX").rstrip("af") for name in chosen):
+            if number not in known:
+                sys.exit(
+                    f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{number}, which this nvcc "
+                    f"does not know; it knows {', '.join(known)}."
+                )
+        return chosen
+    default = [name for name in DEFAULT_ARCHITECTURES if name in known]
+    return [*default[:-1], f"{default[-1]}+PTX"]
+
+
+def look_for_cuda() -> Cuda | str:
+    """The toolkit, or what it lacks."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        home = os.environ.get("CUDA_HOME")
+        return f"no nvcc in CUDA_HOME={home}" if home else "no nvcc found"
+    release = re.search(r"release (\d+)\.(\d+)", output_of(str(nvcc), "--version"))
+    if release is None:
+        return f"{nvcc} does not run"
+    if tuple(map(int, release.groups())) < OLDEST_NVCC:
+        return f"{nvcc} is older than CUDA {'.'.join(map(str, OLDEST_NVCC))}"
+    libraries = find_cudart(nvcc)
+    if libraries is None:
+        return f"the toolkit of {nvcc} has no libcudart_static.a"
+    known = re.findall(r"sm_(\w+)", output_of(str(nvcc), "--list-gpu-code"))
+    return Cuda(
+        nvcc, libraries, choose_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), known)
+    )
+
+
+def choose_cuda() -> Cuda | str:
+    """The toolkit to build with, or why there are no CUDA kernels in this build."""
+    wanted = os.environ.get("KSAM_CUDA") or "auto"
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"ksam: KSAM_CUDA must be 0 or 1, got {wanted!r}.")
+    if wanted == "0":
+        return "KSAM_CUDA=0"
+    if wanted == "auto" and os.environ.get("KSAM_SANITIZE"):
+        return "KSAM_SANITIZE is for the CPU kernels"
+    cuda = look_for_cuda()
+    if wanted == "1" and isinstance(cuda, str):
+        sys.exit(
+            f"ksam: KSAM_CUDA=1 demands CUDA kernels, but they cannot be built: {cuda}; install "
+            "the CUDA toolkit 12 or later, set CUDA_HOME, or leave KSAM_CUDA unset."
+        )
+    return cuda
+
+
+def summary(cuda: Cuda | str) -> str:
+    """What was built and what was not, and why."""
+    cpu = f"CPU kernels ({', '.join(ISA_FLAGS)})"
+    if isinstance(cuda, str):
+        return f"{cpu} only, no CUDA kernels: {cuda}"
+    names = [name.replace("+PTX", " and its PTX") for name in cuda.architectures]
+    return f"{cpu} and CUDA kernels ({', '.join(f'sm_{name}' for name in names)})"
+
+
 class NinjaBuildExt(build_ext):
     """Compiles with ninja, which rebuilds only what changed, headers included.
 
@@ -90,6 +223,7 @@ class NinjaBuildExt(build_ext):
         import ninja
         import pybind11
 
+        cxx, cuda = compiler(), choose_cuda()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / "native" / str(sysconfig.get_config_var("SOABI"))
@@ -99,17 +233,18 @@ class NinjaBuildExt(build_ext):
         headers.unlink(missing_ok=True)
         headers.symlink_to(pybind11.get_include())
         library = folder / target.name
-        (folder / "build.ninja").write_text(_ninja_file(compiler(), headers, library))
+        (folder / "build.ninja").write_text(_ninja_file(cxx, cuda, headers, library))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         if subprocess.run(command, check=False).returncode != 0:
             sys.exit(
                 "ksam: compiling the kernels failed, see the compiler's message above; "
-                "KSAM_NATIVE=0 installs the slower pure-PyTorch reference backend alone."
+                "KSAM_CUDA=0 leaves out the CUDA kernels, KSAM_NATIVE=0 installs the slower "
+                "pure-PyTorch reference backend alone."
             )
         shutil.copy2(library, target)
-        print(f"ksam: built {target.name}, CPU only ({', '.join(ISA_FLAGS)}); no CUDA kernels yet")
+        print(f"ksam: built {target.name}: {summary(cuda)}")
 
 
 def _escape(path: object) -> str:
@@ -121,22 +256,49 @@ def _ninja_path(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _ninja_file(cxx: list[str], pybind11: Path, library: Path) -> str:
+def _nvcc_lines(cxx: list[str], cuda: Cuda, defines: list[str]) -> list[str]:
+    """The rule that compiles a ``*.cu`` for all architectures."""
+    flags = [*NVCC_FLAGS, *defines, f"-I{CSRC}", f"-ccbin={host_compiler(cxx)}"]
+    for name in cuda.architectures:
+        number, _, ptx = name.partition("+")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return [
+        f"nvcc = {_escape(cuda.nvcc)}",
+        f"nvcc_flags = {' '.join(map(_escape, flags))}",
+        "rule compile_cuda",
+        "  command = $nvcc $nvcc_flags $room_flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+    ]
+
+
+def _ninja_file(cxx: list[str], cuda: Cuda | str, pybind11: Path, library: Path) -> str:
     """build.ninja: one object per source, three per ``*_cpu.cpp``, one library."""
+    defines, libraries = [], ["-ldl"]
+    if isinstance(cuda, Cuda):
+        architectures = " ".join(cuda.architectures)
+        defines = ["-DKSAM_CUDA", f'-DKSAM_CUDA_ARCHITECTURES="{architectures}"']
+        # Its symbols stay inside: torch has a runtime of its own.
+        cudart = ["-lcudart_static", "-Wl,--exclude-libs,libcudart_static.a"]
+        libraries = [f"-L{cuda.libraries}", *cudart, "-lrt", "-lpthread", "-ldl"]
     # System headers are left out of the dependencies that -MMD writes.
     system = (sysconfig.get_paths()["include"], pybind11)
-    flags = [*CXX_FLAGS, *mode_flags(), f"-I{CSRC}", *(f"-isystem{path}" for path in system)]
+    flags = [*CXX_FLAGS, *mode_flags(), *defines, f"-I{CSRC}"]
+    flags += [f"-isystem{path}" for path in system]
     lines = [
         f"cxx = {' '.join(map(_escape, cxx))}",
         f"cxx_flags = {' '.join(map(_escape, flags))}",
         f"link_flags = {' '.join(['-shared', *mode_flags()])}",
+        f"libraries = {' '.join(map(_escape, libraries))}",
         "rule compile",
         "  command = $cxx $cxx_flags $isa_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        "  command = $cxx $link_flags $in -ldl -o $out",
+        "  command = $cxx $link_flags $in $libraries -o $out",
         "  description = link $out",
     ]
     objects = []
@@ -149,6 +311,12 @@ def _ninja_file(cxx: list[str], pybind11: Path, library: Path) -> str:
             lines.append(f"build {target}: compile {_ninja_path(source)}")
             if isa:
                 lines.append(f"  isa_flags = -DKSAM_ISA={isa} {' '.join(isa_flags)}")
+    if isinstance(cuda, Cuda):
+        lines += _nvcc_lines(cxx, cuda, defines)
+        for source in sorted(CSRC.rglob("*.cu")):
+            objects.append("-".join(source.relative_to(CSRC).parts) + ".o")
+            lines.append(f"build {objects[-1]}: compile_cuda {_ninja_path(source)}")
+            lines.append(f"  room_flags = {' '.join(ROOM_NVCC_FLAGS.get(source.parent.name, []))}")
     lines.append(f"build {_ninja_path(library)}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 
@@ -156,15 +324,18 @@ def _ninja_file(cxx: list[str], pybind11: Path, library: Path) -> str:
 def extensions() -> list[Extension]:
     """The extension, or none if KSAM_NATIVE=0."""
     if os.environ.get("KSAM_NATIVE", "1") == "0":
+        if os.environ.get("KSAM_CUDA") == "1":
+            sys.exit("ksam: KSAM_CUDA=1 demands kernels, KSAM_NATIVE=0 leaves them out.")
         if "editable_wheel" in sys.argv:  # it would be imported from the source tree
             for built in (ROOT / "ksam_kernels").glob("_C.*.so"):
                 built.unlink()
         return []
-    sources, headers = (
-        [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob(pattern))]
-        for pattern in ("*.cpp", "*.h")
+    sources, others = (
+        [str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.suffix in suffixes]
+        for suffixes in ((".cpp",), (".h", ".cu", ".cuh"))
     )
-    return [Extension("ksam_kernels._C", sources=sources, depends=headers)]
+    return [Extension("ksam_kernels._C", sources=sources, depends=others)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})

@@ -8,7 +8,7 @@ TensorList = Sequence[Tensor]
 
 compiler: str
 cpu_isa: str
-cuda_architectures: str  # "80 90", or "" without CUDA kernels
+cuda_architectures: str  # "80 90+PTX", or "" without CUDA kernels
 sanitized: bool
 
 def cross_entropy(

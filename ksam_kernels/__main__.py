@@ -12,6 +12,7 @@ import torch
 
 import ksam_kernels  # registers every backend that is installed
 from ksam_kernels import backends
+from ksam_kernels.native import extension
 
 
 def _version() -> str | None:
@@ -52,11 +53,23 @@ def _entry(room: str, operator: str, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _built() -> dict[str, Any] | None:
+    """What the compiled extension has kernels for; None without one."""
+    if extension is None:
+        return None
+    return {
+        "cpu_isa": extension.cpu_isa,
+        "cuda_architectures": extension.cuda_architectures.split(),
+        "compiler": extension.compiler,
+    }
+
+
 def report() -> dict[str, Any]:
-    """Versions, the backend asked for, and an entry per operator and device."""
+    """Versions, what was built, the backend asked for, and an entry per operator and device."""
     return {
         "ksam": _version(),
         "torch": torch.__version__,
+        "extension": _built(),
         "requested": ksam_kernels.requested_backend(),
         "operators": [
             _entry(room, operator, device)
@@ -65,6 +78,14 @@ def report() -> dict[str, Any]:
             for operator in operators
         ],
     }
+
+
+def _extension_line(built: dict[str, Any] | None) -> str:
+    if built is None:
+        return "no compiled extension"
+    names = ", ".join(f"sm_{name}" for name in built["cuda_architectures"])
+    cuda = f"CUDA ({names})" if names else "no CUDA kernels"
+    return f"compiled extension: CPU ({built['cpu_isa']}), {cuda}"
 
 
 def _table(facts: dict[str, Any]) -> str:
@@ -82,7 +103,8 @@ def _table(facts: dict[str, Any]) -> str:
         rows.append((entry["device"], entry["room"], entry["operator"], runs, " ".join(marks)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = [
-        f"ksam {facts['ksam']}, torch {facts['torch']}, backend asked for: {facts['requested']}"
+        f"ksam {facts['ksam']}, torch {facts['torch']}, backend asked for: {facts['requested']}",
+        _extension_line(facts["extension"]),
     ]
     lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines += [f"[{i}] {note}" for i, note in enumerate(notes, start=1)]

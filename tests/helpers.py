@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[1]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 U32 = 2.0**-24
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def setup_py() -> ModuleType:
+    """setup.py as a module; it needs setuptools."""
+    spec = importlib.util.spec_from_file_location("ksam_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager
@@ -23,6 +39,13 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def raises_out_of_range(backend: str, message: str) -> AbstractContextManager[Any]:
+    """An IndexError with the message; of GPU kernels, which cannot raise it, their assertion."""
+    if backend == "simt":
+        return pytest.raises(RuntimeError, match=r"device-side assert: .*in_range")
+    return pytest.raises(IndexError, match=message)
 
 
 def unit(dtype: torch.dtype) -> float:

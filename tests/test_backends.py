@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +232,32 @@ def test_the_report_tells_a_missing_kernel_from_a_missing_backend(
     assert entries["topk_indices"]["passed_over"] == {}
     assert entries["mse"]["runs"] == "reference"
     assert entries["mse"]["passed_over"]["native"] == "it has no mse kernel for cpu"
+
+
+@pytest.mark.parametrize(
+    ("built", "line"),
+    [
+        ("", "compiled extension: CPU (avx2), no CUDA kernels"),
+        ("80 90+PTX", "compiled extension: CPU (avx2), CUDA (sm_80, sm_90+PTX)"),
+        (None, "no compiled extension"),
+    ],
+    ids=["CPU", "CUDA", "none"],
+)
+def test_the_report_says_what_was_built(
+    built: str | None,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    extension = SimpleNamespace(cpu_isa="avx2", cuda_architectures=built, compiler="13")
+    monkeypatch.setattr("ksam_kernels.__main__.extension", None if built is None else extension)
+    main([])
+    assert capsys.readouterr().out.splitlines()[1] == line
+    _, facts = report(capsys)
+    if built is None:
+        assert facts["extension"] is None
+    else:
+        assert facts["extension"]["cuda_architectures"] == built.split()
 
 
 def test_the_report_says_that_the_reference_was_asked_for(

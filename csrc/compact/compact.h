@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/gpu.h"
 #include "common/tensor.h"
 
 namespace ksam {
@@ -20,5 +21,11 @@ bool in_range(const Tensor& indices, int64_t rows);
 
 // out[i] = source[indices[i]] for every leaf; indices [k] as above, each in [0, B); k >= 0.
 void gather_rows(const Leaf* leaves, int64_t leaf_count, const Tensor& indices);
+
+KSAM_DECLARE_GPU(
+    // The same in device memory, of leaves with bytes to copy and k > 0. The device finds an index
+    // out of [0, rows): asking it here would wait for it.
+    void gather_rows(const Leaf* leaves, int64_t leaf_count, const Tensor& indices, int64_t rows,
+                     Stream stream);)
 
 }  // namespace ksam

@@ -3,6 +3,7 @@
 // Bytes moved: input and target once and 4 per sample; the backward pass reads both once, writes
 // the gradient once, and reads 4 per sample.
 #include "loss/elementary_cpu.h"
+#include "loss/elementwise.h"
 #include "loss/rows_cpu.h"
 
 namespace ksam::KSAM_ISA {
@@ -11,51 +12,61 @@ namespace {
 // Samples of fewer elements are narrow rows: they do not fill a vector.
 constexpr int64_t kNarrow = kLanes;
 
-// (1 - t) x + (1 + (p - 1) t) softplus(-x), softplus(-x) = log1p(exp(-|x|)) + max(-x, 0).
-template <bool kWeighted>
-struct BinaryCrossEntropy {
+// What the formulas call, for lanes.
+struct Math {
+  template <class V>
+  static KSAM_INLINE V number(int x) {
+    return all_lanes<V>(x);
+  }
+  template <class V>
+  static KSAM_INLINE V exp(const V& x) {
+    return exp_accurate(x);
+  }
+  template <class V>
+  static KSAM_INLINE V log1p(const V& x) {
+    return KSAM_ISA::log1p(x);
+  }
+  template <class V>
+  static KSAM_INLINE V magnitude(const V& x) {
+    return KSAM_ISA::magnitude(x);
+  }
+  template <class V>
+  static KSAM_INLINE V larger(const V& a, const V& b) {
+    return KSAM_ISA::larger(a, b);
+  }
+  template <class V>
+  static KSAM_INLINE V where_negative(const V& x, const V& a, const V& b) {
+    return KSAM_ISA::where_negative(x, a, b);
+  }
+};
+
+// A loss, with pos_weight or without.
+template <class Formula, bool kWeighted>
+struct Weighted {
   static constexpr bool kReadsWeight = kWeighted;
-  static constexpr int kFactor = 1;
+  static constexpr int kFactor = Formula::kFactor;
 
   template <class V>
   static KSAM_INLINE V positive(const V& t, const V& p) {
-    const V one = all_lanes<V>(1);
-    return kWeighted ? one + (p - one) * t : one;
+    if constexpr (kWeighted) {
+      return Formula::positive(t, p);
+    } else {
+      return all_lanes<V>(1);
+    }
   }
-
   template <class V>
   static KSAM_INLINE V loss(const V& x, const V& t, const V& p) {
-    const V zero{};
-    const V softplus = log1p(exp_accurate(zero - magnitude(x))) + larger(zero - x, zero);
-    return (all_lanes<V>(1) - t) * x + positive(t, p) * softplus;
+    return Formula::loss(x, t, positive(t, p));
   }
-
-  // (1 - t) - (1 + (p - 1) t) sigmoid(-x), where sigmoid(-x) is 1 / (1 + e) for e = exp(-|x|) and
-  // x < 0, and e / (1 + e) otherwise.
   template <class V>
   static KSAM_INLINE V slope(const V& x, const V& t, const V& p) {
-    const V one = all_lanes<V>(1);
-    const V e = exp_accurate(V{} - magnitude(x));
-    const V sigmoid = where_negative(x, one, e) / (one + e);
-    return (one - t) - positive(t, p) * sigmoid;
+    return Formula::slope(x, t, positive(t, p));
   }
 };
 
-// (x - t)^2
-struct SquaredError {
-  static constexpr bool kReadsWeight = false;
-  static constexpr int kFactor = 2;  // of the slope; with g / n, or it might overflow
-
-  template <class V>
-  static KSAM_INLINE V loss(const V& x, const V& t, const V&) {
-    return (x - t) * (x - t);
-  }
-
-  template <class V>
-  static KSAM_INLINE V slope(const V& x, const V& t, const V&) {
-    return x - t;
-  }
-};
+template <bool kWeighted>
+using BinaryLoss = Weighted<BinaryCrossEntropy<Math>, kWeighted>;
+using SquaredLoss = Weighted<SquaredError, false>;
 
 template <class Loss, class V, class A>
 KSAM_INLINE V weight_at(const A* weight, int64_t i) {
@@ -160,8 +171,8 @@ KSAM_INLINE void wide_row_backward(const ElementwiseGradient& args, int64_t row,
 }
 
 template <class Loss, class T, class A = opmath_t<T>>
-KSAM_INLINE void narrow_rows_backward(const ElementwiseGradient& args, int64_t begin,
-                                      int64_t count, A* room) {
+KSAM_INLINE void narrow_rows_backward(const ElementwiseGradient& args, int64_t begin, int64_t count,
+                                      A* room) {
   using V = Lanes<T>;
   const int64_t n = args.forward.input.columns;
   Tile<T, kNarrow> x{};
@@ -217,16 +228,15 @@ void backward(const ElementwiseGradient& args) {
 }  // namespace
 
 void binary_cross_entropy(const Elementwise& args) {
-  args.pos_weight == nullptr ? forward<BinaryCrossEntropy<false>>(args)
-                             : forward<BinaryCrossEntropy<true>>(args);
+  args.pos_weight == nullptr ? forward<BinaryLoss<false>>(args) : forward<BinaryLoss<true>>(args);
 }
 
 void binary_cross_entropy_backward(const ElementwiseGradient& args) {
-  args.forward.pos_weight == nullptr ? backward<BinaryCrossEntropy<false>>(args)
-                                     : backward<BinaryCrossEntropy<true>>(args);
+  args.forward.pos_weight == nullptr ? backward<BinaryLoss<false>>(args)
+                                     : backward<BinaryLoss<true>>(args);
 }
 
-void mse(const Elementwise& args) { forward<SquaredError>(args); }
-void mse_backward(const ElementwiseGradient& args) { backward<SquaredError>(args); }
+void mse(const Elementwise& args) { forward<SquaredLoss>(args); }
+void mse_backward(const ElementwiseGradient& args) { backward<SquaredLoss>(args); }
 
 }  // namespace ksam::KSAM_ISA

@@ -57,4 +57,20 @@ KSAM_DECLARE_PER_ISA(void cross_entropy(const CrossEntropy& args);
                      void mse(const Elementwise& args);
                      void mse_backward(const ElementwiseGradient& args);)
 
+// The same, in device memory. Probabilities have the logits' dtype or f32, elementwise targets that
+// of the input or f32; f64 logits and inputs have f64 ones. A class out of range is a device-side
+// assertion. *_scratch_bytes: of the scratch that the function of that name takes.
+KSAM_DECLARE_GPU(int64_t cross_entropy_scratch_bytes(const CrossEntropy& args);
+                 void cross_entropy(const CrossEntropy& args, void* scratch, Stream stream);
+                 void cross_entropy_backward(const CrossEntropyGradient& args, Stream stream);
+                 // indices [k], those of topk_indices(losses, k); 1 <= k <= N < 2^32.
+                 int64_t select_cross_entropy_scratch_bytes(const CrossEntropy& args);
+                 void select_cross_entropy(const CrossEntropy& args, int64_t k, void* scratch,
+                                           int64_t* indices, Stream stream);
+                 int64_t elementwise_scratch_bytes(const Elementwise& args);
+                 void binary_cross_entropy(const Elementwise& args, void* scratch, Stream stream);
+                 void binary_cross_entropy_backward(const ElementwiseGradient& args, Stream stream);
+                 void mse(const Elementwise& args, void* scratch, Stream stream);
+                 void mse_backward(const ElementwiseGradient& args, Stream stream);)
+
 }  // namespace ksam

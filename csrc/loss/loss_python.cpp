@@ -16,9 +16,15 @@ DType opmath_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::
 
 bool is_index(DType dtype) { return dtype == DType::i32 || dtype == DType::i64; }
 
-// A contiguous tensor on the CPU of a dtype and a number of elements.
-bool is_plain(const Tensor& t, DType dtype, int64_t numel) {
-  return on_cpu(t) && t.dtype == dtype && t.numel == numel && is_contiguous(t);
+// A contiguous tensor, on the device of another, of a dtype and a number of elements.
+bool is_plain(const Tensor& t, const Tensor& like, DType dtype, int64_t numel) {
+  return same_device(t, like) && t.dtype == dtype && t.numel == numel && is_contiguous(t);
+}
+
+// Whether kernels take a floating target of this dtype: those of a GPU the inputs' own, and that of
+// the arithmetic; those of the CPU any.
+bool takes_target(DType dtype, const Tensor& input) {
+  return on_cpu(input) || dtype == input.dtype || dtype == opmath_of(input.dtype);
 }
 
 // The first `ndim` dimensions as one, of stride `stride`; false where they have no common stride.
@@ -37,7 +43,7 @@ bool flatten(const Tensor& t, int ndim, int64_t* size, int64_t* stride) {
 
 // [..., columns] as rows that have unit stride inside.
 bool read_rows(py::handle object, Tensor* t, Matrix* rows) {
-  if (!read_tensor(object, t) || !on_cpu(*t) || t->ndim < 1) return false;
+  if (!read_tensor(object, t) || !has_kernels(*t) || t->ndim < 1) return false;
   const int last = t->ndim - 1;
   rows->data = t->data;
   rows->dtype = t->dtype;
@@ -48,10 +54,10 @@ bool read_rows(py::handle object, Tensor* t, Matrix* rows) {
   return flatten(*t, last, &rows->rows, &rows->stride);
 }
 
-// [...] as rows of one element, any stride between them.
-bool read_column(py::handle object, Matrix* rows) {
+// [...] as rows of one element, any stride between them, on the device of another tensor.
+bool read_column(py::handle object, const Tensor& like, Matrix* rows) {
   Tensor t;
-  if (!read_tensor(object, &t) || !on_cpu(t)) return false;
+  if (!read_tensor(object, &t) || !same_device(t, like)) return false;
   rows->data = t.data;
   rows->dtype = t.dtype;
   rows->columns = 1;
@@ -61,46 +67,67 @@ bool read_column(py::handle object, Matrix* rows) {
 // Classes [...] or probabilities [..., C] for logits [..., C].
 bool read_target(py::handle object, const Tensor& logits, Matrix* target) {
   Tensor t;
-  if (!read_tensor(object, &t)) return false;
+  if (!read_tensor(object, &t) || !same_device(t, logits)) return false;
   if (is_index(t.dtype)) {
-    if (t.ndim != logits.ndim - 1 || !read_column(object, target)) return false;
+    if (t.ndim != logits.ndim - 1 || !read_column(object, logits, target)) return false;
     for (int i = 0; i < t.ndim; ++i) {
       if (t.shape[i] != logits.shape[i]) return false;
     }
     return true;
   }
-  return is_floating(t.dtype) && same_shape(t, logits) && read_rows(object, &t, target);
+  if (!is_floating(t.dtype) || !takes_target(t.dtype, logits)) return false;
+  return same_shape(t, logits) && read_rows(object, &t, target);
 }
 
-bool read_weight(py::handle object, DType dtype, int64_t numel, const void** weight) {
+// numel weights of the dtype of the arithmetic on another tensor, or None.
+bool read_weight(py::handle object, const Tensor& like, int64_t numel, const void** weight) {
   Tensor t;
   if (!read_optional(object, &t)) return false;
   *weight = t.data;
-  return object.is_none() || is_plain(t, dtype, numel);
+  return object.is_none() || is_plain(t, like, opmath_of(like.dtype), numel);
+}
+
+// The upstream gradient, and where that of the input goes.
+template <class Gradient>
+bool read_gradient(py::handle grad, py::handle out_, const Tensor& input, const Matrix& rows,
+                   Gradient* args) {
+  Tensor out;
+  if (!read_column(grad, input, &args->grad) || !read_tensor(out_, &out)) return false;
+  if (args->grad.rows != rows.rows || args->grad.dtype != DType::f32) return false;
+  if (!is_plain(out, input, input.dtype, rows.rows * rows.columns)) return false;
+  args->out = out.data;
+  return true;
+}
+
+void* scratch_of(GpuCall* call, int64_t bytes) {
+  return bytes == 0 ? nullptr : call->scratch(bytes);
 }
 
 // All but the outputs.
-bool read_cross_entropy(py::handle logits_, py::handle target, py::handle weight,
-                        int64_t ignore_index, double label_smoothing, CrossEntropy* args) {
-  Tensor logits;
-  if (!read_rows(logits_, &logits, &args->logits) || !is_floating(logits.dtype)) return false;
-  if (!read_target(target, logits, &args->target)) return false;
+bool read_cross_entropy(py::handle object, py::handle target, py::handle weight,
+                        int64_t ignore_index, double label_smoothing, Tensor* logits,
+                        CrossEntropy* args) {
+  if (!read_rows(object, logits, &args->logits) || !is_floating(logits->dtype)) return false;
+  if (!read_target(target, *logits, &args->target)) return false;
   const int64_t classes = args->logits.columns;
   Tensor w;
   if (!read_optional(weight, &w) || (w.data != nullptr && w.ndim != 1)) return false;
-  if (!read_weight(weight, opmath_of(logits.dtype), classes, &args->weight)) return false;
+  if (!read_weight(weight, *logits, classes, &args->weight)) return false;
   args->ignore_index = ignore_index;
   args->label_smoothing = label_smoothing;
   return true;
 }
 
-bool read_losses(py::handle losses_, py::handle stats_, CrossEntropy* args) {
-  Tensor losses, stats;
-  const Matrix& logits = args->logits;
-  if (!read_tensor(losses_, &losses) || !read_optional(stats_, &stats)) return false;
-  if (!is_plain(losses, DType::f32, logits.rows)) return false;
-  if (!stats_.is_none() && !is_plain(stats, opmath_of(logits.dtype), 3 * logits.rows)) return false;
-  args->losses = losses.as<float>();
+bool read_losses(py::handle losses_, py::handle stats_, const Tensor& logits, Tensor* losses,
+                 CrossEntropy* args) {
+  Tensor stats;
+  const int64_t rows = args->logits.rows;
+  if (!read_tensor(losses_, losses) || !read_optional(stats_, &stats)) return false;
+  if (!is_plain(*losses, logits, DType::f32, rows)) return false;
+  if (!stats_.is_none() && !is_plain(stats, logits, opmath_of(logits.dtype), 3 * rows)) {
+    return false;
+  }
+  args->losses = losses->as<float>();
   args->stats = stats.data;
   return true;
 }
@@ -114,9 +141,9 @@ bool read_losses(py::handle losses_, py::handle stats_, CrossEntropy* args) {
                         std::to_string(args.logits.columns) + " classes");
 }
 
-// Runs body(args) without the interpreter's lock, and raises for a class that it found bad.
+// On the CPU, without the interpreter's lock. Raises for a class that body(args) found bad.
 template <class Body>
-void run(CrossEntropy* args, const Body& body) {
+void run_on_cpu(CrossEntropy* args, const Body& body) {
   int64_t first_bad = args->logits.rows;
   args->first_bad = &first_bad;
   {
@@ -130,14 +157,39 @@ void run(CrossEntropy* args, const Body& body) {
 // None; losses [...] f32, and stats [..., 3] A or None where no gradient will follow, contiguous.
 // A is f64 for f64 logits, else f32.
 bool cross_entropy(py::handle logits, py::handle target, py::handle weight, int64_t ignore_index,
-                   double label_smoothing, py::handle losses, py::handle stats) {
+                   double label_smoothing, py::handle losses_, py::handle stats) {
   CrossEntropy args;
-  if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &args) ||
-      !read_losses(losses, stats, &args)) {
+  Tensor x, losses;
+  if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &x, &args) ||
+      !read_losses(losses_, stats, x, &losses, &args)) {
     return false;
   }
-  run(&args, [&] { KSAM_ON_ISA(cross_entropy, args); });
+  if (on_gpu(x)) {
+    GpuCall call(x);
+    void* scratch = scratch_of(&call, KSAM_ON_GPU(cross_entropy_scratch_bytes, args));
+    KSAM_ON_GPU(cross_entropy, args, scratch, call.stream());
+  } else {
+    run_on_cpu(&args, [&] { KSAM_ON_ISA(cross_entropy, args); });
+  }
   return true;
+}
+
+void select_on_gpu(const Tensor& logits, const CrossEntropy& args, const Tensor& indices) {
+  GpuCall call(logits);
+  void* scratch = scratch_of(&call, KSAM_ON_GPU(select_cross_entropy_scratch_bytes, args));
+  KSAM_ON_GPU(select_cross_entropy, args, indices.numel, scratch, indices.as<int64_t>(),
+              call.stream());
+}
+
+void select_on_cpu(const Tensor& losses, CrossEntropy* args, const Tensor& indices) {
+  run_on_cpu(args, [&] {
+    const int64_t bytes = topk_scratch_bytes(losses.dtype, losses.numel);
+    const std::unique_ptr<char[]> scratch(new char[bytes]);
+    KSAM_ON_ISA(cross_entropy, *args);
+    if (*args->first_bad == losses.numel) {
+      KSAM_ON_ISA(topk_indices, losses, indices.numel, scratch.get(), indices.as<int64_t>());
+    }
+  });
 }
 
 // The same, and indices [k] int64 of the k largest losses.
@@ -145,22 +197,15 @@ bool select_cross_entropy(py::handle logits, py::handle target, py::handle weigh
                           int64_t ignore_index, double label_smoothing, py::handle losses_,
                           py::handle stats, py::handle indices_) {
   CrossEntropy args;
-  Tensor losses, indices;
-  if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &args) ||
-      !read_losses(losses_, stats, &args) || !read_tensor(losses_, &losses) ||
-      !read_tensor(indices_, &indices)) {
+  Tensor x, losses, indices;
+  if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &x, &args) ||
+      !read_losses(losses_, stats, x, &losses, &args) || !read_tensor(indices_, &indices)) {
     return false;
   }
   const int64_t k = indices.numel;
-  if (k < 1 || k > losses.numel || !is_plain(indices, DType::i64, k)) return false;
-  run(&args, [&] {
-    const int64_t bytes = topk_scratch_bytes(losses.dtype, losses.numel);
-    const std::unique_ptr<char[]> scratch(new char[bytes]);
-    KSAM_ON_ISA(cross_entropy, args);
-    if (*args.first_bad == losses.numel) {
-      KSAM_ON_ISA(topk_indices, losses, k, scratch.get(), indices.as<int64_t>());
-    }
-  });
+  if (k < 1 || k > losses.numel || losses.numel >> 32 != 0) return false;
+  if (!is_plain(indices, x, DType::i64, k)) return false;
+  on_gpu(x) ? select_on_gpu(x, args, indices) : select_on_cpu(losses, &args, indices);
   return true;
 }
 
@@ -171,24 +216,24 @@ bool cross_entropy_backward(py::handle grad, py::handle logits, py::handle targe
                             double label_smoothing, py::handle out_) {
   CrossEntropyGradient args;
   CrossEntropy& forward = args.forward;
-  Tensor stats, out;
-  if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &forward) ||
-      !read_column(grad, &args.grad) || !read_tensor(stats_, &stats) || !read_tensor(out_, &out)) {
+  Tensor x, stats;
+  if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &x, &forward) ||
+      !read_tensor(stats_, &stats) || !read_gradient(grad, out_, x, forward.logits, &args)) {
     return false;
   }
-  const Matrix& x = forward.logits;
-  if (args.grad.rows != x.rows || args.grad.dtype != DType::f32) return false;
-  if (!is_plain(stats, opmath_of(x.dtype), 3 * x.rows)) return false;
-  if (!is_plain(out, x.dtype, x.rows * x.columns)) return false;
+  if (!is_plain(stats, x, opmath_of(x.dtype), 3 * forward.logits.rows)) return false;
   forward.stats = stats.data;
-  args.out = out.data;
-  run(&forward, [&] { KSAM_ON_ISA(cross_entropy_backward, args); });
+  if (on_gpu(x)) {
+    KSAM_ON_GPU(cross_entropy_backward, args, GpuCall(x).stream());
+  } else {
+    run_on_cpu(&forward, [&] { KSAM_ON_ISA(cross_entropy_backward, args); });
+  }
   return true;
 }
 
 // A contiguous tensor [B, ...] as B rows.
 bool read_samples(py::handle object, Tensor* t, Matrix* samples) {
-  if (!read_tensor(object, t) || !on_cpu(*t) || !is_floating(t->dtype)) return false;
+  if (!read_tensor(object, t) || !has_kernels(*t) || !is_floating(t->dtype)) return false;
   if (t->ndim < 1 || !is_contiguous(*t)) return false;
   samples->data = t->data;
   samples->dtype = t->dtype;
@@ -200,70 +245,83 @@ bool read_samples(py::handle object, Tensor* t, Matrix* samples) {
 }
 
 // All but the losses.
-bool read_elementwise(py::handle input_, py::handle target_, py::handle pos_weight,
+bool read_elementwise(py::handle object, py::handle target_, py::handle pos_weight, Tensor* input,
                       Elementwise* args) {
-  Tensor input, target;
-  if (!read_samples(input_, &input, &args->input)) return false;
-  if (!read_samples(target_, &target, &args->target) || !same_shape(input, target)) return false;
-  return read_weight(pos_weight, opmath_of(input.dtype), args->input.columns, &args->pos_weight);
+  Tensor target;
+  if (!read_samples(object, input, &args->input)) return false;
+  if (!read_samples(target_, &target, &args->target)) return false;
+  if (!same_device(target, *input) || !same_shape(target, *input)) return false;
+  if (!takes_target(target.dtype, *input)) return false;
+  return read_weight(pos_weight, *input, args->input.columns, &args->pos_weight);
 }
 
-template <class Kernel>
+// on_gpu_(args, scratch, stream) or on_cpu_(args) once the arguments are read.
+template <class OnGpu, class OnCpu>
 bool elementwise(py::handle input, py::handle target, py::handle pos_weight, py::handle losses_,
-                 const Kernel& kernel) {
+                 const OnGpu& on_gpu_, const OnCpu& on_cpu_) {
   Elementwise args;
-  Tensor losses;
-  if (!read_elementwise(input, target, pos_weight, &args)) return false;
-  if (!read_tensor(losses_, &losses) || !is_plain(losses, DType::f32, args.input.rows)) {
-    return false;
-  }
+  Tensor x, losses;
+  if (!read_elementwise(input, target, pos_weight, &x, &args)) return false;
+  if (!read_tensor(losses_, &losses)) return false;
+  if (!is_plain(losses, x, DType::f32, args.input.rows)) return false;
   args.losses = losses.as<float>();
-  py::gil_scoped_release release;
-  kernel(args);
+  if (on_gpu(x)) {
+    GpuCall call(x);
+    void* scratch = scratch_of(&call, KSAM_ON_GPU(elementwise_scratch_bytes, args));
+    on_gpu_(args, scratch, call.stream());
+  } else {
+    py::gil_scoped_release release;
+    on_cpu_(args);
+  }
   return true;
 }
 
-template <class Kernel>
+template <class OnGpu, class OnCpu>
 bool elementwise_backward(py::handle grad, py::handle input, py::handle target,
-                          py::handle pos_weight, py::handle out_, const Kernel& kernel) {
+                          py::handle pos_weight, py::handle out, const OnGpu& on_gpu_,
+                          const OnCpu& on_cpu_) {
   ElementwiseGradient args;
-  Tensor out;
-  const Matrix& x = args.forward.input;
-  if (!read_elementwise(input, target, pos_weight, &args.forward)) return false;
-  if (!read_column(grad, &args.grad) || !read_tensor(out_, &out)) return false;
-  if (args.grad.rows != x.rows || args.grad.dtype != DType::f32) return false;
-  if (!is_plain(out, x.dtype, x.rows * x.columns)) return false;
-  args.out = out.data;
-  py::gil_scoped_release release;
-  kernel(args);
+  Tensor x;
+  if (!read_elementwise(input, target, pos_weight, &x, &args.forward)) return false;
+  if (!read_gradient(grad, out, x, args.forward.input, &args)) return false;
+  if (on_gpu(x)) {
+    on_gpu_(args, GpuCall(x).stream());
+  } else {
+    py::gil_scoped_release release;
+    on_cpu_(args);
+  }
   return true;
 }
+
+// Both backends of a loss, as the functions above take them.
+#define KSAM_FORWARD(name)                                                                      \
+  [](const Elementwise& args, [[maybe_unused]] void* scratch, [[maybe_unused]] Stream stream) { \
+    KSAM_ON_GPU(name, args, scratch, stream);                                                   \
+  },                                                                                            \
+      [](const Elementwise& args) { KSAM_ON_ISA(name, args); }
+#define KSAM_BACKWARD(name)                                                                \
+  [](const ElementwiseGradient& args, Stream stream) { KSAM_ON_GPU(name, args, stream); }, \
+      [](const ElementwiseGradient& args) { KSAM_ON_ISA(name, args); }
 
 // input and target [B, ...] floating, contiguous; pos_weight [n] A or None, n elements a sample;
 // losses [B] f32; grad [B] f32, any stride; out [B, ...] of the input's dtype.
 bool binary_cross_entropy(py::handle input, py::handle target, py::handle pos_weight,
                           py::handle losses) {
-  return elementwise(input, target, pos_weight, losses, [](const Elementwise& args) {
-    KSAM_ON_ISA(binary_cross_entropy, args);
-  });
+  return elementwise(input, target, pos_weight, losses, KSAM_FORWARD(binary_cross_entropy));
 }
 
 bool binary_cross_entropy_backward(py::handle grad, py::handle input, py::handle target,
                                    py::handle pos_weight, py::handle out) {
-  return elementwise_backward(
-      grad, input, target, pos_weight, out,
-      [](const ElementwiseGradient& args) { KSAM_ON_ISA(binary_cross_entropy_backward, args); });
+  return elementwise_backward(grad, input, target, pos_weight, out,
+                              KSAM_BACKWARD(binary_cross_entropy_backward));
 }
 
 bool mse(py::handle input, py::handle target, py::handle losses) {
-  return elementwise(input, target, py::none(), losses,
-                     [](const Elementwise& args) { KSAM_ON_ISA(mse, args); });
+  return elementwise(input, target, py::none(), losses, KSAM_FORWARD(mse));
 }
 
 bool mse_backward(py::handle grad, py::handle input, py::handle target, py::handle out) {
-  return elementwise_backward(
-      grad, input, target, py::none(), out,
-      [](const ElementwiseGradient& args) { KSAM_ON_ISA(mse_backward, args); });
+  return elementwise_backward(grad, input, target, py::none(), out, KSAM_BACKWARD(mse_backward));
 }
 
 }  // namespace

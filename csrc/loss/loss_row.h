@@ -35,6 +35,16 @@ KSAM_HOST_DEVICE inline void raise_maximum(RowSums<A>* row, A max) {
   row->max = max;
 }
 
+// Two parts of a row as one; the same bits in either order.
+template <class A>
+KSAM_HOST_DEVICE inline void merge(RowSums<A>* row, RowSums<A> other) {
+  if (other.max > row->max) raise_maximum(row, other.max);
+  if (row->max > other.max) raise_maximum(&other, row->max);
+  row->exp += other.exp;
+  row->mass += other.mass;
+  row->dot += other.dot;
+}
+
 template <class A>
 struct RowStats {
   A max, log_s, mass;

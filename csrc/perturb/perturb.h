@@ -11,7 +11,8 @@
 
 namespace ksam {
 
-constexpr int64_t kChunk = 4096;  // elements; also the unit of the norm's fixed order of addition
+// Elements that the CPU takes at once; also the unit of its norm's fixed order of addition.
+constexpr int64_t kChunk = 4096;
 
 // Whether a formula reads or writes an operand.
 enum Access { kUntouched = 0, kRead = 1, kWrite = 2, kReadWrite = 3 };
@@ -43,28 +44,34 @@ struct Rows {
 };
 
 struct PerturbArgs {
-  double norm;
-  const double* rho;  // one per parameter
+  const double* norm;  // [1], where the tensors are
+  const double* rho;   // one per parameter
   double eta;
   bool adaptive;
-  bool moves;  // else the weights keep their bits
+};
+
+// What gradient scaling adds to an update; [1] each, where the tensors are.
+struct Scaling {
+  const float* grad_scale = nullptr;  // the gradients' divisor; null: none
+  const float* found_inf = nullptr;   // where not 0, weights are restored and nothing else changes
 };
 
 struct SgdArgs {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
-  bool scaled;  // gradients are divided by grad_scale
-  float grad_scale;
-  const bool* first;  // one per parameter: no momentum yet
+  Scaling scaling;
 };
 
 struct AdamArgs {
   double lr, beta1, beta2, eps, weight_decay;
   bool maximize, decoupled_weight_decay;
-  bool scaled;
-  float grad_scale;
-  const double* step_size;        // lr / (1 - beta1^t), one per parameter
-  const double* root_correction;  // sqrt(1 - beta2^t), one per parameter
+  Scaling scaling;
+};
+
+// For the step t that is taken.
+struct BiasCorrection {
+  double step_size;        // lr / (1 - beta1^t)
+  double root_correction;  // sqrt(1 - beta2^t)
 };
 
 KSAM_DECLARE_PER_ISA(
@@ -74,9 +81,28 @@ KSAM_DECLARE_PER_ISA(
     void perturb(const Rows<3>& rows, const PerturbArgs& args);
     // (params, backup)
     void restore(const Rows<2>& rows);
-    // (params, backup, grads, momentum buffers)
-    void restore_sgd(const Rows<4>& rows, const SgdArgs& args);
-    // (params, backup, grads, exp_avgs, exp_avg_sqs)
-    void restore_adam(const Rows<5>& rows, const AdamArgs& args);)
+    // (params, backup, grads, momentum buffers); steps, one per parameter, are not counted up, and
+    // null where the buffers are history. found_inf is not looked at.
+    void restore_sgd(const Rows<4>& rows, const SgdArgs& args, const float* const* steps);
+    // (params, backup, grads, exp_avgs, exp_avg_sqs); one correction per parameter.
+    void restore_adam(const Rows<5>& rows, const AdamArgs& args,
+                      const BiasCorrection* corrections);)
+
+constexpr int64_t kTicketBytes = sizeof(unsigned);  // scratch of an update that counts steps
+
+KSAM_DECLARE_GPU(
+    // Bytes of device memory that grad_norm needs.
+    int64_t norm_scratch_bytes(const Rows<2>& rows);
+    // (grads, params) -> norm [1], and as a double at the beginning of `scratch`.
+    void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch, float* norm,
+                   Stream stream);
+    // The others take the same rows in device memory.
+    void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream);
+    void restore(const Rows<2>& rows, Stream stream);
+    // These look at found_inf, and count the steps up.
+    void restore_sgd(const Rows<4>& rows, const SgdArgs& args, float* const* steps, void* scratch,
+                     Stream stream);
+    void restore_adam(const Rows<5>& rows, const AdamArgs& args, float* const* steps, void* scratch,
+                      Stream stream);)
 
 }  // namespace ksam

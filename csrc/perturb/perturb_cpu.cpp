@@ -115,14 +115,15 @@ void climb_adaptive(A* w, const A* g, int count, A n, A rho, A eta) {
 // write w and backup).
 void perturb(const Rows<3>& rows, const PerturbArgs& args) {
   constexpr Access kAccess[] = {kReadWrite, kRead, kUntouched};
+  const double norm = *args.norm;
+  const bool moves = moves_at(norm);
   for_each_chunk(rows, [&](const Row<3>& row, int64_t, int64_t begin, int64_t end) {
     const double rho = args.rho[row.index];
     copy_bytes(row.operand[0], row.operand[2], begin, end, rows.streaming);
-    if (!args.moves || rho == 0) return;
+    if (!moves || rho == 0) return;
     on_arithmetic(row, [&](auto type) {
       using A = typename decltype(type)::type;
-      constexpr double kTiny = 0x1p-126;  // the smallest normal float
-      const A n = static_cast<A>(args.norm < kTiny ? kTiny : args.norm);
+      const A n = static_cast<A>(divisor_of(norm));
       const A radius = static_cast<A>(rho), eta = static_cast<A>(args.eta);
       for_each_block<A>(row, kAccess, false, begin, end, [&](A* const(&p)[3], int count) {
         if (args.adaptive) {

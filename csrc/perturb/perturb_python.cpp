@@ -1,5 +1,4 @@
 #include <cmath>
-#include <memory>
 
 #include "common/python.h"
 #include "perturb/perturb.h"
@@ -13,7 +12,11 @@ namespace {
 
 using TensorList = std::vector<Tensor>;
 
-bool is_scalar(const Tensor& t) { return on_cpu(t) && t.dtype == DType::f32 && t.numel == 1; }
+// One float32 on the device of `tensors`, which may be none.
+bool is_scalar_of(const TensorList& tensors, const Tensor& t) {
+  if (t.dtype != DType::f32 || t.numel != 1) return false;
+  return tensors.empty() ? has_kernels(t) : same_device(t, tensors[0]);
+}
 
 bool same_dtypes(const TensorList& a, const TensorList& b) {
   for (size_t i = 0; i < a.size(); ++i) {
@@ -22,36 +25,62 @@ bool same_dtypes(const TensorList& a, const TensorList& b) {
   return true;
 }
 
-// sqrt(sum (T g)^2). False where the lists do not fit.
-bool norm_of(const TensorList& grads, const TensorList& params, double eta, double* norm) {
-  const bool adaptive = !params.empty();
-  RowTable<2> table;
-  if (!table.build({&grads, &params})) return false;
-  for (const TensorList* list : {&grads, &params}) {
-    for (const Tensor& t : *list) {
-      if (t.dtype == DType::f64) table.widen();
+// --- Norm ---------------------------------------------------------------------------------------
+
+// Of one global norm, sqrt(sum (T g)^2).
+struct NormCall {
+  RowTable<2> table;  // (grads, params)
+  bool adaptive;
+  double eta;
+
+  // False where the lists do not fit.
+  bool build(const TensorList& grads, const TensorList& params) {
+    const TensorList none;
+    if (!table.build({&grads, adaptive ? &params : &none})) return false;
+    for (const TensorList* list : {&grads, &params}) {
+      if (list == &params && !adaptive) continue;
+      for (const Tensor& t : *list) {
+        if (t.dtype == DType::f64) table.widen();
+      }
     }
+    return true;
   }
-  std::vector<double> partial(table.chunks());
-  py::gil_scoped_release release;
-  const double sum = KSAM_ON_ISA(sum_of_squares, table.rows(), adaptive, eta, partial.data());
-  *norm = std::sqrt(sum);
-  return true;
-}
+
+  double run_on_cpu() const {
+    std::vector<double> partial(table.chunks());
+    py::gil_scoped_release release;
+    const double sum = KSAM_ON_ISA(sum_of_squares, table.rows(), adaptive, eta, partial.data());
+    return std::sqrt(sum);
+  }
+
+  // The norm as a double in device memory, which lives as long as the call.
+  const double* run_on_gpu(GpuCall* call, float* norm) const {
+    const int64_t bytes = KSAM_ON_GPU(norm_scratch_bytes, table.rows());
+    void* scratch = call->scratch(bytes);
+    KSAM_ON_GPU(grad_norm, table.rows(), adaptive, eta, scratch, norm, call->stream());
+    return static_cast<const double*>(scratch);
+  }
+};
 
 // out: one float32.
 bool grad_norm(py::handle grads_, py::handle params_, bool adaptive, double eta, py::handle out_) {
   TensorList grads, params;
   Tensor out;
   if (!read_tensors(grads_, &grads) || !read_tensors(params_, &params)) return false;
-  if (!read_tensor(out_, &out) || !is_scalar(out)) return false;
+  if (!read_tensor(out_, &out) || !is_scalar_of(grads, out)) return false;
   if (adaptive && params.size() != grads.size()) return false;
-  if (!adaptive) params.clear();
-  double norm;
-  if (!norm_of(grads, params, eta, &norm)) return false;
-  *out.as<float>() = static_cast<float>(norm);
+  NormCall norm{{}, adaptive, eta};
+  if (!norm.build(grads, params)) return false;
+  if (on_gpu(out)) {
+    GpuCall call(out);
+    norm.run_on_gpu(&call, out.as<float>());
+  } else {
+    *out.as<float>() = static_cast<float>(norm.run_on_cpu());
+  }
   return true;
 }
+
+// --- Perturb and restore ------------------------------------------------------------------------
 
 // A radius for all or one per parameter, finite and not negative.
 bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
@@ -73,29 +102,39 @@ bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
   return true;
 }
 
+void perturb_on_gpu(const NormCall& norm, const Rows<3>& rows, PerturbArgs args,
+                    const Tensor& out) {
+  GpuCall call(out);
+  args.norm = norm.run_on_gpu(&call, out.as<float>());
+  KSAM_ON_GPU(perturb, rows, args, call.stream());
+}
+
+void perturb_on_cpu(const NormCall& norm, const Rows<3>& rows, PerturbArgs args,
+                    const Tensor& out) {
+  const double found = norm.run_on_cpu();
+  args.norm = &found;
+  py::gil_scoped_release release;
+  KSAM_ON_ISA(perturb, rows, args);
+  *out.as<float>() = static_cast<float>(found);
+}
+
 bool perturb_(py::handle params_, py::handle grads_, py::handle backup_, py::handle rho_,
               bool adaptive, double eta, py::handle out_) {
   TensorList params, grads, backup;
   Tensor out;
   if (!read_tensors(params_, &params) || !read_tensors(grads_, &grads)) return false;
-  if (!read_tensors(backup_, &backup) || !read_tensor(out_, &out) || !is_scalar(out)) return false;
+  if (!read_tensors(backup_, &backup) || !read_tensor(out_, &out)) return false;
   if (grads.size() != params.size() || backup.size() != params.size()) return false;
   std::vector<double> radii;
   RowTable<3> table;
-  if (!read_radii(rho_, params.size(), &radii) || !table.build({&params, &grads, &backup}) ||
-      !same_dtypes(params, backup)) {
+  NormCall norm{{}, adaptive, eta};
+  if (!is_scalar_of(params, out) || !read_radii(rho_, params.size(), &radii) ||
+      !table.build({&params, &grads, &backup}) || !same_dtypes(params, backup) ||
+      !norm.build(grads, params)) {
     return false;
   }
-  const TensorList unweighted;
-  double norm;
-  if (!norm_of(grads, adaptive ? params : unweighted, eta, &norm)) return false;
-  const float shown = static_cast<float>(norm);
-  // A double that rounds to 0 or to infinity moves nothing either: what is returned says so.
-  const bool moves = shown > 0 && std::isfinite(shown);
-  const PerturbArgs args{norm, radii.data(), eta, adaptive, moves};
-  py::gil_scoped_release release;
-  KSAM_ON_ISA(perturb, table.rows(), args);
-  *out.as<float>() = shown;
+  const PerturbArgs args{nullptr, radii.data(), eta, adaptive};
+  (on_gpu(out) ? perturb_on_gpu : perturb_on_cpu)(norm, table.rows(), args, out);
   return true;
 }
 
@@ -105,8 +144,14 @@ bool restore_lists(const TensorList& params, const TensorList& backup) {
       !same_dtypes(params, backup)) {
     return false;
   }
-  py::gil_scoped_release release;
-  KSAM_ON_ISA(restore, table.rows());
+  if (params.empty()) return true;
+  if (on_gpu(params[0])) {
+    GpuCall call(params[0]);
+    KSAM_ON_GPU(restore, table.rows(), call.stream());
+  } else {
+    py::gil_scoped_release release;
+    KSAM_ON_ISA(restore, table.rows());
+  }
   return true;
 }
 
@@ -116,128 +161,132 @@ bool restore_(py::handle params_, py::handle backup_) {
          restore_lists(params, backup);
 }
 
-// What gradient scaling adds to an update: a divisor, and whether to leave the update out.
-struct Scaling {
-  bool scaled = false;
-  bool skip = false;
-  float scale = 1;
+// --- Updates ------------------------------------------------------------------------------------
+
+// The lists and scalars that both updates have.
+struct UpdateCall {
+  TensorList params, backup, grads;
+  std::vector<float*> steps;  // one per parameter, or none
+  Scaling scaling;
+
+  bool read(py::handle params_, py::handle backup_, py::handle grads_, py::handle steps_,
+            py::handle grad_scale, py::handle found_inf) {
+    return read_tensors(params_, &params) && read_tensors(backup_, &backup) &&
+           read_tensors(grads_, &grads) && backup.size() == params.size() &&
+           grads.size() == params.size() && same_dtypes(params, backup) && read_steps(steps_) &&
+           read_scalar(grad_scale, &scaling.grad_scale) &&
+           read_scalar(found_inf, &scaling.found_inf);
+  }
+
+  bool read_steps(py::handle steps_) {
+    TensorList tensors;
+    if (!read_tensors(steps_, &tensors)) return false;
+    if (!tensors.empty() && tensors.size() != params.size()) return false;
+    for (const Tensor& step : tensors) {
+      if (!is_scalar_of(params, step)) return false;
+      steps.push_back(step.as<float>());
+    }
+    return true;
+  }
+
+  bool read_scalar(py::handle object, const float** out) const {
+    Tensor t;
+    if (!read_optional(object, &t)) return false;
+    *out = t.as<float>();
+    return t.data == nullptr || is_scalar_of(params, t);
+  }
+
+  // Null: none are counted.
+  float* const* counters() const { return steps.empty() ? nullptr : steps.data(); }
+  void count_up() const {
+    for (float* step : steps) *step += 1;
+  }
+
+  // The same for a GPU is for its kernels to see.
+  bool overflows_on_cpu() const {
+    return on_cpu(params[0]) && scaling.found_inf != nullptr && *scaling.found_inf != 0;
+  }
 };
 
-bool read_scaling(py::handle grad_scale_, py::handle found_inf_, Scaling* out) {
-  Tensor grad_scale, found_inf;
-  if (!read_optional(grad_scale_, &grad_scale) || !read_optional(found_inf_, &found_inf)) {
-    return false;
-  }
-  if (grad_scale.data != nullptr) {
-    if (!is_scalar(grad_scale)) return false;
-    out->scaled = true;
-    out->scale = *grad_scale.as<float>();
-  }
-  if (found_inf.data != nullptr) {
-    if (!is_scalar(found_inf)) return false;
-    out->skip = *found_inf.as<float>() != 0;
-  }
-  return true;
+void sgd_on_gpu(const UpdateCall& update, const Rows<4>& rows, const SgdArgs& args) {
+  GpuCall call(update.params[0]);
+  void* scratch = update.steps.empty() ? nullptr : call.scratch(kTicketBytes);
+  KSAM_ON_GPU(restore_sgd, rows, args, update.counters(), scratch, call.stream());
 }
 
-bool read_steps(py::handle steps_, size_t count, TensorList* steps) {
-  if (!read_tensors(steps_, steps) || steps->size() != count) return false;
-  for (const Tensor& step : *steps) {
-    if (!is_scalar(step)) return false;
-  }
-  return true;
-}
-
-void count_up(const TensorList& steps) {
-  for (const Tensor& step : steps) *step.as<float>() += 1;
+void sgd_on_cpu(const UpdateCall& update, const Rows<4>& rows, const SgdArgs& args) {
+  py::gil_scoped_release release;
+  KSAM_ON_ISA(restore_sgd, rows, args, update.counters());
+  update.count_up();
 }
 
 bool restore_sgd_(py::handle params_, py::handle backup_, py::handle grads_, py::handle buffers_,
                   py::handle steps_, double lr, double momentum, double dampening,
                   double weight_decay, bool nesterov, bool maximize, py::handle grad_scale,
                   py::handle found_inf) {
-  TensorList params, backup, grads, buffers, steps;
-  Scaling scaling;
-  if (!read_tensors(params_, &params) || !read_tensors(backup_, &backup) ||
-      !read_tensors(grads_, &grads) || !read_tensors(buffers_, &buffers) ||
-      !read_scaling(grad_scale, found_inf, &scaling)) {
-    return false;
-  }
-  const bool counted = py::len(steps_) != 0;
-  if (counted && !read_steps(steps_, params.size(), &steps)) return false;
+  UpdateCall update;
+  TensorList buffers;
+  if (!update.read(params_, backup_, grads_, steps_, grad_scale, found_inf)) return false;
+  if (!read_tensors(buffers_, &buffers)) return false;
   if (momentum == 0) buffers.clear();
-  if (backup.size() != params.size() || grads.size() != params.size() ||
-      buffers.size() != (momentum == 0 ? 0 : params.size())) {
-    return false;
-  }
+  if (buffers.size() != (momentum == 0 ? 0 : update.params.size())) return false;
   RowTable<4> table;
-  if (!table.build({&params, &backup, &grads, &buffers}) || !same_dtypes(params, backup)) {
-    return false;
-  }
-  if (scaling.skip) return restore_lists(params, backup);
-  const std::unique_ptr<bool[]> first(new bool[params.size()]());
-  for (size_t i = 0; i < steps.size(); ++i) first[i] = *steps[i].as<float>() == 0;
-  const SgdArgs args{lr,       momentum,       dampening,     weight_decay, nesterov,
-                     maximize, scaling.scaled, scaling.scale, first.get()};
-  py::gil_scoped_release release;
-  KSAM_ON_ISA(restore_sgd, table.rows(), args);
-  count_up(steps);
+  if (!table.build({&update.params, &update.backup, &update.grads, &buffers})) return false;
+  if (update.params.empty()) return true;
+  if (update.overflows_on_cpu()) return restore_lists(update.params, update.backup);
+  const SgdArgs args{lr, momentum, dampening, weight_decay, nesterov, maximize, update.scaling};
+  (on_gpu(update.params[0]) ? sgd_on_gpu : sgd_on_cpu)(update, table.rows(), args);
   return true;
 }
 
-// lr / (1 - beta1^t) and sqrt(1 - beta2^t) for every parameter; t counts the step to be taken.
-void bias_corrections(const TensorList& steps, double lr, double beta1, double beta2,
-                      std::vector<double>* step_size, std::vector<double>* root_correction) {
-  double previous = -1, size = 0, root = 0;
-  for (const Tensor& step : steps) {
-    const double t = double{*step.as<float>()} + 1;
-    if (t != previous) {  // all the same in most runs, and powers are dear
-      size = lr / (1 - std::pow(beta1, t));
-      root = std::sqrt(1 - std::pow(beta2, t));
-      previous = t;
+std::vector<BiasCorrection> bias_corrections(const UpdateCall& update, const AdamArgs& args) {
+  std::vector<BiasCorrection> corrections;
+  double previous = -1;
+  for (const float* step : update.steps) {
+    const double t = double{*step} + 1;
+    if (t == previous) {  // all the same in most runs, and powers are dear
+      corrections.push_back(corrections.back());
+    } else {
+      corrections.push_back(
+          {args.lr / (1 - std::pow(args.beta1, t)), std::sqrt(1 - std::pow(args.beta2, t))});
     }
-    step_size->push_back(size);
-    root_correction->push_back(root);
+    previous = t;
   }
+  return corrections;
+}
+
+void adam_on_gpu(const UpdateCall& update, const Rows<5>& rows, const AdamArgs& args) {
+  GpuCall call(update.params[0]);
+  void* scratch = call.scratch(kTicketBytes);
+  KSAM_ON_GPU(restore_adam, rows, args, update.counters(), scratch, call.stream());
+}
+
+void adam_on_cpu(const UpdateCall& update, const Rows<5>& rows, const AdamArgs& args) {
+  const std::vector<BiasCorrection> corrections = bias_corrections(update, args);
+  py::gil_scoped_release release;
+  KSAM_ON_ISA(restore_adam, rows, args, corrections.data());
+  update.count_up();
 }
 
 bool restore_adam_(py::handle params_, py::handle backup_, py::handle grads_, py::handle exp_avgs_,
                    py::handle exp_avg_sqs_, py::handle steps_, double lr, double beta1,
                    double beta2, double eps, double weight_decay, bool maximize,
                    bool decoupled_weight_decay, py::handle grad_scale, py::handle found_inf) {
-  TensorList params, backup, grads, exp_avgs, exp_avg_sqs, steps;
-  Scaling scaling;
-  if (!read_tensors(params_, &params) || !read_tensors(backup_, &backup) ||
-      !read_tensors(grads_, &grads) || !read_tensors(exp_avgs_, &exp_avgs) ||
-      !read_tensors(exp_avg_sqs_, &exp_avg_sqs) || !read_steps(steps_, params.size(), &steps) ||
-      !read_scaling(grad_scale, found_inf, &scaling)) {
+  UpdateCall update;
+  TensorList means, squares;
+  if (!update.read(params_, backup_, grads_, steps_, grad_scale, found_inf)) return false;
+  if (!read_tensors(exp_avgs_, &means) || !read_tensors(exp_avg_sqs_, &squares)) return false;
+  const size_t count = update.params.size();
+  if (means.size() != count || squares.size() != count || update.steps.size() != count) {
     return false;
-  }
-  for (const TensorList* list : {&backup, &grads, &exp_avgs, &exp_avg_sqs}) {
-    if (list->size() != params.size()) return false;
   }
   RowTable<5> table;
-  if (!table.build({&params, &backup, &grads, &exp_avgs, &exp_avg_sqs}) ||
-      !same_dtypes(params, backup)) {
-    return false;
-  }
-  if (scaling.skip) return restore_lists(params, backup);
-  std::vector<double> step_size, root_correction;
-  bias_corrections(steps, lr, beta1, beta2, &step_size, &root_correction);
-  const AdamArgs args{lr,
-                      beta1,
-                      beta2,
-                      eps,
-                      weight_decay,
-                      maximize,
-                      decoupled_weight_decay,
-                      scaling.scaled,
-                      scaling.scale,
-                      step_size.data(),
-                      root_correction.data()};
-  py::gil_scoped_release release;
-  KSAM_ON_ISA(restore_adam, table.rows(), args);
-  count_up(steps);
+  if (!table.build({&update.params, &update.backup, &update.grads, &means, &squares})) return false;
+  if (count == 0) return true;
+  if (update.overflows_on_cpu()) return restore_lists(update.params, update.backup);
+  const AdamArgs args{
+      lr, beta1, beta2, eps, weight_decay, maximize, decoupled_weight_decay, update.scaling};
+  (on_gpu(update.params[0]) ? adam_on_gpu : adam_on_cpu)(update, table.rows(), args);
   return true;
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/python.h"
+#include "perturb/layout.h"
 #include "perturb/perturb.h"
 
 namespace ksam {
@@ -21,10 +22,11 @@ Operand operand_of(const Tensor& t, bool flat);
 template <int N>
 class RowTable {
  public:
-  // An empty list stands for an operand that no row has. False where a tensor is not a floating
-  // CPU tensor or does not fit its row.
+  // An empty list stands for an operand that no row has. False where a tensor is not floating, does
+  // not fit its row, or is on a device without kernels or on another one than the first tensor.
   bool build(const std::array<const std::vector<Tensor>*, N>& lists) {
     const size_t count = lists[0]->size();
+    if (count != 0 && !has_kernels(lists[0]->front())) return false;
     for (const std::vector<Tensor>* list : lists) {
       if (!list->empty() && list->size() != count) return false;
     }
@@ -47,16 +49,22 @@ class RowTable {
   }
 
  private:
+  // Whether a GPU kernel has room for as many dimensions.
+  static bool can_walk(const Row<N>& row) {
+    Layout<N> layout;
+    return lay_out(row, &layout);
+  }
+
+  // Empty rows too: they may have a step count.
   bool add(const std::array<const std::vector<Tensor>*, N>& lists, size_t r) {
-    const Tensor& like = (*lists[0])[r];
+    const Tensor &like = (*lists[0])[r], &first = (*lists[0])[0];
     bool flat = is_dense(like);
     for (const std::vector<Tensor>* list : lists) {
       if (list->empty()) continue;
       const Tensor& t = (*list)[r];
-      if (!on_cpu(t) || !is_floating(t.dtype) || !same_shape(t, like)) return false;
+      if (!same_device(t, first) || !is_floating(t.dtype) || !same_shape(t, like)) return false;
       flat = flat && same_layout(t, like);
     }
-    if (like.numel == 0) return true;
     Row<N> row;
     for (int i = 0; i < N; ++i) {
       if (lists[i]->empty()) continue;
@@ -66,6 +74,7 @@ class RowTable {
     row.numel = like.numel;
     row.index = static_cast<int64_t>(r);
     row.wide = like.dtype == DType::f64;
+    if (!flat && on_gpu(like) && !can_walk(row)) return false;
     rows_.push_back(row);
     numel_ += like.numel;
     first_chunk_.push_back(first_chunk_.back() + (like.numel + kChunk - 1) / kChunk);

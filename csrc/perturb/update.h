@@ -6,8 +6,22 @@
 #pragma once
 
 #include "common/host_device.h"
+#include "perturb/perturb.h"
 
 namespace ksam {
+
+// common/isa.h says what becomes of inline functions in *_cpu.cpp files that are not static.
+#define KSAM_FORMULA KSAM_HOST_DEVICE static inline
+
+// Whether weights move at this norm. A double that rounds to 0 or to infinity moves nothing: what
+// is returned says so.
+KSAM_FORMULA bool moves_at(double norm) {
+  const float shown = static_cast<float>(norm);
+  return shown > 0 && shown - shown == 0;
+}
+
+// What the gradient is divided by: at least the smallest normal float.
+KSAM_FORMULA double divisor_of(double norm) { return norm < 0x1p-126 ? 0x1p-126 : norm; }
 
 // w + rho * g / n
 template <class S>
@@ -38,6 +52,13 @@ struct Direction {
 };
 
 template <class S>
+KSAM_FORMULA Direction<S> direction_of(const Scaling& scaling, double weight_decay, bool maximize) {
+  const bool scaled = scaling.grad_scale != nullptr;
+  const S scale = scaled ? static_cast<S>(*scaling.grad_scale) : 1;
+  return {scale, static_cast<S>(weight_decay), scaled, maximize};
+}
+
+template <class S>
 struct Sgd {
   S lr, momentum, gain;  // gain = 1 - dampening
   bool nesterov, first;  // first: no momentum yet
@@ -48,6 +69,12 @@ struct Sgd {
     return w - lr * (nesterov ? d + momentum * v : v);
   }
 };
+
+template <class S>
+KSAM_FORMULA Sgd<S> sgd_of(const SgdArgs& args, bool first) {
+  return {static_cast<S>(args.lr), static_cast<S>(args.momentum),
+          static_cast<S>(1 - args.dampening), args.nesterov, first};
+}
 
 template <class S>
 struct Adam {
@@ -67,5 +94,24 @@ struct Adam {
     return w * kept - (step_size * m) / (root_v / root_correction + eps);
   }
 };
+
+// AdamW's weight decay is part of Adam, Adam's of the gradient.
+KSAM_FORMULA double l2_of(const AdamArgs& args) {
+  return args.decoupled_weight_decay ? 0 : args.weight_decay;
+}
+
+template <class S>
+KSAM_FORMULA Adam<S> adam_of(const AdamArgs& args, const BiasCorrection& correction) {
+  const double kept = args.decoupled_weight_decay ? 1 - args.lr * args.weight_decay : 1;
+  return {static_cast<S>(args.beta1),
+          static_cast<S>(1 - args.beta1),
+          static_cast<S>(args.beta2),
+          static_cast<S>(1 - args.beta2),
+          static_cast<S>(args.eps),
+          static_cast<S>(kept),
+          static_cast<S>(correction.step_size),
+          static_cast<S>(correction.root_correction),
+          args.beta1 > 0.5};
+}
 
 }  // namespace ksam

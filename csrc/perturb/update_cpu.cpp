@@ -46,15 +46,13 @@ void adam_block(const Adam<A>& adam, const A* w, const A* g, A* m, A* v, int n, 
 }  // namespace
 
 // Bytes moved: 20 an element (read backup, g and v, write w and v), 12 without momentum.
-void restore_sgd(const Rows<4>& rows, const SgdArgs& args) {
+void restore_sgd(const Rows<4>& rows, const SgdArgs& args, const float* const* steps) {
   constexpr Access kAccess[] = {kWrite, kRead, kRead, kReadWrite};
   for_each_chunk(rows, [&](const Row<4>& row, int64_t, int64_t begin, int64_t end) {
     on_arithmetic(row, [&](auto type) {
       using A = typename decltype(type)::type;
-      const Direction<A> direction{static_cast<A>(args.grad_scale),
-                                   static_cast<A>(args.weight_decay), args.scaled, args.maximize};
-      const Sgd<A> sgd{static_cast<A>(args.lr), static_cast<A>(args.momentum),
-                       static_cast<A>(1 - args.dampening), args.nesterov, args.first[row.index]};
+      const auto direction = direction_of<A>(args.scaling, args.weight_decay, args.maximize);
+      const auto sgd = sgd_of<A>(args, steps != nullptr && *steps[row.index] == 0);
       alignas(64) A buffer[kBlock];
       for_each_block<A>(row, kAccess, rows.streaming, begin, end, [&](A* const(&p)[4], int n) {
         sgd_block(sgd, p[1], direct(direction, p[2], p[1], n, buffer), p[3], n, p[0]);
@@ -64,24 +62,13 @@ void restore_sgd(const Rows<4>& rows, const SgdArgs& args) {
 }
 
 // Bytes moved: 28 an element (read backup, g, m and v, write w, m and v).
-void restore_adam(const Rows<5>& rows, const AdamArgs& args) {
+void restore_adam(const Rows<5>& rows, const AdamArgs& args, const BiasCorrection* corrections) {
   constexpr Access kAccess[] = {kWrite, kRead, kRead, kReadWrite, kReadWrite};
-  const double l2 = args.decoupled_weight_decay ? 0 : args.weight_decay;
-  const double kept = args.decoupled_weight_decay ? 1 - args.lr * args.weight_decay : 1;
   for_each_chunk(rows, [&](const Row<5>& row, int64_t, int64_t begin, int64_t end) {
     on_arithmetic(row, [&](auto type) {
       using A = typename decltype(type)::type;
-      const Direction<A> direction{static_cast<A>(args.grad_scale), static_cast<A>(l2), args.scaled,
-                                   args.maximize};
-      const Adam<A> adam{static_cast<A>(args.beta1),
-                         static_cast<A>(1 - args.beta1),
-                         static_cast<A>(args.beta2),
-                         static_cast<A>(1 - args.beta2),
-                         static_cast<A>(args.eps),
-                         static_cast<A>(kept),
-                         static_cast<A>(args.step_size[row.index]),
-                         static_cast<A>(args.root_correction[row.index]),
-                         args.beta1 > 0.5};
+      const auto direction = direction_of<A>(args.scaling, l2_of(args), args.maximize);
+      const auto adam = adam_of<A>(args, corrections[row.index]);
       alignas(64) A buffer[kBlock];
       for_each_block<A>(row, kAccess, rows.streaming, begin, end, [&](A* const(&p)[5], int n) {
         adam_block(adam, p[1], direct(direction, p[2], p[1], n, buffer), p[3], p[4], n, p[0]);

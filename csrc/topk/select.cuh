@@ -79,7 +79,7 @@ __device__ void count_digits(const Share<T>& share, const Threshold<Key>& at, in
 
 // The digit that holds the `wanted`-th largest of the counted keys, and how many lie above it.
 // By the first warp, whose lanes have stretches of digits, the largest first.
-__device__ void find_digit(int64_t wanted, SelectShared& shared) {
+__device__ inline void find_digit(int64_t wanted, SelectShared& shared) {
   constexpr int kStretch = kDigits / kWarp;
   if (warp_of_thread() == 0) {
     const int top = kDigits - 1 - lane_of_thread() * kStretch;

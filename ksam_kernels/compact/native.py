@@ -44,7 +44,8 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         The kernel takes tensors whose rows are blocks of memory: contiguous, channels-last, slices
         along the batch, prefixes of sequences. What it declines is left to the reference, tensor
         by tensor: rows with gaps or in another order than the result's, dtypes unknown to DLPack,
-        indices out of range, which the reference reports.
+        on the CPU also indices out of range, which the reference reports. On a GPU the kernel
+        asserts that they are in range, and all leaves that it takes at once share one launch.
         """
         gathered = _gathered(kernels.compact, tensors, indices)
         if gathered is not None:

@@ -23,6 +23,13 @@ def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
     return None if weight is None else weight.to(opmath_dtype(like.dtype)).contiguous()
 
 
+def _target(target: Tensor, like: Tensor) -> Tensor:
+    """Contiguous, and if floating in a dtype that every kernel takes."""
+    if target.is_floating_point() and target.dtype != like.dtype:
+        target = target.to(opmath_dtype(like.dtype))
+    return target.contiguous()
+
+
 # On the device of the logits whatever the default device is. Sizes one by one are read in half the
 # time of a torch.Size.
 def _losses(logits: Tensor) -> Tensor:
@@ -118,7 +125,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         outputs = _losses(logits), _stats(logits)
         options = ignore_index, label_smoothing
         if not kernels.cross_entropy(logits, target, weight, *options, *outputs):
-            logits, target = logits.contiguous(), target.contiguous()
+            logits, target = logits.contiguous(), _target(target, logits)
             run(
                 kernels,
                 "cross_entropy",
@@ -143,7 +150,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         outputs = _losses(logits), _stats(logits), _indices(logits, k)
         options = ignore_index, label_smoothing
         if not kernels.select_cross_entropy(logits, target, weight, *options, *outputs):
-            logits, target = logits.contiguous(), target.contiguous()
+            logits, target = logits.contiguous(), _target(target, logits)
             run(
                 kernels,
                 "select_cross_entropy",
@@ -170,7 +177,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         options = ignore_index, label_smoothing
         if not kernels.cross_entropy_backward(grad, logits, target, stats, weight, *options, out):
             grad, stats = grad.float().contiguous(), stats.contiguous()
-            logits, target = logits.contiguous(), target.contiguous()
+            logits, target = logits.contiguous(), _target(target, logits)
             run(
                 kernels,
                 "cross_entropy_backward",
@@ -188,6 +195,13 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         """One weight per element of a sample."""
         return _weight(None if pos_weight is None else pos_weight.expand(logits.shape[1:]), logits)
 
+    def _elementwise(
+        name: str, input: Tensor, target: Tensor, *rest: Tensor | None, grad: Tensor | None = None
+    ) -> None:
+        first = () if grad is None else (grad,)
+        if not getattr(kernels, name)(*first, input, target, *rest):
+            run(kernels, name, *first, input, _target(target, input), *rest)
+
     @implements(backend, "binary_cross_entropy_with_logits", devices=devices)
     def binary_cross_entropy_with_logits(
         logits: Tensor,  # [B, ...]
@@ -197,14 +211,8 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         """Losses [B] float32."""
         logits, target = logits.contiguous(), target.contiguous()
         losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        run(
-            kernels,
-            "binary_cross_entropy_with_logits",
-            logits,
-            target,
-            _pos_weight(pos_weight, logits),
-            losses,
-        )
+        weight = _pos_weight(pos_weight, logits)
+        _elementwise("binary_cross_entropy_with_logits", logits, target, weight, losses)
         return losses
 
     @implements(backend, "binary_cross_entropy_with_logits_backward", devices=devices)
@@ -217,15 +225,9 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         """Gradient [B, ...] of the logits, in their dtype."""
         logits, target = logits.contiguous(), target.contiguous()
         out = logits.new_empty(logits.shape)
-        run(
-            kernels,
-            "binary_cross_entropy_with_logits_backward",
-            grad.float(),
-            logits,
-            target,
-            _pos_weight(pos_weight, logits),
-            out,
-        )
+        weight = _pos_weight(pos_weight, logits)
+        name = "binary_cross_entropy_with_logits_backward"
+        _elementwise(name, logits, target, weight, out, grad=grad.float())
         return out
 
     @implements(backend, "mse", devices=devices)
@@ -236,7 +238,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         """Losses [B] float32."""
         pred, target = pred.contiguous(), target.contiguous()
         losses = pred.new_empty(pred.shape[0], dtype=torch.float32)
-        run(kernels, "mse", pred, target, losses)
+        _elementwise("mse", pred, target, losses)
         return losses
 
     @implements(backend, "mse_backward", devices=devices)
@@ -248,7 +250,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         """Gradient [B, ...] of pred, in its dtype."""
         pred, target = pred.contiguous(), target.contiguous()
         out = pred.new_empty(pred.shape)
-        run(kernels, "mse_backward", grad.float(), pred, target, out)
+        _elementwise("mse_backward", pred, target, out, grad=grad.float())
         return out
 
 

@@ -27,13 +27,20 @@ def _mark_written(*lists: TensorList) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
+def _scalar_for(tensors: TensorList) -> Tensor:
+    """A norm to be written where the list's kernels run; anywhere for what these decline."""
+    if tensors and getattr(tensors[0], "is_cuda", False):
+        return torch.empty((), dtype=torch.float32, device=tensors[0].device)
+    return torch.empty((), dtype=torch.float32)  # a device to parse would take longer
+
+
 def try_grad_norm(
     grads: list[Tensor], params: list[Tensor], adaptive: bool, eta: float
 ) -> Tensor | None:
     kernel = direct("grad_norm")
     if kernel is None or (torch.is_grad_enabled() and any(map(library.wants_grad, grads))):
         return None
-    norm = torch.empty((), dtype=torch.float32)
+    norm = _scalar_for(grads)
     return norm if kernel(grads, params, adaptive, eta, norm) else None
 
 
@@ -48,7 +55,7 @@ def try_perturb_(
     kernel = direct("perturb_")
     if kernel is None:
         return None
-    norm = torch.empty((), dtype=torch.float32)
+    norm = _scalar_for(params)
     if not kernel(params, grads, backup, rho, adaptive, eta, norm):
         return None
     _mark_written(params, backup)
@@ -88,10 +95,19 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         run(kernels, name, *args, norm)
         return norm
 
+    def update(name: str, params: list[Tensor], *args: Any) -> None:
+        """The kernels read the last two, grad_scale and found_inf, where the parameters are."""
+        scalars = (
+            scalar.to(params[0].device) if scalar is not None and params else scalar
+            for scalar in args[-2:]
+        )
+        run(kernels, name, params, *args[:-2], *scalars)
+
     for name in ("grad_norm", "perturb_"):
         implements(backend, name, devices=devices)(partial(norm_of, name))
-    for name in ("restore_", "restore_sgd_", "restore_adam_"):
-        implements(backend, name, devices=devices)(partial(run, kernels, name))
+    for name in ("restore_sgd_", "restore_adam_"):
+        implements(backend, name, devices=devices)(partial(update, name))
+    implements(backend, "restore_", devices=devices)(partial(run, kernels, "restore_"))
 
 
 if extension is not None:

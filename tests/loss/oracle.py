@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers import arithmetic_unit, smallest, unit
+from tests.simt import backend as simt
 
 
 @dataclass
@@ -46,6 +48,15 @@ def make_case(kind: str, logits: Tensor, index: torch.dtype = torch.int64) -> Ca
         target = torch.randint(0, classes, rows).to(index)
     weight = torch.rand(classes) + 0.25 if "weighted" in kind else None
     return Case(logits, target, weight, label_smoothing=0.1 if "smoothed" in kind else 0.0)
+
+
+def raises_bad_class(backend: str, message: str) -> pytest.RaisesExc[Exception]:
+    """A class out of range: an IndexError with a message, or on a device, which nothing may wait
+    for, an assertion that fails there."""
+    if simt.extension is not None and backend == simt.NAME:
+        asserted = "device-side assert.*target holds a class that is out of range"
+        return pytest.raises(simt.extension.Fault, match=asserted)
+    return pytest.raises(IndexError, match=message)
 
 
 def expected_losses(case: Case, logits: Tensor | None = None) -> Tensor:

@@ -66,9 +66,16 @@ def assert_same_bits_as_reference(backend: str, call: Any) -> None:
         assert all_same_bits(ours, expected)
 
 
+def eighths(tensors: list[Tensor]) -> list[Tensor]:
+    """Values whose squares add up without a rounding, whatever the order."""
+    return [(t * 8).round() / 8 for t in tensors]
+
+
 def climbs(sizes: Sequence[tuple[int, ...]], dtype: torch.dtype, **options: Any) -> Any:
     params = tensors(dtype, sizes)
     grads = like(params)
+    if dtype == torch.float64:  # reads the norm as a double, whose last bit the order decides
+        params, grads = eighths(params), eighths(grads)
     return (
         lambda p, b: perturb_(p, grads, b, rho=0.05, **options),
         [params, empty_like(params)],
@@ -87,7 +94,7 @@ def sgd(params: list[Tensor], grads: list[Tensor], **options: Any) -> Any:
 @DTYPES
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_perturb(backend: str, dtype: torch.dtype, adaptive: bool) -> None:
-    call = climbs(EDGES, dtype, adaptive=adaptive, eta=0.01)
+    call = climbs(EDGES, dtype, adaptive=adaptive, eta=0.125)
     assert_same_bits_as_reference(backend, call)
 
 
@@ -182,6 +189,82 @@ def test_restore_moves_any_bits_of_large_lists(backend: str, dtype: torch.dtype)
     params = [torch.zeros_like(t) for t in backup]
     restore_(params, backup)
     assert all_same_bits(params, backup)
+
+
+MANY = [tuple(range(n % 4, 4)) if n % 7 == 0 else (n % 45,) for n in range(300)]
+KINDS = pytest.mark.parametrize(
+    "dtypes", [torch.float32, FLOATS[:3]], ids=["one dtype", "three dtypes in turn"]
+)
+
+
+@KINDS
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_perturb_of_hundreds_of_tensors(backend: str, dtypes: Any, adaptive: bool) -> None:
+    """More than one launch of a GPU takes, with a radius for each and empty ones in between."""
+    params = tensors(dtypes, MANY)
+    grads = like(params)
+    radii = [0.01 * (i % 5) for i in range(len(params))]
+    call = (
+        lambda p, b: perturb_(p, grads, b, rho=radii, adaptive=adaptive, eta=0.125),
+        [params, empty_like(params)],
+    )
+    assert_same_bits_as_reference(backend, call)
+    restored = garbage(params)
+    restore_(restored, params)
+    assert all_same_bits(restored, params)
+
+
+@KINDS
+def test_updates_of_hundreds_of_tensors(backend: str, dtypes: Any) -> None:
+    params = tensors(dtypes, MANY)
+    for options in ({}, {"momentum": 0.9, "dampening": 0.3}):
+        assert_same_bits_as_reference(backend, sgd(params, like(params), **options))
+    check_adam(backend, params, (0.9, 0.999))
+
+
+def test_hundreds_of_strided_tensors(backend: str) -> None:
+    params = [sliced(t) for t in tensors(FLOATS[:3], [(n % 9, 3) for n in range(100)])]
+    grads = like(params, torch.float32)
+    call = (lambda p, b: perturb_(p, grads, b, rho=0.1), [params, empty_like(params)])
+    assert_same_bits_as_reference(backend, call)
+    assert_same_bits_as_reference(backend, sgd(params, grads, momentum=0.9))
+    check_adam(backend, params, (0.9, 0.999))
+
+
+def test_empty_tensors_alone_have_their_steps_counted(backend: str) -> None:
+    empty = [torch.zeros(0), torch.zeros(3, 0)]
+    steps = [torch.tensor(0.0), torch.tensor([4.0])]
+    restore_sgd_(clones(empty), empty, empty, clones(empty), steps=steps, lr=0.1, momentum=0.9)
+    assert [float(s) for s in steps] == [1, 5]
+    restore_adam_(clones(empty), *([clones(empty) for _ in range(4)]), steps, lr=0.1)
+    assert [float(s) for s in steps] == [2, 6]
+
+
+def reversed_dims(t: Tensor) -> Tensor:
+    """The same values with the first dimension innermost."""
+    order = tuple(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order)
+
+
+def test_up_to_twelve_dimensions_of_two_layouts(backend: str) -> None:
+    params = tensors(torch.float32, [(2,) * 11, (2,) * 5 + (1,) * 5 + (3,) * 4])
+    grads = [reversed_dims(g) for g in like(params)]
+    call = (lambda p, b: perturb_(p, grads, b, rho=0.1), [params, empty_like(params)])
+    assert_same_bits_as_reference(backend, call)
+
+
+def test_what_a_kernel_has_no_room_for_raises_and_writes_nothing(backend: str) -> None:
+    """Thirteen dimensions that no two neighbours of which can be merged."""
+    shape = (2,) * 13
+    w, g, b = torch.ones(shape), reversed_dims(torch.randn(shape)), torch.zeros(shape)
+    if backend == "simt":
+        with pytest.raises(RuntimeError, match="kernel of perturb_ does not take"):
+            perturb_([w], [g], [b], rho=0.1)
+        assert (w == 1).all()
+        assert (b == 0).all()
+    else:
+        perturb_([w], [g], [b], rho=0.1)
+        assert_within((w - 1).norm(), torch.tensor(0.1), 1e-5)
 
 
 def test_gradients_of_one_element_stand_for_all(backend: str) -> None:

@@ -10,19 +10,23 @@ import importlib.util
 import os
 from types import ModuleType
 
+from ksam_kernels.compact import native as compact
+from ksam_kernels.loss import native as loss
+from ksam_kernels.perturb import native as perturb
 from ksam_kernels.topk import native as topk
 from tests.simt import build
 
 NAME = "simt"
-ROOMS = (topk,)
+ROOMS = (loss, topk, compact, perturb)
 
 
 def _load() -> ModuleType | None:
-    path = build.folder(os.environ.get("KSAM_SIMT_SANITIZE", "")) / "_simt.so"
+    path = build.output(os.environ.get("KSAM_SIMT_SANITIZE", ""))
     if not path.is_file():
         return None
     spec = importlib.util.spec_from_file_location("_simt", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -38,6 +38,11 @@ def folder(sanitize: str) -> Path:
     return ROOT / "build" / "simt" / (sanitize.replace(",", "-") or "plain")
 
 
+def output(sanitize: str) -> Path:
+    """The extension of a build, or the program for "memory"."""
+    return folder(sanitize) / ("memory_sanitizer" if sanitize == "memory" else "_simt.so")
+
+
 def compiler() -> str | None:
     """A clang++ that is new enough; $KSAM_SIMT_CXX names another."""
     named = os.environ.get("KSAM_SIMT_CXX")
@@ -72,14 +77,21 @@ def sources() -> list[Path]:
     return sorted([*CSRC.rglob("*.cu"), *host, *HERE.glob("*.cpp")])
 
 
-def _ninja_file(output: Path, sanitize: str) -> str:
+def program_sources() -> list[Path]:
+    """The kernels, the runner, and the program that MemorySanitizer watches."""
+    runner = [HERE / "runner.cpp", HERE / "barriers.cpp", HERE / "memory_sanitizer" / "main.cpp"]
+    return sorted([*CSRC.rglob("*.cu"), *runner])
+
+
+def _ninja_file(target: Path, sanitize: str) -> str:
     import pybind11
 
     mode = ["-O1", "-g"]
     if sanitize:
         mode += [f"-fsanitize={sanitize}", "-fno-sanitize=vptr", "-fno-omit-frame-pointer"]
         mode += ["-fno-sanitize-recover=undefined", f"-fsanitize-ignorelist={HERE}/ignore.txt"]
-        mode += ["-shared-libsan"]
+        mode += [] if sanitize == "memory" else ["-shared-libsan"]
+    shared = "" if sanitize == "memory" else "-shared"
     system = (cuda_headers(), sysconfig.get_paths()["include"], pybind11.get_include())
     flags = [*FLAGS, *mode, f"-I{CSRC}", f"-I{HERE}", *(f"-isystem{path}" for path in system)]
     lines = [
@@ -90,18 +102,18 @@ def _ninja_file(output: Path, sanitize: str) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared {' '.join(mode)} $in -ldl -o $out",
+        f"  command = $cxx {shared} {' '.join(mode)} $in -ldl -o $out",
     ]
     objects = []
-    for source in sources():
+    for source in program_sources() if sanitize == "memory" else sources():
         objects.append("-".join(source.relative_to(ROOT).parts) + ".o")
         lines.append(f"build {objects[-1]}: compile {source}")
-    lines.append(f"build {output.name}: link {' '.join(objects)}")
+    lines.append(f"build {target.name}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 
 
 def build(sanitize: str = "") -> Path:
-    """Compile what has changed; the path of the extension.
+    """Compile what has changed; the path of the extension, or of the program for "memory".
 
     Raises:
         RuntimeError: something is missing, or does not compile.
@@ -111,18 +123,18 @@ def build(sanitize: str = "") -> Path:
     reason = missing()
     if reason is not None:
         raise RuntimeError(f"the runner cannot be built: {reason}")
-    output = folder(sanitize) / "_simt.so"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    (output.parent / "build.ninja").write_text(_ninja_file(output, sanitize))
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(output.parent)]
+    target = output(sanitize)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (target.parent / "build.ninja").write_text(_ninja_file(target, sanitize))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(target.parent)]
     if subprocess.run(command, check=False).returncode != 0:
         raise RuntimeError("the runner does not compile, see the compiler's message above")
-    return output
+    return target
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sanitize", default="", help="address,undefined or thread")
+    parser.add_argument("--sanitize", default="", help="address,undefined, thread or memory")
     try:
         print(build(parser.parse_args().sanitize))
     except RuntimeError as error:

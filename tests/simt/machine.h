@@ -31,6 +31,7 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t in = 0, out = 0;
   int source = 0;
+  uint64_t turn = 0;  // its block's, when it last ran
 
   int warp() const { return linear / kWarp; }
   int lane() const { return linear % kWarp; }
@@ -39,7 +40,8 @@ struct Fiber {
 struct Block {
   uint3 index{};
   std::vector<Fiber*> fibers;
-  std::vector<Fiber*> ready;
+  std::vector<Fiber*> ready[kWarp];  // of each warp
+  int last_warp = 0;                 // that ran
   int live = 0, waiting = 0;
   std::unique_ptr<char, decltype(&std::free)> dynamic{nullptr, &std::free};
   size_t dynamic_room = 0;
@@ -59,7 +61,9 @@ struct Machine {
   int grid_live = 0, grid_waiting = 0;
   const std::function<void()>* body = nullptr;
   std::string fault;
-  char launch_order = 0, end_order = 0, fence_order = 0;
+  bool cooperative = false;
+  uint64_t turn = 0;  // counts how often another block came to run
+  char launch_order = 0, end_order = 0, fence_order = 0, turn_order = 0;
 };
 
 extern Machine machine;

@@ -55,6 +55,10 @@ T __ldcs(const T* p) {
   return *p;
 }
 template <class T>
+void __stcg(T* p, simt::SameT<T> value) {
+  *p = value;
+}
+template <class T>
 void __stcs(T* p, simt::SameT<T> value) {
   *p = value;
 }

@@ -11,5 +11,8 @@ PYBIND11_MODULE(_simt, m) {
   ksam::load_torch_types();
   py::register_exception<simt::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def("set_seed", &simt::set_seed);
+  ksam::bind_loss(m);
   ksam::bind_topk(m);
+  ksam::bind_compact(m);
+  ksam::bind_perturb(m);
 }

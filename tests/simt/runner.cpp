@@ -61,16 +61,25 @@ void note_fault(const std::string& what) {
   if (machine.fault.empty()) machine.fault = what;
 }
 
+void begin_turn(Fiber* self) {
+  if (self->turn != machine.turn) sanitizers::acquire(&machine.turn_order);
+  self->turn = machine.turn;
+}
+
+// Static shared memory has one address for all blocks. Where blocks take turns, all of one turn is
+// therefore told to ThreadSanitizer as being before the next.
 void to_scheduler() {
   Fiber* self = machine.current;
+  if (machine.cooperative) sanitizers::release(&machine.turn_order);
   sanitizers::before_switch(&self->context, machine.scheduler_context);
   simt_switch_stack(&self->stack_pointer, machine.scheduler);
   sanitizers::after_switch(&self->context, &machine.scheduler_context);
+  begin_turn(self);
 }
 
 void make_ready(Fiber* fiber) {
   fiber->state = State::ready;
-  fiber->block->ready.push_back(fiber);
+  fiber->block->ready[fiber->warp()].push_back(fiber);
 }
 
 namespace {
@@ -78,6 +87,7 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr double kYieldChance = 0.05;
 constexpr uint64_t kTurn = 512;  // switches that a block's turn lasts, on average
+constexpr uint64_t kWarpTurn = 64;
 
 // Bytes that no sanitizer may see: what fibers of other blocks did to them is no race.
 __attribute__((no_sanitize("address", "thread", "memory"), noinline)) void copy_unseen(
@@ -117,6 +127,7 @@ void fiber_main() {
   sanitizers::after_switch(&machine.current->context, &machine.scheduler_context);
   for (;;) {
     sanitizers::acquire(&machine.launch_order);
+    begin_turn(machine.current);
     (*machine.body)();
     sanitizers::release(&machine.end_order);
     Fiber* self = machine.current;
@@ -129,6 +140,18 @@ void fiber_main() {
   }
 }
 
+// Its stack as after a call: the return address at the top, below it the six saved registers. What
+// a fault left on it in mid-kernel is gone.
+void start(Fiber* fiber) {
+  char* stack = static_cast<char*>(const_cast<void*>(fiber->context.stack));
+  sanitizers::allow(stack, kStackBytes);
+  sanitizers::create(&fiber->context);
+  void** top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
+  *--top = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber->stack_pointer = top;
+}
+
 std::unique_ptr<Fiber> new_fiber() {
   constexpr size_t kGuard = 4096;
   void* memory = mmap(nullptr, kStackBytes + kGuard, PROT_READ | PROT_WRITE,
@@ -136,15 +159,9 @@ std::unique_ptr<Fiber> new_fiber() {
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, kGuard, PROT_NONE);
   auto fiber = std::make_unique<Fiber>();
-  char* stack = static_cast<char*>(memory) + kGuard;
-  fiber->context.stack = stack;
+  fiber->context.stack = static_cast<char*>(memory) + kGuard;
   fiber->context.size = kStackBytes;
-  sanitizers::create(&fiber->context);
-  // As after a call: the return address at the top, below it the six saved registers.
-  void** top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
-  *--top = reinterpret_cast<void*>(&fiber_main);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber->stack_pointer = top;
+  start(fiber.get());
   return fiber;
 }
 
@@ -179,33 +196,45 @@ void start_block(unsigned linear, size_t shared_bytes) {
   }
 }
 
-Fiber* take_ready(Block* block) {
-  std::vector<Fiber*>& ready = block->ready;
-  // Without a seed the last comes first: barriers make threads ready in their order.
-  const size_t i = machine.seed == 0 ? ready.size() - 1 : next_random() % ready.size();
-  std::swap(ready[i], ready.back());
-  Fiber* fiber = ready.back();
-  ready.pop_back();
-  return fiber;
-}
-
-Block* any_ready_block() {
-  const size_t count = machine.resident.size(), first = next_random() % count;
-  for (size_t i = 0; i < count; ++i) {
-    Block* block = machine.resident[(first + i) % count].get();
-    if (!block->ready.empty()) return block;
+// A warp with threads that are ready: most often the one that ran last, as a GPU's warps run ahead of
+// each other. Null where the block has none.
+std::vector<Fiber*>* ready_warp(Block* block) {
+  const bool stay = next_random() % kWarpTurn != 0;
+  const int first = stay ? block->last_warp : static_cast<int>(next_random() % kWarp);
+  for (int i = 0; i < kWarp; ++i) {
+    const int warp = (first + i) % kWarp;
+    if (block->ready[warp].empty()) continue;
+    block->last_warp = warp;
+    return &block->ready[warp];
   }
   return nullptr;
 }
 
+Fiber* take(std::vector<Fiber*>* ready) {
+  if (machine.seed != 0) std::swap((*ready)[next_random() % ready->size()], ready->back());
+  Fiber* fiber = ready->back();
+  ready->pop_back();
+  return fiber;
+}
+
 // A block's threads run on for a while before another block's turn: bringing shared memory into
 // place takes longer than a switch of fibers.
+bool run_turn(Block* block) {
+  std::vector<Fiber*>* ready = ready_warp(block);
+  if (ready == nullptr) return false;
+  ++machine.turn;
+  for (; ready != nullptr && machine.fault.empty(); ready = ready_warp(block)) {
+    to_fiber(take(ready));
+    if (next_random() % kTurn == 0) break;
+  }
+  return true;
+}
+
 void run_ready_fibers() {
-  while (Block* block = any_ready_block()) {
-    do {
-      to_fiber(take_ready(block));
-      if (!machine.fault.empty()) return;
-    } while (!block->ready.empty() && next_random() % kTurn != 0);
+  const size_t count = machine.resident.size();
+  for (size_t idle = 0, at = 0; idle < count && machine.fault.empty();) {
+    at = machine.seed == 0 || idle > 0 ? (at + 1) % count : next_random() % count;
+    idle = run_turn(machine.resident[at].get()) ? 0 : idle + 1;
   }
 }
 
@@ -239,6 +268,7 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
   if (blocks == 0 || threads == 0 || threads > 1024) throw Fault("a launch of this shape is invalid");
   machine.grid = grid;
   machine.block = block;
+  machine.cooperative = cooperative;
   machine.body = &body;
   machine.fault.clear();
   machine.random = machine.seed * 0x9e3779b97f4a7c15ull + 1;
@@ -262,8 +292,7 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
     end_blocks();
   }
   if (machine.fault.empty()) return;
-  for (auto& fiber : machine.fibers) (void)fiber.release();  // stopped in mid-kernel: never again
-  machine.fibers.clear();
+  for (auto& fiber : machine.fibers) start(fiber.get());
   throw Fault(machine.fault);
 }
 

@@ -17,24 +17,31 @@
 #include <sanitizer/msan_interface.h>
 #endif
 
+// ThreadSanitizer counts a function's entry to one fiber and its exit to another if the switch lies in
+// between.
+#define SIMT_INLINE inline __attribute__((always_inline))
+
 namespace simt::sanitizers {
 
 // A stack that code runs on: a fiber's, or the scheduler's.
 struct Context {
   const void* stack = nullptr;  // its lowest address
   size_t size = 0;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // AddressSanitizer's; a stopped fiber's is lost
   void* thread = nullptr;      // ThreadSanitizer's
 };
 
+// A fiber at its beginning, also where it was stopped before.
 inline void create(Context* fiber) {
 #ifdef SIMT_TSAN
+  if (fiber->thread != nullptr) __tsan_destroy_fiber(fiber->thread);
   fiber->thread = __tsan_create_fiber(0);
 #endif
+  fiber->fake_stack = nullptr;
   (void)fiber;
 }
 
-inline void before_switch(Context* from, const Context& to) {
+SIMT_INLINE void before_switch(Context* from, const Context& to) {
 #ifdef SIMT_ASAN
   __sanitizer_start_switch_fiber(&from->fake_stack, to.stack, to.size);
 #endif
@@ -45,7 +52,7 @@ inline void before_switch(Context* from, const Context& to) {
 }
 
 // On the stack that was switched to; `from` learns its extent where that was not known.
-inline void after_switch(Context* to, Context* from) {
+SIMT_INLINE void after_switch(Context* to, Context* from) {
 #ifdef SIMT_ASAN
   __sanitizer_finish_switch_fiber(to->fake_stack, &from->stack, &from->size);
 #endif

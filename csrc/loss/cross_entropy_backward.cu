@@ -1,0 +1,117 @@
+// Gradient of cross-entropy: dx_c = g (mass p_c - q_c) with p_c = exp(x_c - m - log s), from the
+// statistics (m, log s, mass) of the forward pass; 0 in ignored rows.
+//
+// Bytes moved: each logit once, each element of the gradient once, and each probability where the
+// target has them; per row a class, 4 for g and 12 for the statistics. Launches: 1.
+#include "loss/loss_row.h"
+#include "loss/target.cuh"
+
+namespace ksam::gpu {
+namespace {
+
+template <class T, class Q, Kind kKind>
+struct RowGradients {
+  using A = Opmath<T>;
+  using TargetOf = Target<T, Q, kKind>;
+  static constexpr int N = kPerVector<T>;
+
+  const T* logits;  // [rows, classes]
+  int64_t stride;   // between rows
+  TargetOf target;
+  const A* stats;       // [rows, 3]
+  const float* grad;    // [rows]
+  int64_t grad_stride;  // between rows
+  T* out;               // [rows, classes], contiguous
+
+  explicit RowGradients(const CrossEntropyGradient& args)
+      : logits(reinterpret_cast<const T*>(args.forward.logits.data)),
+        stride(args.forward.logits.stride),
+        target(args.forward),
+        stats(static_cast<const A*>(args.forward.stats)),
+        grad(reinterpret_cast<const float*>(args.grad.data)),
+        grad_stride(args.grad.stride),
+        out(reinterpret_cast<T*>(args.out)) {}
+
+  struct Item {
+    Packed<T, N> x;
+    typename TargetOf::Probabilities t;
+  };
+
+  // A thread's share of a row. Vectors begin at the boundaries of the gradient's memory.
+  __device__ __forceinline__ void write(int64_t i, const Team& team) const {
+    T* to = out + i * target.classes;
+    const int lead = lead_of(to);
+    const int64_t y = target.class_of(i);
+    if (y == kIgnored) return clear(to, lead, team);
+    const Slope slope{stats[3 * i], stats[3 * i + 1], stats[3 * i + 2],
+                      static_cast<A>(grad[i * grad_stride]), target.hot(y)};
+    const T* x = logits + i * stride;
+    const Q* t = target.row(TargetOf::kHasHot ? 0 : i);
+    const bool x_aligned = is_vector_aligned(x, lead), t_aligned = is_vector_aligned(t, lead);
+    const bool w_aligned = is_vector_aligned(target.weight, lead);
+    const T zero = Rounded<T>::from(0.0f);
+    for_each_batch<N>(
+        target.classes, lead, x_aligned && t_aligned, team,
+        [&](const Piece& piece, bool fast) {
+          return Item{
+              fast ? load_whole<N>(x + piece.first) : load_piece<N>(x, piece, x_aligned, zero),
+              target.load(t, piece, fast, t_aligned)};
+        },
+        [&](const Piece* pieces, const Item* items) {
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            if (pieces[u].end > 0) {
+              store_piece<N>(to, pieces[u], gradient(slope, pieces[u], items[u], y, w_aligned));
+            }
+          }
+        });
+  }
+
+  struct Slope {
+    A max, log_s, mass, grad, hot;
+  };
+
+  __device__ __forceinline__ Elements<A, N> gradient(const Slope& slope, const Piece& piece,
+                                                     const Item& item, int64_t y,
+                                                     bool w_aligned) const {
+    Elements<A, N> q{};
+    if constexpr (TargetOf::kHasSpread) q = target.spread(item.t, piece, w_aligned);
+    const int64_t ahead = y - piece.first;
+    const int hot_at = TargetOf::kHasHot && ahead >= 0 && ahead < N ? static_cast<int>(ahead) : -1;
+    Elements<A, N> dx;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const A of_class = j == hot_at ? q.at[j] + slope.hot : q.at[j];
+      const A p = exponential(element(item.x, j) - slope.max - slope.log_s);
+      dx.at[j] = slope.grad * ::fma(slope.mass, p, -of_class);
+    }
+    return dx;
+  }
+
+  __device__ __forceinline__ void clear(T* to, int lead, const Team& team) const {
+    struct Nothing {};
+    const Elements<A, N> zeros{};
+    for_each_batch<N>(
+        target.classes, lead, true, team, [](const Piece&, bool) { return Nothing{}; },
+        [&](const Piece* pieces, const Nothing*) {
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            if (pieces[u].end > 0) store_piece<N>(to, pieces[u], zeros);
+          }
+        });
+  }
+};
+
+}  // namespace
+
+void cross_entropy_backward(const CrossEntropyGradient& args, Stream stream) {
+  if (args.forward.logits.rows == 0) return;
+  on_target(args.forward, [&](auto type) {
+    using Types = decltype(type);
+    using Rows = RowGradients<typename Types::Logit, typename Types::Probability, Types::kind>;
+    launch_gradient(Rows(args), args.forward.logits.rows, args.forward.logits.columns, Rows::N,
+                    stream);
+  });
+}
+
+}  // namespace ksam::gpu

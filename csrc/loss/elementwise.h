@@ -1,0 +1,62 @@
+// Losses that are a mean over the elements of a sample, shared by host and device. x, t and p: an
+// element of the input, of the target and of pos_weight, as a number of the GPU or as the CPU's
+// lanes; Math has the functions that both of them know.
+#pragma once
+
+#include "common/host_device.h"
+
+#define KSAM_FORMULA KSAM_HOST_DEVICE inline __attribute__((always_inline))
+
+namespace ksam {
+
+// (1 - t) x + positive softplus(-x), softplus(-x) = log1p(exp(-|x|)) + max(-x, 0).
+template <class Math>
+struct BinaryCrossEntropy {
+  static constexpr bool kHasWeight = true;
+  static constexpr int kFactor = 1;
+
+  // 1 + (p - 1) t; 1 without pos_weight.
+  template <class V>
+  static KSAM_FORMULA V positive(const V& t, const V& p) {
+    const V one = Math::template number<V>(1);
+    return one + (p - one) * t;
+  }
+
+  template <class V>
+  static KSAM_FORMULA V loss(const V& x, const V& t, const V& positive) {
+    const V zero{};
+    const V softplus =
+        Math::log1p(Math::exp(zero - Math::magnitude(x))) + Math::larger(zero - x, zero);
+    return (Math::template number<V>(1) - t) * x + positive * softplus;
+  }
+
+  // (1 - t) - positive sigmoid(-x), where sigmoid(-x) is 1 / (1 + e) for e = exp(-|x|) and x < 0,
+  // and e / (1 + e) otherwise.
+  template <class V>
+  static KSAM_FORMULA V slope(const V& x, const V& t, const V& positive) {
+    const V one = Math::template number<V>(1);
+    const V e = Math::exp(V{} - Math::magnitude(x));
+    const V sigmoid = Math::where_negative(x, one, e) / (one + e);
+    return (one - t) - positive * sigmoid;
+  }
+};
+
+// (x - t)^2
+struct SquaredError {
+  static constexpr bool kHasWeight = false;
+  static constexpr int kFactor = 2;  // of the slope; with g / n, or it might overflow
+
+  template <class V>
+  static KSAM_FORMULA V loss(const V& x, const V& t, const V&) {
+    return (x - t) * (x - t);
+  }
+
+  template <class V>
+  static KSAM_FORMULA V slope(const V& x, const V& t, const V&) {
+    return x - t;
+  }
+};
+
+}  // namespace ksam
+
+#undef KSAM_FORMULA

@@ -1,0 +1,118 @@
+// The target of cross-entropy on the device: target_cpu.h has the formula of its distribution q
+// and says what `hot` and `spread` are.
+#pragma once
+
+#include <type_traits>
+
+#include "loss/row.cuh"
+
+namespace ksam::gpu {
+
+// A class without spread; a class with smoothing; probabilities.
+enum class Kind { classes, smoothed, probabilities };
+
+constexpr int64_t kIgnored = -1;
+
+// For logits of type T and probabilities of type Q: T, or the arithmetic's type A.
+template <class T, class Q, Kind kKind>
+struct Target {
+  using A = Opmath<T>;
+  static constexpr bool kHasHot = kKind != Kind::probabilities;
+  static constexpr bool kHasSpread = kKind != Kind::classes;
+  static constexpr int N = kPerVector<T>;
+  struct Nothing {};
+  using Probabilities = std::conditional_t<kKind == Kind::probabilities, Packed<Q, N>, Nothing>;
+
+  const void* data;  // [rows] int64 or int32, or [rows, classes] Q
+  int64_t stride;    // between rows
+  const A* weight;   // [classes], or null
+  int64_t classes;
+  int64_t ignore_index;
+  A kept, share;   // 1 - e and e / C
+  bool is_narrow;  // int32
+
+  explicit Target(const CrossEntropy& args)
+      : data(args.target.data),
+        stride(args.target.stride),
+        weight(static_cast<const A*>(args.weight)),
+        classes(args.logits.columns),
+        ignore_index(args.ignore_index),
+        kept(static_cast<A>(1 - args.label_smoothing)),
+        share(static_cast<A>(args.label_smoothing / static_cast<double>(args.logits.columns))),
+        is_narrow(args.target.dtype == DType::i32) {}
+
+  // The row's class or kIgnored; 0 for probabilities, whose rows are never ignored.
+  __device__ __forceinline__ int64_t class_of(int64_t row) const {
+    if constexpr (!kHasHot) return 0;
+    const int64_t y = is_narrow ? static_cast<const int32_t*>(data)[row * stride]
+                                : static_cast<const int64_t*>(data)[row * stride];
+    if (y == ignore_index) return kIgnored;
+    KSAM_DEVICE_ASSERT(y >= 0 && y < classes && "target holds a class that is out of range");
+    return y;
+  }
+
+  __device__ __forceinline__ A hot(int64_t y) const {
+    if constexpr (!kHasHot) return 0;
+    return weight == nullptr ? kept : kept * weight[y];
+  }
+
+  __device__ __forceinline__ const Q* row(int64_t i) const {
+    return static_cast<const Q*>(data) + i * stride;
+  }
+
+  // What of a row spread() needs beside the weights; as load_whole() and load_piece().
+  __device__ __forceinline__ Probabilities load(const Q* row, const Piece& piece, bool fast,
+                                                bool aligned) const {
+    if constexpr (kKind == Kind::probabilities) {
+      if (fast) return load_whole<N>(row + piece.first);
+      return load_piece<N>(row, piece, aligned, Rounded<Q>::from(0.0f));
+    } else {
+      return {};
+    }
+  }
+
+  // spread_c of the elements of a piece; 0 around them.
+  __device__ __forceinline__ Elements<A, N> spread(const Probabilities& t, const Piece& piece,
+                                                   bool weight_aligned) const {
+    Elements<A, N> q;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      A value = share;
+      if constexpr (kKind == Kind::probabilities) value = ::fma(kept, element(t, j), share);
+      q.at[j] = piece.has(j) ? value : A(0);
+    }
+    if (weight == nullptr) return q;
+    const auto w = load_piece<N>(weight, piece, weight_aligned, A(0));
+#pragma unroll
+    for (int j = 0; j < N; ++j) q.at[j] *= element(w, j);
+    return q;
+  }
+};
+
+template <class T, class Q, Kind kKind>
+struct TargetType {
+  using Logit = T;
+  using Probability = Q;
+  static constexpr Kind kind = kKind;
+};
+
+// body(TargetType<T, Q, kind>{}) for the arguments' dtypes.
+template <class Body>
+void on_target(const CrossEntropy& args, const Body& body) {
+  on_floating(args.logits.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = Opmath<T>;
+    if (is_floating(args.target.dtype)) {
+      if constexpr (sizeof(T) != sizeof(A)) {
+        if (args.target.dtype != args.logits.dtype) {
+          return body(TargetType<T, A, Kind::probabilities>{});
+        }
+      }
+      return body(TargetType<T, T, Kind::probabilities>{});
+    }
+    if (args.label_smoothing > 0) return body(TargetType<T, T, Kind::smoothed>{});
+    return body(TargetType<T, T, Kind::classes>{});
+  });
+}
+
+}  // namespace ksam::gpu

@@ -1,0 +1,253 @@
+"""The faults that tests.simt.mutations puts into the kernels, room by room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault: in a file of csrc, `old` (once in the file, or `nth` of several) becomes `new`."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest's arguments
+    sanitize: str = ""
+    nth: int = 0
+
+    def apply(self, text: str) -> str:
+        parts = text.split(self.old)
+        if len(parts) < 2 or self.nth >= len(parts) - 1:
+            raise ValueError(f"{self.what}: {self.file} does not hold {self.old!r}")
+        before = self.old.join(parts[: self.nth + 1])
+        return before + self.new + self.old.join(parts[self.nth + 1 :])
+
+
+TOPK = "tests/topk"
+_TOPK = (
+    Mutation(
+        "no barrier between clearing and counting digits",
+        "topk/select.cuh",
+        "shared.count[d] = 0;\n  __syncthreads();",
+        "shared.count[d] = 0;",
+        TOPK,
+    ),
+    Mutation(
+        "no barrier after counting digits",
+        "topk/select.cuh",
+        "& (kDigits - 1));\n  }\n  __syncthreads();",
+        "& (kDigits - 1));\n  }",
+        TOPK,
+        "thread",
+    ),
+    Mutation(
+        "a plain store where an atomic one is needed",
+        "topk/select.cuh",
+        "atomicAdd(&count[digit], 1u);",
+        "count[digit] += 1u;",
+        TOPK,
+        "thread",
+    ),
+    Mutation(
+        "ties to the highest index",
+        "topk/select.cuh",
+        "ahead.equal < at.wanted))",
+        "ahead.equal >= at.wanted))",
+        TOPK,
+    ),
+    Mutation(
+        "an element too many",
+        "topk/select.cuh",
+        "const bool real = i < share.end;",
+        "const bool real = i <= share.end;",
+        TOPK,
+        "address,undefined",
+    ),
+    Mutation(
+        "the last element left out",
+        "topk/select.cuh",
+        "const bool real = i < share.end;",
+        "const bool real = i + 1 < share.end;",
+        TOPK,
+    ),
+    Mutation(
+        "-0 below +0",
+        "topk/topk_key.h",
+        "magnitude == 0 ? 0x80000000u : ordered",
+        "ordered",
+        TOPK,
+    ),
+    Mutation(
+        "no barrier of the grid before global counts are read",
+        "topk/topk.cu",
+        "grid.sync();\n    for (int d",
+        "for (int d",
+        TOPK,
+    ),
+    Mutation(
+        "global counts that are not cleared",
+        "topk/topk.cu",
+        "scratch.count[i] = 0;",
+        "(void)i;",
+        TOPK,
+    ),
+    Mutation(
+        "a shuffle that a part of the warp leaves out",
+        "topk/select.cuh",
+        "const uint32_t higher = __shfl_up_sync(kAllLanes, through, by);\n      if",
+        "if (lane_of_thread() < by) continue;\n      const uint32_t higher = "
+        "__shfl_up_sync(kAllLanes, through, by);\n      if",
+        TOPK,
+    ),
+)
+
+COMPACT = "tests/compact"
+_COMPACT = (
+    Mutation(
+        "a vector too many",
+        "compact/compact.cu",
+        "if (thread + i * kThreads < count)",
+        "if (thread + i * kThreads <= count)",
+        COMPACT,
+        "address,undefined",
+    ),
+    Mutation(
+        "the source's stride taken for the row's length",
+        "compact/compact.cu",
+        "index[i] * leaf.source_stride",
+        "index[i] * leaf.row_bytes",
+        COMPACT,
+    ),
+    Mutation(
+        "vectors wider than the stride allows",
+        "compact/compact.cu",
+        "leaf.source_stride | leaf.row_bytes",
+        "leaf.row_bytes",
+        COMPACT,
+        "address,undefined",
+    ),
+    Mutation(
+        "the leaf before the tile's",
+        "compact/compact.cu",
+        "first_tile <= tile",
+        "first_tile < tile",
+        COMPACT,
+    ),
+    Mutation(
+        "indices out of range go unnoticed",
+        "compact/compact.cu",
+        "KSAM_DEVICE_ASSERT(all_indices_in_range);",
+        "",
+        COMPACT,
+    ),
+)
+
+LOSS = "tests/loss/test_cross_entropy.py"
+_LOSS = (
+    Mutation(
+        "no barrier before the sums of warps are read",
+        "loss/row.cuh",
+        "of_warp[warp_of_thread()] = sums;\n  __syncthreads();",
+        "of_warp[warp_of_thread()] = sums;",
+        LOSS,
+    ),
+    Mutation(
+        "no barrier after the sums of warps are read",
+        "loss/row.cuh",
+        "__syncthreads();  // the row before this one has been read",
+        "",
+        LOSS,
+        "thread",
+    ),
+    Mutation(
+        "the maximum does not rise",
+        "loss/cross_entropy.cu",
+        "if (high > sums->max)",
+        "if (high > sums->max && sums->max == -HUGE_VALF)",
+        LOSS,
+    ),
+    Mutation(
+        "a tail one element too long",
+        "loss/row.cuh",
+        "left < N ? static_cast<int>(left < 0 ? 0 : left) : N",
+        "left < N ? static_cast<int>(left < 0 ? 0 : left + 1) : N",
+        LOSS,
+    ),
+    Mutation(
+        "elements read past the end of a row, and left out after it",
+        "loss/row.cuh",
+        "to.at[j] = piece.has(j) ? p[j] : fill;",
+        "{ const T x = p[j]; to.at[j] = piece.has(j) ? x : fill; }",
+        LOSS,
+        "address,undefined",
+    ),
+    Mutation(
+        "a vector that is not aligned in one of two arrays",
+        "loss/cross_entropy_backward.cu",
+        "is_vector_aligned(x, lead)",
+        "is_vector_aligned(x)",
+        "tests/loss/test_cross_entropy_backward.py",
+        "address,undefined",
+    ),
+    Mutation(
+        "a ticket that is not reset",
+        "common/block.cuh",
+        "atomicInc(ticket, blocks - 1)",
+        "atomicAdd(ticket, 1u)",
+        "tests/loss/test_select_cross_entropy.py",
+    ),
+)
+
+PERTURB = "tests/perturb/test_perturb.py"
+SGD = "tests/perturb/test_restore_sgd.py"
+_PERTURB = (
+    Mutation(
+        "no barrier after the formula of a row is made",
+        "perturb/elements.cuh",
+        "element<A>(args, value);\n  __syncthreads();",
+        "element<A>(args, value);",
+        SGD,
+    ),
+    Mutation(
+        "vectors read past the end of a chunk",
+        "perturb/elements.cuh",
+        "if (reads<Formula>(i) && at < end)",
+        "if (reads<Formula>(i))",
+        PERTURB,
+        "address,undefined",
+    ),
+    Mutation(
+        "vectors whatever the alignment",
+        "perturb/elements.cuh",
+        "addresses % kVectorBytes == 0 ? ",
+        "addresses % sizeof(T) == 0 ? ",
+        "tests/perturb",
+        "address,undefined",
+    ),
+    Mutation(
+        "launches of one norm write to the same places",
+        "perturb/perturb.cu",
+        "args.partial[args.first + blockIdx.x]",
+        "args.partial[blockIdx.x]",
+        "tests/perturb",
+    ),
+    Mutation(
+        "every block counts the steps up",
+        "perturb/update.cu",
+        "if (args.ticket == nullptr || !last_block(args.ticket, gridDim.x)) return;",
+        "if (args.ticket == nullptr) return;",
+        "tests/perturb",
+    ),
+    Mutation(
+        "a word of shared memory that nobody writes",
+        "common/block.cuh",
+        "if (lane_of_thread() == 0) of_warp[warp_of_thread()] = value;",
+        "if (lane_of_thread() == 0 && threadIdx.x != 0) of_warp[warp_of_thread()] = value;",
+        "",
+        "memory",
+    ),
+)
+
+MUTATIONS = (*_TOPK, *_COMPACT, *_LOSS, *_PERTURB)

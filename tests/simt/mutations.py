@@ -1,0 +1,83 @@
+"""Are the tests able to fail? ``python -m tests.simt.mutations [ROOM...]``.
+
+Puts one fault after the other into a copy of the kernels (a barrier left out, a bound off by one, a
+counter that is not reset), and runs the contract tests on it: each fault must make them fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.simt.faults import MUTATIONS, Mutation
+
+ROOT = Path(__file__).resolve().parents[2]
+COPY = ROOT / "build" / "mutations"
+COPIED = (
+    "csrc",
+    "ksam_kernels",
+    "python_api",
+    "tests",
+    "benchmarks",
+    "pyproject.toml",
+    "README.md",
+)
+TIMEOUT = 300.0
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": f"{COPY}:{COPY}/python_api"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        check=False,
+        cwd=COPY,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=TIMEOUT,
+    )
+
+
+def _outcome(mutation: Mutation) -> str | None:
+    """How the tests failed; None if they passed."""
+    arguments = ["tests.simt.run", "-x", *mutation.tests.split()]
+    if mutation.sanitize:
+        arguments += ["--sanitize", mutation.sanitize]
+    try:
+        done = _python(*arguments)
+    except subprocess.TimeoutExpired:
+        return "endless"
+    if "does not compile" in done.stdout + done.stderr or done.returncode in (2, 3, 4, 5):
+        raise RuntimeError(f"{mutation.what}: the tests did not run\n{done.stdout}{done.stderr}")
+    return None if done.returncode == 0 else f"exit status {done.returncode}"
+
+
+def main() -> int:
+    rooms = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not rooms or m.file.split("/")[0] in rooms]
+    COPY.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source, target = ROOT / name, COPY / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy2
+        copy(source, target, **({"dirs_exist_ok": True} if source.is_dir() else {}))  # type: ignore[operator]
+    survived = 0
+    for mutation in chosen:
+        path = COPY / "csrc" / mutation.file
+        original = path.read_text()
+        path.write_text(mutation.apply(original))
+        try:
+            outcome = _outcome(mutation)
+        finally:
+            path.write_text(original)
+        survived += outcome is None
+        mode = mutation.sanitize or "plain"
+        print(f"{mutation.file}, {mutation.what} [{mode}]: {outcome or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} faults caught")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

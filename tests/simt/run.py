@@ -1,0 +1,81 @@
+"""Runs contract tests on the runner: ``python -m tests.simt.run [--sanitize NAMES] [PYTEST]``.
+
+Builds it first. Races show with ``--sanitize thread``, bounds and alignment with
+``--sanitize address,undefined``; ``--sanitize memory`` runs a program of its own, not the tests
+(memory_sanitizer/main.cpp).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.simt import build
+
+_LIBRARIES = {"address,undefined": "asan", "thread": "tsan"}
+SANITIZERS = (*_LIBRARIES, "memory")
+
+
+def _environment(sanitize: str) -> dict[str, str]:
+    """Python itself is not instrumented: the sanitizer's library has to be there before it."""
+    environment = os.environ | {"KSAM_TEST_BACKENDS": "simt", "OMP_NUM_THREADS": "1"}
+    if sanitize not in _LIBRARIES:
+        return environment
+    name = f"libclang_rt.{_LIBRARIES[sanitize]}-x86_64.so"
+    command = [str(build.compiler()), f"-print-file-name={name}"]
+    library = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    if not Path(library).is_file():
+        raise RuntimeError(f"{build.compiler()} has no {name}")
+    return environment | {
+        "KSAM_SIMT_SANITIZE": sanitize,
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
+    }
+
+
+def command(sanitize: str, arguments: list[str]) -> list[str]:
+    """pytest on the runner's backend alone, or the program for "memory"."""
+    if sanitize == "memory":
+        return [str(build.output(sanitize))]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-k", "simt", *arguments]
+    # ThreadSanitizer wants memory where the kernel's randomization may not leave it.
+    return ["setarch", "-R", *pytest] if sanitize == "thread" else pytest
+
+
+def run(
+    sanitize: str,
+    arguments: list[str],
+    *,
+    seed: int = 1,
+    timeout: float | None = None,
+    **options: bool,
+) -> subprocess.CompletedProcess[str]:
+    """Run the tests on the runner as it is built; 66: ThreadSanitizer found a race."""
+    environment = _environment(sanitize) | {"KSAM_SIMT_SEED": str(seed)}
+    return subprocess.run(
+        command(sanitize, arguments),
+        check=False,
+        cwd=build.ROOT,
+        env=environment,
+        text=True,
+        timeout=timeout,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitize", default="", choices=("", *SANITIZERS))
+    parser.add_argument("--seed", type=int, default=1, help="of the order of threads")
+    options, arguments = parser.parse_known_args()
+    build.build(options.sanitize)
+    return run(options.sanitize, arguments, seed=options.seed).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""What the build decides: compilers, CUDA or not, for which GPUs. Nothing is compiled here."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.helpers import ROOT, setup_py
+
+pytest.importorskip("setuptools")
+
+KNOWN = ("75", "80", "86", "90", "100", "120")
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
+  --list-gpu-code) {known} ;;
+  --dryrun) echo '#$ LIBRARIES=  "-L{home}/stubs" "-L{home}/some where"' >&2 ;;
+  *) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py on a machine where nothing is found or asked for."""
+    module = setup_py()
+    for name in ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("NATIVE", "CUDA", "SANITIZE"):
+        monkeypatch.delenv(f"KSAM_{name}", raising=False)
+    monkeypatch.setattr(module, "find_nvcc", lambda: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    return module
+
+
+def toolkit(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    home: Path,
+    release: str = "13.0",
+    known: tuple[str, ...] = KNOWN,
+) -> Path:
+    """A CUDA toolkit whose nvcc answers questions and compiles nothing."""
+    nvcc = home / "nvcc"
+    listing = "; ".join(f"echo sm_{name}" for name in known)
+    nvcc.write_text(NVCC.format(release=release, known=listing, home=home))
+    nvcc.chmod(0o755)
+    (home / "some where").mkdir()
+    (home / "some where" / "libcudart_static.a").touch()
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    monkeypatch.setenv("CXX", "c++")
+    return nvcc
+
+
+@pytest.mark.parametrize(
+    ("text", "architectures"),
+    [
+        ("8.0", ["80"]),
+        ("8.0;9.0+PTX", ["80", "90+PTX"]),
+        (" 8.0 9.0a, 12.0+PTX; ", ["80", "90a", "120+PTX"]),
+        ("10.0f", ["100f"]),
+    ],
+)
+def test_architectures_are_read_as_torch_writes_them(
+    build: ModuleType, text: str, architectures: list[str]
+) -> None:
+    assert build.parse_architectures(text) == architectures
+
+
+@pytest.mark.parametrize("text", ["native", "8.0;Hopper", "sm_90", "90", "8.0+ptx"])
+def test_other_names_of_architectures_are_refused_by_name(build: ModuleType, text: str) -> None:
+    name = text.split(";")[-1]
+    with pytest.raises(SystemExit, match=r"^ksam: TORCH_CUDA_ARCH_LIST must be") as error:
+        build.parse_architectures(text)
+    assert repr(name) in str(error.value)
+
+
+def test_the_default_is_what_the_toolkit_knows_and_ptx_of_the_last(build: ModuleType) -> None:
+    assert build.choose_architectures(None, list(KNOWN)) == ["80", "90", "100", "120+PTX"]
+    assert build.choose_architectures("", ["75", "80", "86", "90"]) == ["80", "90+PTX"]
+
+
+def test_an_architecture_that_the_toolkit_does_not_know_is_refused(build: ModuleType) -> None:
+    assert build.choose_architectures("8.6;9.0a+PTX", list(KNOWN)) == ["86", "90a+PTX"]
+    with pytest.raises(SystemExit, match=r"asks for sm_121, which this nvcc .* knows 75, 80"):
+        build.choose_architectures("8.0;12.1+PTX", list(KNOWN))
+
+
+def test_without_nvcc_the_build_is_for_the_cpu(build: ModuleType) -> None:
+    assert build.choose_cuda() == "no nvcc found"
+    assert build.summary(build.choose_cuda()).endswith("only, no CUDA kernels: no nvcc found")
+
+
+def test_with_nvcc_the_build_has_cuda_kernels(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = toolkit(build, monkeypatch, tmp_path)
+    cuda = build.choose_cuda()
+    assert cuda == (nvcc, tmp_path / "some where", ["80", "90", "100", "120+PTX"])
+    assert build.summary(cuda).endswith(
+        "and CUDA kernels (sm_80, sm_90, sm_100, sm_120 and its PTX)"
+    )
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert build.choose_cuda().architectures == ["90"]
+
+
+def test_ksam_cuda_0_leaves_cuda_out(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit(build, monkeypatch, tmp_path)
+    monkeypatch.setenv("KSAM_CUDA", "0")
+    assert build.choose_cuda() == "KSAM_CUDA=0"
+
+
+def test_the_sanitizers_leave_cuda_out(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit(build, monkeypatch, tmp_path)
+    monkeypatch.setenv("KSAM_SANITIZE", "address")
+    assert "KSAM_SANITIZE" in build.choose_cuda()
+    monkeypatch.setenv("KSAM_CUDA", "1")
+    assert isinstance(build.choose_cuda(), build.Cuda)
+
+
+def test_ksam_cuda_1_without_nvcc_exits_with_one_sentence(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KSAM_CUDA", "1")
+    with pytest.raises(SystemExit) as error:
+        build.choose_cuda()
+    message = str(error.value)
+    assert message.startswith("ksam: KSAM_CUDA=1 demands CUDA kernels, but")
+    assert "no nvcc found" in message
+    assert message.count(". ") == 0
+    monkeypatch.setenv("KSAM_NATIVE", "0")
+    with pytest.raises(SystemExit, match="KSAM_NATIVE=0 leaves them out"):
+        build.extensions()
+
+
+def test_ksam_cuda_takes_nothing_else(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KSAM_CUDA", "yes")
+    with pytest.raises(SystemExit, match="KSAM_CUDA must be 0 or 1, got 'yes'"):
+        build.choose_cuda()
+
+
+def test_a_toolkit_that_will_not_do_is_named_with_the_reason(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = toolkit(build, monkeypatch, tmp_path, release="11.8")
+    assert build.choose_cuda() == f"{nvcc} is older than CUDA 12.0"
+    nvcc.write_text(NVCC.format(release="12.4", known=":", home=tmp_path / "elsewhere"))
+    assert build.choose_cuda() == f"the toolkit of {nvcc} has no libcudart_static.a"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    assert build.choose_cuda() == f"{nvcc} does not run"
+
+
+def test_cuda_home_is_the_only_place_where_it_is_set(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find_nvcc = setup_py().find_nvcc
+    monkeypatch.setattr(build.shutil, "which", lambda name: sys.executable)
+    assert find_nvcc() == Path(sys.executable)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert find_nvcc() is None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert find_nvcc() == tmp_path / "bin" / "nvcc"
+
+
+def test_no_compiler_exits_with_one_sentence(build: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"^ksam: .* needs a C\+\+17 compiler .* KSAM_NATIVE=0"):
+        build.compiler()
+
+
+def ninja_file(build: ModuleType, cxx: list[str]) -> dict[str, list[str]]:
+    """Variables and builds of build.ninja, split as a shell would."""
+    text = build._ninja_file(cxx, build.choose_cuda(), Path("pybind"), Path("_C.so"))
+    pairs = [line.split(" = " if " = " in line else ": ", 1) for line in text.splitlines()]
+    return {pair[0].strip(): shlex.split(pair[-1]) for pair in pairs}
+
+
+def test_every_architecture_is_compiled_and_told_to_the_module(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit(build, monkeypatch, tmp_path)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
+    lines = ninja_file(build, ["ccache", "g++-12"])
+    assert [flag for flag in lines["nvcc_flags"] if "gencode" in flag] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    assert "-ccbin=g++-12" in lines["nvcc_flags"]
+    for name in ("cxx_flags", "nvcc_flags"):
+        assert "-DKSAM_CUDA" in lines[name]
+        assert '-DKSAM_CUDA_ARCHITECTURES="80 90a+PTX"' in lines[name]
+    assert f"-L{tmp_path}/some where" in lines["libraries"]
+    assert "common-gpu.cu.o" in lines["build _C.so"]
+
+
+def test_products_and_sums_of_the_updates_are_rounded_apart(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit(build, monkeypatch, tmp_path)
+    text = build._ninja_file(["c++"], build.choose_cuda(), Path("pybind"), Path("_C.so"))
+    for source in (ROOT / "csrc").rglob("*.cu"):
+        flags = text.split(f"compile_cuda {source}\n")[1].splitlines()[0]
+        assert ("-fmad=false" in flags) == (source.parent.name == "perturb")
+
+
+def test_a_build_without_cuda_knows_nothing_of_it(build: ModuleType) -> None:
+    text = build._ninja_file(["c++"], build.choose_cuda(), Path("pybind"), Path("_C.so"))
+    assert "CUDA" not in text
+    assert ".cu" not in text
+
+
+def test_source_distributions_have_every_source(build: ModuleType) -> None:
+    (extension,) = build.extensions()
+    listed = {*extension.sources, *extension.depends}
+    wanted = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md"]
+    assert listed == {str(path.relative_to(ROOT)) for path in wanted}
