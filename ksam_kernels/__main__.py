@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -13,6 +13,14 @@ import torch
 import ksam_kernels  # registers every backend that is installed
 from ksam_kernels import backends
 from ksam_kernels.native import extension
+
+
+def _version() -> str | None:
+    """None where the packages are on the path, but not installed."""
+    try:
+        return version("ksam")
+    except PackageNotFoundError:
+        return None
 
 
 def _devices() -> list[torch.device]:
@@ -59,7 +67,7 @@ def _built() -> dict[str, Any] | None:
 def report() -> dict[str, Any]:
     """Versions, what was built, the backend asked for, and an entry per operator and device."""
     return {
-        "ksam": version("ksam"),
+        "ksam": _version(),
         "torch": torch.__version__,
         "extension": _built(),
         "requested": ksam_kernels.requested_backend(),

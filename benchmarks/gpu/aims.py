@@ -73,7 +73,7 @@ def _waits(results: Results) -> Aim:
     found = results.get("sync", {})
     name, aim = "steps that wait for the GPU", "none"
     steps = {key: value for key, value in found.items() if isinstance(value, dict)}
-    if not steps:
+    if not steps or found.get("a wait is seen") is False:
         return Aim(name, aim, "not measured", None)
     waiting = [key for key, value in steps.items() if value["later steps"]["waits"]]
     profiled = results.get("launches", {}).get("step", {}).get("together", {}).get("waits")

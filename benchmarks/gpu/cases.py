@@ -60,17 +60,18 @@ def _labels(samples: int) -> Callable[[torch.device], compact.Batch]:
 
 def compact_cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
     """Rows of 12 KB, 602 KB, 4 KB and 8 bytes."""
-    n = 6 if tiny else 1
-    batches = {
-        "images": (2048 // 256**n or 8, 32, _images),
-        "large images": (256 // 256**n or 8, 8 if tiny else 224, _images),
-        "tokens": (4096 // 256**n or 8, 512, _tokens),
-    }
-    for name, (samples, size, make) in batches.items():
-        shape = f"{samples}x3x{size}x{size}" if make is _images else f"3 of {samples}x{size}"
-        yield compact.case(name, samples, shape, make(samples, size), device)
-    samples = 8 if tiny else 65536
-    yield compact.case("labels", samples, f"{samples}", _labels(samples), device)
+
+    def samples(count: int) -> int:
+        return 8 if tiny else count
+
+    n, side = samples(4096), 32
+    yield compact.case("images", n, f"{n}x3x{side}x{side}", _images(n, side), device)
+    n, side = samples(384), 8 if tiny else 224
+    yield compact.case("large images", n, f"{n}x3x{side}x{side}", _images(n, side), device)
+    n, length = samples(8192), 512
+    yield compact.case("tokens", n, f"3 of {n}x{length}", _tokens(n, length), device)
+    n = samples(65536)
+    yield compact.case("labels", n, f"{n}", _labels(n), device)
 
 
 def _parameter_lists(*, tiny: bool) -> dict[str, Callable[[], list[Shape]]]:

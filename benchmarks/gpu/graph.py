@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import synchronize
-from benchmarks.gpu.graphs import _WARM_UP_CALLS, capture
+from benchmarks.gpu.graphs import WARM_UP_CALLS, capture
 from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.gpu.step import Operations, trainings
 
@@ -35,7 +35,7 @@ def compare(make: Callable[[], Any], device: torch.device) -> dict[str, Any]:
         replay = capture(captured.step, device)
     except RuntimeError as error:
         return {"captured": False, "error": reason(error)}
-    before = _WARM_UP_CALLS if device.type == "cuda" else 0
+    before = WARM_UP_CALLS if device.type == "cuda" else 0
     for _ in range(before + _REPLAYS):
         eager.step()
     for _ in range(_REPLAYS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks.environment import synchronize
 
-_WARM_UP_CALLS = 3
+WARM_UP_CALLS = 3
 
 
 def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
@@ -20,16 +21,21 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     """
     if device.type != "cuda":
         return lambda: _call(work)
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_CALLS):
+        for _ in range(WARM_UP_CALLS):
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
+    gc.collect()
+    gc.disable()  # what it frees could break off the capture
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            work()
+    finally:
+        gc.enable()
     synchronize(device)
     return graph.replay
 
@@ -45,10 +51,11 @@ def seconds_of(replay: Callable[[], object], times: int, device: torch.device) -
         for _ in range(times):
             replay()
         return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    begin, end = events
     begin.record()
     for _ in range(times):
         replay()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3

@@ -165,8 +165,9 @@ def copy_bandwidth(context: Context) -> Quartiles:
     source = torch.randn(1 << (10 if context.dry_run else 28), device=device)
     target = torch.empty_like(source)
     size = 2 * source.numel() * source.element_size()
-    for _ in range(3):
-        target.copy_(source)
+    start = time.perf_counter()
+    while time.perf_counter() - start < (0 if context.dry_run else 0.5):  # clocks settle
+        seconds_of(lambda: target.copy_(source), 4, device)
     return Quartiles.of(
         [4 * size / seconds_of(lambda: target.copy_(source), 4, device) for _ in range(25)]
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.environment import synchronize
 from benchmarks.gpu.cases import launch_cases
@@ -20,6 +21,7 @@ from benchmarks.kernels.case import Case, UnavailableError
 _WAITS = ("Synchronize", "cudaMemcpy", "cuMemcpy")
 _DO_NOT_WAIT = ("Async", "cudaStreamWaitEvent")
 _COPIES = ("Memcpy", "Memset")
+_WORK = "the work that is counted"
 
 
 def waits_for_device(name: str) -> bool:
@@ -34,22 +36,33 @@ def count(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     synchronize(device)
     with profile(activities=activities) as trace:
-        work()
+        with record_function(_WORK):
+            work()
         synchronize(device)  # the trace is of what has ended
+    return tally(list(trace.events() or []), on_cpu=not cuda)
+
+
+def tally(events: Sequence[Any], *, on_cpu: bool) -> dict[str, Any]:
+    """What a profile shows: kernels, copies, and waits inside of the work itself.
+
+    `on_cpu`: of a dry run, where the operators that ran stand for kernels.
+    """
+    (span,) = (e.time_range for e in events if e.name == _WORK and e.device_type == DeviceType.CPU)
     kernels: Counter[str] = Counter()
     copies: Counter[str] = Counter()
     waits: Counter[str] = Counter()
-    for event in trace.events() or []:
-        on_device = event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU)
-        if not cuda or on_device:
+    for event in events:
+        # Annotations, such as those of optimizers, appear on the device as well.
+        if event.name == _WORK or event.is_user_annotation:
+            continue
+        if on_cpu or event.device_type == DeviceType.CUDA:
             (copies if event.name.startswith(_COPIES) else kernels)[_short(event.name)] += 1
-        elif waits_for_device(event.name):
+        elif waits_for_device(event.name) and span.start <= event.time_range.start <= span.end:
             waits[event.name] += 1
-    waits["cudaDeviceSynchronize"] -= 1  # the one above
     return {
         "launches": kernels.total(),
         "copies": copies.total(),
-        "waits": {name: n for name, n in waits.items() if n > 0},
+        "waits": dict(waits),
         "kernels": dict(kernels.most_common(12)),
         "copies_by_name": dict(copies),
     }
@@ -67,7 +80,7 @@ def _of_case(case: Case, device: torch.device) -> dict[str, Any]:
         for contestant in case.contestants:
             try:
                 run = contestant.start(input)
-                found[contestant.name] = count(lambda run=run: run(input), device)
+                found[contestant.name] = count(functools.partial(run, input), device)
             except (UnavailableError, RuntimeError) as error:
                 found[contestant.name] = {"error": reason(error)}
     return found

@@ -22,11 +22,11 @@ COLUMNS = (
 _VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
 
 
-def write_report(context: Context) -> None:
+def write_report(context: Context) -> list[Aim]:
     """Write report.md, summary.json, results.csv and ratios.png beside the parts' files."""
     parts = _read_parts(context)
     if not parts:
-        return
+        return []
     results: Results = {name: part["results"] for name, part in parts.items()}
     found = aims(results)
     rows = results.get("kernels", {}).get("rows", [])
@@ -37,6 +37,7 @@ def write_report(context: Context) -> None:
     lines = [*_heading(parts, context), *_aims(found), *_times(rows), *_launches(results)]
     lines += [*_failures(parts), *([f"![Ratios]({plotted.name})"] if plotted else [])]
     _file(context, "report.md").write_text("\n".join(lines) + "\n", "utf-8")
+    return found
 
 
 def _file(context: Context, name: str) -> Path:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from benchmarks.gpu.aims import Aim
 from benchmarks.gpu.part import Context, PartFile, Run, reason
 from benchmarks.gpu.report import write_report
 
@@ -38,6 +39,7 @@ _ENVIRONMENT = {**os.environ, "KINETO_LOG_LEVEL": "99", "CUBLAS_WORKSPACE_CONFIG
 def run_parts(names: Sequence[str], context: Context, *, again: bool) -> None:
     """Run the parts that are not there yet, and write the report after each of them."""
     context.out.mkdir(parents=True, exist_ok=True)
+    aims: list[Aim] = []
     for name in names:
         file = PartFile(name, context)
         left = file.load()
@@ -47,7 +49,12 @@ def run_parts(names: Sequence[str], context: Context, *, again: bool) -> None:
             print(f"{name}: no time left; run the same command again", flush=True)
         else:
             _run_part(name, context)
-        write_report(context)
+        aims = write_report(context)
+    print()
+    for aim in aims:
+        verdict = {True: "met", False: "MISSED", None: "-"}[aim.met]
+        print(f"{verdict:6}  {aim.name}: {aim.figure} (aim: {aim.aim})", flush=True)
+    print(f"wrote {context.out}/{context.prefix}report.md", flush=True)
 
 
 def _run_part(name: str, context: Context) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ import ksam_kernels as kk
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SHAPES = ((1,), (0,), (17,), (3, 5), (4099,), (64, 70))
+
+
+def _backward(losses: Tensor) -> None:
+    losses.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _losses(device: torch.device, dtype: torch.dtype) -> None:
@@ -25,14 +30,14 @@ def _losses(device: torch.device, dtype: torch.dtype) -> None:
         weight = torch.rand(classes, device=device)
         for smoothing in (0.0, 0.1):
             x = logits.clone().requires_grad_()
-            kk.cross_entropy(x, target, weight=weight, label_smoothing=smoothing).sum().backward()
-            kk.cross_entropy(x, soft, label_smoothing=smoothing).sum().backward()
+            _backward(kk.cross_entropy(x, target, weight=weight, label_smoothing=smoothing))
+            _backward(kk.cross_entropy(x, soft, label_smoothing=smoothing))
         kk.cross_entropy(logits[:, : classes - 1], target.clamp(max=classes - 2))
         for k in (1, rows):
             kk.select_cross_entropy(logits, target, k)
         x = logits.clone().requires_grad_()
-        (kk.mse(x, soft) + kk.binary_cross_entropy_with_logits(x, soft, pos_weight=weight)).sum(
-        ).backward()  # fmt: skip
+        _backward(kk.mse(x, soft))
+        _backward(kk.binary_cross_entropy_with_logits(x, soft, pos_weight=weight))
 
 
 def _topk(device: torch.device, dtype: torch.dtype) -> None:
@@ -60,13 +65,15 @@ def _lists(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int,
     params, grads, backup, one, two = (normal() for _ in range(5))
     two = [t.square() for t in two]
     steps = [torch.zeros((), device=device) for _ in shapes]
-    amp = {name: torch.ones((), device=device) for name in ("grad_scale", "found_inf")}
+    one_element = torch.ones((), device=device)
+    amp: dict[str, Any] = {"grad_scale": one_element, "found_inf": one_element}
     kk.grad_norm(grads)
     for adaptive in (False, True):
         kk.perturb_(params, grads, backup, rho=0.05, adaptive=adaptive, eta=0.01)
         kk.restore_(params, backup)
     wide = [torch.stack([t, t], -1)[..., 0] for t in grads]  # with gaps
-    for options in ({}, amp):
+    none: dict[str, Any] = {}
+    for options in (none, amp):
         kk.restore_sgd_(params, backup, wide, one, steps=steps, lr=0.1, momentum=0.9, **options)
         kk.restore_adam_(params, backup, grads, one, two, steps, lr=0.1, **options)
 

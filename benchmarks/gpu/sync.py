@@ -33,7 +33,7 @@ def waiting_is_an_error(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _outcome(step: Callable[[], None], steps: int, device: torch.device) -> dict[str, Any]:
+def _outcome(step: Callable[[], object], steps: int, device: torch.device) -> dict[str, Any]:
     try:
         with waiting_is_an_error(device):
             for _ in range(steps):
@@ -57,6 +57,5 @@ def run(context: Context, file: PartFile) -> None:
         print(f"{name}: {file.results[name]}", flush=True)
         file.write(complete=False)
     if device.type == "cuda":
-        file.results["a wait is seen"] = _outcome(
-            lambda: print(torch.ones(1, device=device).item()), 1, device
-        )["waits"]
+        one = torch.ones((), device=device)
+        file.results["a wait is seen"] = _outcome(lambda: float(one), 1, device)["waits"]

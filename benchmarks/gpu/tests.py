@@ -114,11 +114,14 @@ def run(context: Context, file: PartFile) -> None:
                 file.results = summarize(statuses, logs)
                 file.write(complete=False)
         time.sleep(0.2)
+    for name, path in logs.items():
+        if statuses[name] == 0:
+            path.unlink()
     _print(file.results)
 
 
 def _describe(status: int | str) -> str:
-    return {0: "passed", 1: "FAILED"}.get(status, f"status {status}")  # type: ignore[call-overload, no-any-return]
+    return "passed" if status == 0 else "FAILED" if status == 1 else f"status {status}"
 
 
 def summarize(statuses: dict[str, int | str], logs: dict[str, Path]) -> dict[str, Any]:

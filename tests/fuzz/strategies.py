@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
@@ -31,6 +31,8 @@ fuzz = settings(
     database=None,
     deadline=None,
     print_blob=True,
+    # Making a failure smaller takes minutes, which a GPU's tests do not have.
+    phases=tuple(Phase) if DEVICE.type == "cpu" else (Phase.explicit, Phase.generate),
     # The `backend` fixture is in force for all examples of a test alike: nothing to set up again.
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,

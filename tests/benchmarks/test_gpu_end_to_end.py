@@ -1,0 +1,166 @@
+"""The whole command as a dry run on the CPU: every part, its file, the report, and going on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu import sync
+from benchmarks.gpu.run import PARTS
+from benchmarks.gpu.tests import SHARES
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def dry_run(out: Path, *arguments: str) -> int:
+    return main(["gpu", "--dry-run", "--out", str(out), *arguments])
+
+
+def read(out: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / f"dry-run-{name}.json").read_text("utf-8"))
+    return content
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of all parts but `tests`, which starts a pytest of its own."""
+    folder = tmp_path_factory.mktemp("gpu")
+    names = [name for name in PARTS if name != "tests"]
+    assert dry_run(folder, "--only", ",".join(names)) == 0
+    return folder
+
+
+def test_every_part_leaves_a_complete_file(out: Path) -> None:
+    for name in set(PARTS) - {"tests"}:
+        assert read(out, name)["complete"], name
+        assert read(out, name)["torch"] == torch.__version__
+
+
+def test_steps_do_not_wait_and_replay_to_the_same_bits(out: Path) -> None:
+    kinds = {"operations", "KSAM over SGD", "KSAM over AdamW"}
+    steps = read(out, "sync")["results"]
+    assert set(steps) == kinds
+    assert all(not found["later steps"]["waits"] for found in steps.values())
+    graphs = read(out, "graph")["results"]
+    assert set(graphs) == kinds
+    for found in graphs.values():
+        assert found["captured"]
+        assert found["finite"]
+        assert found["different"] == 0
+        assert found["tensors"] > 10
+
+
+def test_launches_and_host_times_are_per_call_of_a_step(out: Path) -> None:
+    calls = ["select_cross_entropy", "compact_batch", "perturb_", "restore_sgd_", "together"]
+    assert list(read(out, "launches")["results"]["step"]) == calls
+    host = read(out, "host")["results"]
+    assert list(host["step"]) == calls
+    assert 0 < host["step"]["perturb_"]["median"] < host["step"]["together"]["median"]
+    for counted in read(out, "launches")["results"]["operations"].values():
+        assert all("error" not in found for found in counted.values())
+
+
+def test_times_stand_in_the_csv_with_backend_and_mode(out: Path) -> None:
+    found = read(out, "kernels")["results"]
+    assert found["failures"] == {}
+    assert found["left_out"] == []
+    assert {"before", "after"} == set(found["copy_bytes_per_second"])
+    with (out / "dry-run-results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(found["rows"])
+    assert {row["room"] for row in rows} == {"loss", "topk", "compact", "perturb"}
+    assert {row["mode"] for row in rows} == {"cpu"}
+    for row in rows:
+        assert (row["backend"] == "torch") == (row["contestant"] != "ksam")
+        assert float(row["q25_us"]) <= float(row["median_us"]) <= float(row["q75_us"])
+
+
+def test_the_report_is_a_page_that_says_what_it_is(out: Path) -> None:
+    text = (out / "dry-run-report.md").read_text(encoding="utf-8")
+    assert "A dry run on the CPU: no figure here means anything." in text
+    measured = [line for line in text.splitlines() if line.startswith("| loss forward")]
+    assert "8 cases" not in measured[0]
+    assert "6 cases" in measured[0]
+    assert "| contract tests | all pass | not measured | not measured |" in text
+    assert (out / "dry-run-ratios.png").read_bytes().startswith(b"\x89PNG")
+    summary = read(out, "summary")
+    assert len(summary["aims"]) == 11
+    assert set(summary["parts"]) == set(PARTS) - {"tests"}
+
+
+def test_what_is_there_is_not_repeated_and_the_rest_goes_on(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(gpu_run, "run_in_process", lambda name, _: ran.append(name))
+    (tmp_path / "dry-run-build.json").write_text((out / "dry-run-build.json").read_text())
+    unfinished = {**read(out, "sync"), "complete": False}
+    (tmp_path / "dry-run-sync.json").write_text(json.dumps(unfinished))
+    assert dry_run(tmp_path, "--only", "sync,build,graph") == 0
+    assert ran == ["sync", "graph"]
+    assert "build: there already" in capsys.readouterr().out
+    assert dry_run(tmp_path, "--only", "build", "--again") == 0
+    assert ran[2:] == ["build"]
+    assert dry_run(tmp_path, "--only", "graph", "--minutes", "0.01") == 0
+    assert "graph: no time left" in capsys.readouterr().out
+    assert ran[3:] == []
+
+
+def child(monkeypatch: pytest.MonkeyPatch, code: str) -> Callable[..., object]:
+    """Have `python -m benchmarks gpu --here ...` replaced by other Python code."""
+    original = gpu_run.subprocess.run
+
+    def run(command: list[str], **options: Any) -> object:
+        return original([command[0], "-c", code, *command[1:]], **options)
+
+    monkeypatch.setattr(gpu_run.subprocess, "run", run)
+    return run
+
+
+@pytest.mark.parametrize("wrote", [False, True], ids=["nothing", "half"])
+def test_a_part_that_dies_leaves_what_it_wrote_and_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrote: bool
+) -> None:
+    context = gpu_run.Context(torch.device("cpu"), tmp_path, dry_run=False)
+    half = {"part": "host", "complete": False, "results": {"step": 1}, "written": "", "torch": ""}
+    path = tmp_path / "host.json"
+    write = f"open({str(path)!r}, 'w').write({json.dumps(half)!r});" if wrote else ""
+    child(monkeypatch, f"import os; {write} os.abort()")
+    gpu_run._run_part("host", context)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert not found["complete"]
+    assert found["results"]["failure"] == "its process ended with status -6"
+    assert found["results"].get("step") == (1 if wrote else None)
+
+
+def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        return
+    assert main(["gpu"]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["gpu", "--only", "attic"])
+    assert "comma-separated list of build, sync" in capsys.readouterr().err
+
+
+def test_the_shares_of_the_tests_are_all_of_the_contract_tests() -> None:
+    shared = {path for paths in SHARES.values() for path in paths}
+    for path in shared:
+        assert (ROOT / path).exists(), path
+    rooms = ("loss", "topk", "compact", "perturb", "ksam")
+    files = {f"tests/{room}" for room in rooms} | {"tests/test_operators.py"}
+    files |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests/fuzz").glob("test_*.py")}
+    assert files | {"tests/test_device_assertions.py"} == shared
+
+
+def test_a_wait_is_an_error_only_inside() -> None:
+    with sync.waiting_is_an_error(torch.device("cpu")):
+        torch.ones(1).item()
