@@ -170,7 +170,7 @@ def test_cases_outgrow_the_caches_and_have_the_shapes_that_the_aims_name() -> No
     large += [case for case in found if case.room == "compact" and "labels" not in case.extra]
     large += [case for case in found if "ResNet-50" in case.shape]
     for case in large:
-        pool = kernels.pool_size(case, None, H100_L2)
+        pool = kernels.pool_size(case, H100_L2)
         assert pool * case.floor_bytes > 2 * H100_L2, case.label
 
 
