@@ -7,10 +7,13 @@ is therefore as wrong in the tests as it would be for a user, who has no default
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -52,8 +55,8 @@ def use_device_of_tests() -> None:
 #: Why some tests have no form on other devices than the CPU.
 ASSERTS = (
     "an index or class out of range is an IndexError on the CPU only; elsewhere it fails an "
-    "assertion on the device, after which the process can go on with nothing there: "
-    "tests/test_device_assertions.py has these cases in processes of their own"
+    "assertion on the device, which ends all that the process does there: "
+    "tests/test_device_assertions.py has such cases in processes of their own"
 )
 
 
@@ -62,5 +65,21 @@ def provokes_assertion(item: pytest.Item) -> bool:
     if not isinstance(item, pytest.Function):
         return False
     drawn = getattr(item.function, "hypothesis", None)  # whose wrapper has another source
-    source = inspect.getsource(item.function if drawn is None else drawn.inner_test)
-    return "IndexError" in source or "raises_out_of_range" in source
+    return _expects_index_error(item.function if drawn is None else drawn.inner_test)
+
+
+@functools.cache
+def _expects_index_error(function: FunctionType) -> bool:
+    """Whether it names IndexError, or a function of the tests that does."""
+    try:
+        source = inspect.getsource(function)
+    except OSError:  # hypothesis' strategies, whose source is nowhere
+        return False
+    named = (function.__globals__.get(name) for name in set(re.findall(r"\w+", source)))
+    return "IndexError" in source or any(
+        isinstance(other, FunctionType)
+        and other is not function
+        and other.__module__.startswith("tests.")
+        and _expects_index_error(other)
+        for other in named
+    )

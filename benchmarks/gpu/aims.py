@@ -100,6 +100,8 @@ def _tests(results: Results) -> Aim:
         return Aim(name, aim, "not measured", None)
     parts = [f"{backend} {c.get('passed', 0)}" for backend, c in counts.items()]
     figure = f"passed: {', '.join(parts)}; failed: {len(found['failed'])}"
+    if found["without_form_on_device"]:
+        figure += f"; {found['without_form_on_device']} have no form on a GPU"
     if found["left_out"]:
         figure += f"; not finished: {', '.join(found['left_out'])}"
     return Aim(name, aim, figure, all(status == 0 for status in found["statuses"].values()))

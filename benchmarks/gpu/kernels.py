@@ -22,7 +22,7 @@ from benchmarks.gpu.cases import kernel_cases
 from benchmarks.gpu.graphs import capture, seconds_of
 from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.gpu.sync import waiting_is_an_error
-from benchmarks.kernels.case import KSAM, Case, Run, size_in_bytes
+from benchmarks.kernels.case import KSAM, Case, Run
 from benchmarks.kernels.measure import backend_in_force, figures_of, row_of, start_all
 from benchmarks.timing import Plan, Quartiles, rotated
 from ksam_kernels import BackendUnavailableError
@@ -38,11 +38,10 @@ _MAX_POOL, _MAX_STATEFUL_POOL = 256, 4
 Rows = list[dict[str, Any]]
 
 
-def pool_size(case: Case, input: Any, cache_bytes: int) -> int:
+def pool_size(case: Case, cache_bytes: int) -> int:
     """Inputs whose calls move more than twice the cache; two at least."""
     most = _MAX_STATEFUL_POOL if case.stateful else _MAX_POOL
-    of_a_call = max(size_in_bytes(input), case.floor_bytes, 1)
-    return min(max(_CACHES * cache_bytes // of_a_call + 1, 2), most)
+    return min(max(_CACHES * cache_bytes // case.floor_bytes + 1, 2), most)
 
 
 @dataclasses.dataclass
@@ -138,7 +137,7 @@ def measure(case: Case, device: torch.device, plan: Plan, bandwidth: float) -> R
     with torch.set_grad_enabled(case.needs_grad):
         first = case.make_input()
         runs, reasons = start_all(case, first, quick=False, keep_going=True)
-        more = pool_size(case, first, cache) - 1
+        more = pool_size(case, cache) - 1
         pool = [first, *(case.make_input() for _ in range(more))]
         contestants = {
             name: timed(work, device) for name, work in _passes(case, runs, pool).items()
