@@ -29,6 +29,7 @@ struct RowLosses {
   using Sums = RowSums<A>;
   using TargetOf = Target<T, Q, kKind>;
   static constexpr int N = kPerVector<T>;
+  static constexpr int kResident = resident_blocks<T>(kKind);
   static constexpr bool kHasSpread = TargetOf::kHasSpread;
 
   const T* logits;  // [rows, classes]
@@ -65,15 +66,15 @@ struct RowLosses {
     if (row.y == kIgnored) return;
     const T* x = logits + row.i * stride;
     const Q* t = target.row(TargetOf::kHasHot ? 0 : row.i);
-    const bool x_aligned = is_vector_aligned(x), t_aligned = is_vector_aligned(t);
-    const bool w_aligned = is_vector_aligned(target.weight);
+    const int offset = offset_of(x);
+    const bool t_aligned = TargetOf::kHasHot || offset_of(t) == 0;
+    const bool w_aligned = offset_of(target.weight) == 0;
     const T none = Rounded<T>::from(-HUGE_VALF);  // adds exp(-inf)
-    for_each_batch<N>(
-        target.classes, 0, x_aligned && t_aligned, team,
-        [&](const Piece& piece, bool fast) {
-          return Item{
-              fast ? load_whole<N>(x + piece.first) : load_piece<N>(x, piece, x_aligned, none),
-              target.load(t, piece, fast, t_aligned)};
+    for_each_batch<N, TargetOf::kMayShift>(
+        target.classes, 0, t_aligned ? offset : -1, team,
+        [&](const Piece& piece, Loads loads) {
+          return Item{TargetOf::load_logits(x, piece, loads, offset, none),
+                      target.load(t, piece, loads, t_aligned)};
         },
         [&](const Piece* pieces, const Item* items) {
           raise(items, sums);

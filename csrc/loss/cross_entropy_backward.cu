@@ -14,6 +14,7 @@ struct RowGradients {
   using A = Opmath<T>;
   using TargetOf = Target<T, Q, kKind>;
   static constexpr int N = kPerVector<T>;
+  static constexpr int kResident = resident_blocks<T>(kKind);
 
   const T* logits;  // [rows, classes]
   int64_t stride;   // between rows
@@ -40,22 +41,22 @@ struct RowGradients {
   // A thread's share of a row. Vectors begin at the boundaries of the gradient's memory.
   __device__ __forceinline__ void write(int64_t i, const Team& team) const {
     T* to = out + i * target.classes;
-    const int lead = lead_of(to);
+    const int lead = offset_of(to);
     const int64_t y = target.class_of(i);
     if (y == kIgnored) return clear(to, lead, team);
     const Slope slope{stats[3 * i], stats[3 * i + 1], stats[3 * i + 2],
                       static_cast<A>(grad[i * grad_stride]), target.hot(y)};
     const T* x = logits + i * stride;
     const Q* t = target.row(TargetOf::kHasHot ? 0 : i);
-    const bool x_aligned = is_vector_aligned(x, lead), t_aligned = is_vector_aligned(t, lead);
-    const bool w_aligned = is_vector_aligned(target.weight, lead);
+    const int offset = offset_of(x, lead);
+    const bool t_aligned = TargetOf::kHasHot || offset_of(t, lead) == 0;
+    const bool w_aligned = offset_of(target.weight, lead) == 0;
     const T zero = Rounded<T>::from(0.0f);
-    for_each_batch<N>(
-        target.classes, lead, x_aligned && t_aligned, team,
-        [&](const Piece& piece, bool fast) {
-          return Item{
-              fast ? load_whole<N>(x + piece.first) : load_piece<N>(x, piece, x_aligned, zero),
-              target.load(t, piece, fast, t_aligned)};
+    for_each_batch<N, TargetOf::kMayShift>(
+        target.classes, lead, t_aligned ? offset : -1, team,
+        [&](const Piece& piece, Loads loads) {
+          return Item{TargetOf::load_logits(x, piece, loads, offset, zero),
+                      target.load(t, piece, loads, t_aligned)};
         },
         [&](const Piece* pieces, const Item* items) {
 #pragma unroll
@@ -91,8 +92,8 @@ struct RowGradients {
   __device__ __forceinline__ void clear(T* to, int lead, const Team& team) const {
     struct Nothing {};
     const Elements<A, N> zeros{};
-    for_each_batch<N>(
-        target.classes, lead, true, team, [](const Piece&, bool) { return Nothing{}; },
+    for_each_batch<N, false>(
+        target.classes, lead, 0, team, [](const Piece&, Loads) { return Nothing{}; },
         [&](const Piece* pieces, const Nothing*) {
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {

@@ -64,12 +64,14 @@ struct Samples {
                                                  const Body& body) const {
     const T* x = input + i * n;
     const Q* t = target + i * n;
-    const bool x_aligned = is_vector_aligned(x, lead), t_aligned = is_vector_aligned(t, lead);
-    const bool p_aligned = is_vector_aligned(pos_weight, lead);
-    for_each_batch<N>(
-        n, lead, x_aligned && t_aligned, team,
-        [&](const Piece& piece, bool fast) {
-          if (fast) return Item{load_whole<N>(x + piece.first), load_whole<N>(t + piece.first)};
+    const bool x_aligned = offset_of(x, lead) == 0, t_aligned = offset_of(t, lead) == 0;
+    const bool p_aligned = offset_of(pos_weight, lead) == 0;
+    for_each_batch<N, false>(
+        n, lead, x_aligned && t_aligned ? 0 : -1, team,
+        [&](const Piece& piece, Loads loads) {
+          if (loads == Loads::aligned) {
+            return Item{load_whole<N>(x + piece.first), load_whole<N>(t + piece.first)};
+          }
           return Item{load_piece<N>(x, piece, x_aligned, Rounded<T>::from(0.0f)),
                       load_piece<N>(t, piece, t_aligned, Rounded<Q>::from(0.0f))};
         },
@@ -109,6 +111,7 @@ struct SampleLosses {
   using Sums = A;
   using Row = int64_t;
   static constexpr int N = kPerVector<T>;
+  static constexpr int kResident = 2;
 
   Samples<Loss, T, Q> samples;
   float* losses;  // [samples]
@@ -143,6 +146,7 @@ template <class Loss, class T, class Q>
 struct SampleGradients {
   using A = Opmath<T>;
   static constexpr int N = kPerVector<T>;
+  static constexpr int kResident = 2;
 
   Samples<Loss, T, Q> samples;
   const float* grad;    // [samples]
@@ -160,7 +164,7 @@ struct SampleGradients {
     T* row = out + i * samples.n;
     const A share = static_cast<A>(grad[i * grad_stride]) / static_cast<A>(samples.n);
     samples.for_each_piece(
-        i, lead_of(row), team,
+        i, offset_of(row), team,
         [&](const Piece& piece, const auto& x, const auto& t, const auto& positive) {
           Elements<A, N> dx;
 #pragma unroll

@@ -13,6 +13,12 @@ enum class Kind { classes, smoothed, probabilities };
 
 constexpr int64_t kIgnored = -1;
 
+// Blocks of a multiprocessor that there are registers for, with none of them in memory.
+template <class T>
+constexpr int resident_blocks(Kind kind) {
+  return kind == Kind::classes && sizeof(T) < 8 ? 3 : 2;
+}
+
 // For logits of type T and probabilities of type Q: T, or the arithmetic's type A.
 template <class T, class Q, Kind kKind>
 struct Target {
@@ -22,6 +28,10 @@ struct Target {
   static constexpr int N = kPerVector<T>;
   struct Nothing {};
   using Probabilities = std::conditional_t<kKind == Kind::probabilities, Packed<Q, N>, Nothing>;
+
+  // Halves that lie between vectors' boundaries can be shifted there; with probabilities beside
+  // them, at other offsets, there are too few registers.
+  static constexpr bool kMayShift = sizeof(T) == 2 && kKind != Kind::probabilities;
 
   const void* data;  // [rows] int64 or int32, or [rows, classes] Q
   int64_t stride;    // between rows
@@ -61,14 +71,24 @@ struct Target {
   }
 
   // What of a row spread() needs beside the weights; as load_whole() and load_piece().
-  __device__ __forceinline__ Probabilities load(const Q* row, const Piece& piece, bool fast,
+  __device__ __forceinline__ Probabilities load(const Q* row, const Piece& piece, Loads loads,
                                                 bool aligned) const {
     if constexpr (kKind == Kind::probabilities) {
-      if (fast) return load_whole<N>(row + piece.first);
+      if (loads == Loads::aligned) return load_whole<N>(row + piece.first);
       return load_piece<N>(row, piece, aligned, Rounded<Q>::from(0.0f));
     } else {
       return {};
     }
+  }
+
+  // The same of the logits; offset: of the pieces.
+  __device__ __forceinline__ static Packed<T, N> load_logits(const T* row, const Piece& piece,
+                                                             Loads loads, int offset, T fill) {
+    if (loads == Loads::aligned) return load_whole<N>(row + piece.first);
+    if constexpr (kMayShift) {
+      if (loads == Loads::shifted) return load_shifted<N>(row + piece.first, offset);
+    }
+    return load_piece<N>(row, piece, offset == 0, fill);
   }
 
   // spread_c of the elements of a piece; 0 around them.

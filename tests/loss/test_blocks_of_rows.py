@@ -118,7 +118,7 @@ def test_probabilities_of_another_dtype(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("classes", [5, 16, 33])
+@pytest.mark.parametrize("classes", [5, 16, 33, 4097])
 def test_any_stride_between_rows_gives_the_same_bits(
     backend: str, classes: int, dtype: torch.dtype
 ) -> None:

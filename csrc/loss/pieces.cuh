@@ -1,0 +1,209 @@
+// How a thread reads and writes its share of a row: in pieces of as many elements as a vector of
+// memory holds, several of them asked for before the first is used.
+#pragma once
+
+#include "common/block.cuh"
+
+namespace ksam::gpu {
+
+constexpr int kUnroll = 4;  // pieces that a thread asks for before it uses the first
+
+// The threads of a row: this one is `thread` of `threads`.
+struct Team {
+  int64_t thread, threads;
+};
+
+template <class T, int N>
+struct Elements {
+  T at[N];
+};
+
+// By how many elements a piece that begins `lead` elements before p lies behind a vector's
+// boundary.
+template <class T>
+__device__ __forceinline__ int offset_of(const T* p, int lead = 0) {
+  return static_cast<int>((reinterpret_cast<uintptr_t>(p) - lead * sizeof(T)) % kVectorBytes /
+                          sizeof(T));
+}
+
+// Part of a row: elements first + [begin, end), of at most N.
+struct Piece {
+  int64_t first;
+  int begin, end;
+
+  __device__ __forceinline__ bool has(int j) const { return j >= begin && j < end; }
+};
+
+// N elements as they were loaded. Halves stay in pairs until they are used: taken apart at once,
+// each load would be waited for before the next is asked for.
+template <class T, int N>
+struct Packed {
+  uint32_t words[N * sizeof(T) / 4];
+};
+
+template <class T, int N>
+__device__ __forceinline__ void put(Packed<T, N>* to, int j, T value) {
+  if constexpr (sizeof(T) == 2) {
+    uint16_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (j % 2 == 0) to->words[j / 2] = 0;
+    to->words[j / 2] |= uint32_t{bits} << (j % 2 * 16);
+  } else {
+    memcpy(to->words + j * sizeof(T) / 4, &value, sizeof value);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ float element(const Packed<float, N>& from, int j) {
+  return __uint_as_float(from.words[j]);
+}
+template <int N>
+__device__ __forceinline__ double element(const Packed<double, N>& from, int j) {
+  double value;
+  memcpy(&value, from.words + 2 * j, sizeof value);
+  return value;
+}
+template <int N>
+__device__ __forceinline__ float element(const Packed<bf16, N>& from, int j) {
+  const uint32_t pair = from.words[j / 2];
+  return __uint_as_float(j % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+}
+template <int N>
+__device__ __forceinline__ float element(const Packed<f16, N>& from, int j) {
+  __half2 pair;
+  memcpy(&pair, &from.words[j / 2], sizeof pair);
+  return j % 2 == 0 ? __low2float(pair) : __high2float(pair);
+}
+
+template <int N, class T>
+__device__ __forceinline__ Packed<T, N> load_whole(const T* p) {
+  constexpr int kWords = kVectorBytes / 4;
+  Packed<T, N> to;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(to.words)) / 4; i += kWords) {
+    const auto vector = load_vector<uint32_t, kWords>(reinterpret_cast<const uint32_t*>(p) + i);
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) to.words[i + j] = vector.at[j];
+  }
+  return to;
+}
+
+// N halves from the two vectors that hold them, the first beginning `offset` before p.
+template <int N, class T>
+__device__ __forceinline__ Packed<T, N> load_shifted(const T* p, int offset) {
+  static_assert(N * sizeof(T) == kVectorBytes && sizeof(T) == 2);
+  const auto both = load_whole<2 * N>(p - offset);
+  uint32_t at[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) at[i] = both.words[i];
+#pragma unroll
+  for (int i = 0; i < 6; ++i) at[i] = offset & 4 ? at[i + 2] : at[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) at[i] = offset & 2 ? at[i + 1] : at[i];
+  Packed<T, N> to;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    to.words[i] = static_cast<uint32_t>((uint64_t{at[i + 1]} << 32 | at[i]) >> (offset % 2 * 16));
+  }
+  return to;
+}
+
+// The elements of a piece, `fill` around them. aligned: row + piece.first is, as a vector.
+template <int N, class T>
+__device__ __forceinline__ Packed<T, N> load_piece(const T* row, const Piece& piece, bool aligned,
+                                                   T fill) {
+  const T* p = row + piece.first;
+  const bool whole = piece.begin == 0 && piece.end == N;
+  if (whole && aligned) return load_whole<N>(p);
+  Packed<T, N> to;
+  if (whole) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) put(&to, j, p[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) put(&to, j, piece.has(j) ? p[j] : fill);
+  }
+  return to;
+}
+
+// Two halves side by side, by the one instruction that rounds both.
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high, bf16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high, f16) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// Rounds the elements of a piece, which lies at a vector's boundary, and stores them.
+template <int N, class T, class A>
+__device__ __forceinline__ void store_piece(T* row, const Piece& piece,
+                                            const Elements<A, N>& from) {
+  T* p = row + piece.first;
+  if (piece.begin != 0 || piece.end != N) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (piece.has(j)) p[j] = Rounded<T>::from(from.at[j]);
+    }
+  } else {
+    uint4 words;
+    if constexpr (sizeof(T) == 2) {
+      words = {rounded_pair(from.at[0], from.at[1], T()), rounded_pair(from.at[2], from.at[3], T()),
+               rounded_pair(from.at[4], from.at[5], T()),
+               rounded_pair(from.at[6], from.at[7], T())};
+    } else {
+      static_assert(sizeof(from) == kVectorBytes);
+      memcpy(&words, &from, kVectorBytes);
+    }
+    __stcg(reinterpret_cast<uint4*>(p), words);  // a plain store nvcc takes apart
+  }
+}
+
+// How the pieces of a batch are loaded. aligned: all are whole, at vectors' boundaries. shifted:
+// all are whole, and lie in two vectors each that hold nothing but the row. careful: any.
+enum class Loads { aligned, shifted, careful };
+
+// The calling thread's share of a row, kUnroll pieces of N elements at a time: load(piece, loads)
+// gives what use(pieces, items) gets of each. The first piece begins `lead` elements before the
+// row, so that a boundary lies where it should; all lie `offset` elements behind a vector's, or
+// offset < 0: have to be loaded carefully.
+template <int N, bool kMayShift, class Load, class Use>
+__device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int offset,
+                                               const Team& team, const Load& load, const Use& use) {
+  using Item = decltype(load(Piece{}, Loads::careful));
+  const int64_t step = team.threads * N;
+  for (int64_t first = team.thread * N - lead; first < columns; first += kUnroll * step) {
+    Piece pieces[kUnroll];
+    Item items[kUnroll];
+    const int64_t end = first + (kUnroll - 1) * step + N;
+    if (offset == 0 && first >= 0 && end <= columns) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        pieces[u] = {first + u * step, 0, N};
+        items[u] = load(pieces[u], Loads::aligned);
+      }
+    } else if (kMayShift && offset > 0 && first >= offset && end + N - offset <= columns) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        pieces[u] = {first + u * step, 0, N};
+        items[u] = load(pieces[u], Loads::shifted);
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t at = first + u * step, left = columns - at;
+        pieces[u] = {at, at < 0 ? static_cast<int>(-at) : 0,
+                     left < N ? static_cast<int>(left < 0 ? 0 : left) : N};
+        items[u] = load(pieces[u], Loads::careful);
+      }
+    }
+    use(pieces, items);
+  }
+}
+
+}  // namespace ksam::gpu
