@@ -60,7 +60,8 @@ struct Machine {
   dim3 grid, block;
   int grid_live = 0, grid_waiting = 0;
   const std::function<void()>* body = nullptr;
-  std::string fault;
+  std::string fault;    // of the launch that runs
+  uint64_t faults = 0;  // of all launches
   bool cooperative = false;
   uint64_t turn = 0;  // counts how often another block came to run
   char launch_order = 0, end_order = 0, fence_order = 0, turn_order = 0;

@@ -260,6 +260,8 @@ void end_blocks() {
 
 }  // namespace
 
+uint64_t faults() { return machine.faults; }
+
 void set_seed(uint64_t seed) { machine.seed = seed; }
 
 void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
@@ -293,6 +295,7 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
   }
   if (machine.fault.empty()) return;
   for (auto& fiber : machine.fibers) start(fiber.get());
+  ++machine.faults;
   throw Fault(machine.fault);
 }
 

@@ -23,6 +23,8 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+uint64_t faults();  // how many launches have ended with one
+
 // Orders of execution: 0 takes fibers and blocks in their own order.
 void set_seed(uint64_t seed);
 
