@@ -84,16 +84,29 @@ def program_sources() -> list[Path]:
 
 
 def _ninja_file(target: Path, sanitize: str) -> str:
+    """Paths are relative, so that a copy of tree and build need not be compiled again."""
     import pybind11
 
-    mode = ["-O1", "-g"]
+    def seen(path: Path) -> str:
+        return os.path.relpath(path, target.parent)
+
+    mode = ["-O1", "-gline-tables-only"]
     if sanitize:
         mode += [f"-fsanitize={sanitize}", "-fno-sanitize=vptr", "-fno-omit-frame-pointer"]
-        mode += ["-fno-sanitize-recover=undefined", f"-fsanitize-ignorelist={HERE}/ignore.txt"]
+        mode += [
+            "-fno-sanitize-recover=undefined",
+            f"-fsanitize-ignorelist={seen(HERE)}/ignore.txt",
+        ]
         mode += [] if sanitize == "memory" else ["-shared-libsan"]
     shared = "" if sanitize == "memory" else "-shared"
     system = (cuda_headers(), sysconfig.get_paths()["include"], pybind11.get_include())
-    flags = [*FLAGS, *mode, f"-I{CSRC}", f"-I{HERE}", *(f"-isystem{path}" for path in system)]
+    flags = [
+        *FLAGS,
+        *mode,
+        f"-I{seen(CSRC)}",
+        f"-I{seen(HERE)}",
+        *(f"-isystem{path}" for path in system),
+    ]
     lines = [
         f"cxx = {compiler()}",
         f"flags = {' '.join(flags)}",
@@ -107,7 +120,7 @@ def _ninja_file(target: Path, sanitize: str) -> str:
     objects = []
     for source in program_sources() if sanitize == "memory" else sources():
         objects.append("-".join(source.relative_to(ROOT).parts) + ".o")
-        lines.append(f"build {objects[-1]}: compile {source}")
+        lines.append(f"build {objects[-1]}: compile {seen(source)}")
     lines.append(f"build {target.name}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.simt import build
 from tests.simt.faults import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,14 +56,24 @@ def _outcome(mutation: Mutation) -> str | None:
     return None if done.returncode == 0 else f"exit status {done.returncode}"
 
 
+def _copy() -> None:
+    """The tree as it is, and what is built of it."""
+    shutil.rmtree(COPY, ignore_errors=True)
+    COPY.mkdir(parents=True)
+    for name in COPIED:
+        source, target = ROOT / name, COPY / name
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copy2(source, target)
+
+
 def main() -> int:
     rooms = sys.argv[1:]
     chosen = [m for m in MUTATIONS if not rooms or m.file.split("/")[0] in rooms]
-    COPY.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        source, target = ROOT / name, COPY / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy2
-        copy(source, target, **({"dirs_exist_ok": True} if source.is_dir() else {}))  # type: ignore[operator]
+    for sanitize in sorted({mutation.sanitize for mutation in chosen}):
+        build.build(sanitize)
+    _copy()
     survived = 0
     for mutation in chosen:
         path = COPY / "csrc" / mutation.file
