@@ -62,7 +62,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 def double_bits(value: float) -> int:
     """A float64 argument for a kernel, which reads it with ``x.to(tl.int64).to(tl.float64,
     bitcast=True)``: as a float it would arrive rounded to float32. Annotate the parameter as
-    ``"i64"`` and list it in ``do_not_specialize``, or every new value compiles the kernel anew.
+    ``tl.int64`` and list it in ``do_not_specialize``, or every new value compiles the kernel anew.
     """
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
