@@ -53,7 +53,7 @@ def register(
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch where the tensor is: Triton takes the *current* device and its current stream."""
+    """For launches where the tensor is: Triton takes the *current* device and its stream."""
     if tensor.device.type != "cuda":
         return nullcontext()  # the interpreter
     return torch.cuda.device(tensor.device)

@@ -36,27 +36,23 @@ _STEPS_BLOCK = 128
 
 
 def _on_one_device(launches: Any) -> Any:
-    """Leave calls without tensors, or with tensors of several devices, to the reference."""
+    """Run on the device of the tensors; calls without any, or with tensors of several devices, are
+    left to the reference."""
 
     @functools.wraps(launches)
     def call(*args: Any) -> Any:
         tensors = [t for arg in args if isinstance(arg, list) for t in arg if isinstance(t, Tensor)]
         if len({t.device for t in tensors}) != 1:
             return getattr(reference, launches.__name__)(*args)
-        return launches(*args)
+        with on_device_of(tensors[0]):
+            return launches(*args)
 
     return call
 
 
 def _launch(kernel: Any, table: Table, *args: Any, **constants: Any) -> None:
-    with on_device_of(table.records):
-        kernel[(table.chunks,)](
-            *(table.records, table.chunk_rows, *args),
-            **constants,
-            **EXACT,
-            CHUNK=CHUNK,
-            num_warps=_WARPS,
-        )
+    constants = {**constants, **EXACT, "CHUNK": CHUNK, "num_warps": _WARPS}
+    kernel[(table.chunks,)](table.records, table.chunk_rows, *args, **constants)
 
 
 def _types(dtypes: tuple[torch.dtype, ...], *names: str) -> dict[str, Any]:
@@ -68,12 +64,8 @@ def _types(dtypes: tuple[torch.dtype, ...], *names: str) -> dict[str, Any]:
     }
 
 
-def _norms(grads: list[Tensor], params: list[Tensor], eta: float) -> tuple[Tensor, Tensor, Rows]:
-    """The norm in float32 and in float64, scalars on the device of the gradients (at least one).
-
-    The rows may own copies of gradients, which have to outlive the launches' place in the stream
-    no longer than any other temporary.
-    """
+def _norms(grads: list[Tensor], params: list[Tensor], eta: float) -> tuple[Tensor, Tensor]:
+    """The norm in float32 and in float64, scalars on the device of the gradients."""
     device = grads[0].device
     rows = Rows(grads, params) if params else Rows(grads)
     tables = rows.tables()
@@ -91,11 +83,10 @@ def _norms(grads: list[Tensor], params: list[Tensor], eta: float) -> tuple[Tenso
             ADAPTIVE=bool(params),
         )
         first += table.chunks
-    with on_device_of(partials):
-        triton_kernels.finish_norm_kernel[(1,)](
-            *(partials, count, wide, norm), BLOCK=_FINISH_BLOCK, num_warps=_FINISH_WARPS, **EXACT
-        )
-    return norm, wide, rows
+    triton_kernels.finish_norm_kernel[(1,)](
+        *(partials, count, wide, norm), BLOCK=_FINISH_BLOCK, num_warps=_FINISH_WARPS, **EXACT
+    )
+    return norm, wide
 
 
 @_on_one_device
@@ -115,7 +106,7 @@ def perturb_(
 ) -> Tensor:
     """Launches: the norm's, and one for each combination of dtypes. If one of these raises, what
     was launched before is undone from the backup."""
-    norm, wide, _ = _norms(grads, params if adaptive else [], eta)
+    norm, wide = _norms(grads, params if adaptive else [], eta)
     radii = [double_bits(radius) for radius in rho]
     rows = Rows(params, grads, backup, written=(0, 2), values=radii)
     done: list[Table] = []
@@ -148,10 +139,9 @@ def _count_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
     if not steps:
         return
     blocks = -(-len(steps) // _STEPS_BLOCK)
-    with on_device_of(steps[0]):
-        triton_kernels.count_steps_kernel[(blocks,)](
-            *(addresses(steps), len(steps), found_inf), BLOCK=_STEPS_BLOCK
-        )
+    triton_kernels.count_steps_kernel[(blocks,)](
+        addresses(steps), len(steps), found_inf, BLOCK=_STEPS_BLOCK
+    )
 
 
 def _scalar_at(scalar: Tensor | None, params: list[Tensor]) -> Tensor | None:
