@@ -55,13 +55,14 @@ def gather_kernel(
     # row is either longer than a tile, which then reaches into one more at most, or short.
     begin = (program - tl.load(leaf)) * TILE
     first_row = begin // row_vectors
+    first_column = begin - first_row * row_vectors
     lanes = tl.arange(0, TILE)
-    place = begin - first_row * row_vectors + lanes
-    past = (place >= row_vectors).to(tl.int64)
     if row_vectors <= TILE:
-        past = (place.to(tl.int32) // row_vectors.to(tl.int32)).to(tl.int64)
-    column = place - past * row_vectors
-    here = begin + lanes < k.to(tl.int64) * row_vectors
+        past = (first_column.to(tl.int32) + lanes) // row_vectors.to(tl.int32)
+    else:
+        past = (lanes >= row_vectors - first_column).to(tl.int32)
+    column = first_column + lanes - past * row_vectors
+    here = lanes < k.to(tl.int64) * row_vectors - begin
 
     at = (first_row + past) * index_stride.to(tl.int64)
     index = tl.load(indices + at, mask=here, other=0).to(tl.int64)
