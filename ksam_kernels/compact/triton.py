@@ -1,4 +1,7 @@
-"""Batch compaction by a Triton kernel: one launch for all leaves."""
+"""Batch compaction by a Triton kernel: one launch for all leaves.
+
+The kernel is compiled by its first launch, which a CUDA graph cannot capture: run a step before.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Norm, perturbation, restore and update by Triton kernels: one launch per combination of dtypes.
 
-Lists that spread over several devices are left to the reference.
+Lists that spread over several devices are left to the reference. Kernels are compiled by their
+first launch, which a CUDA graph cannot capture: run a step before.
 """
 
 from __future__ import annotations
