@@ -43,6 +43,12 @@ _NOT_INSTALLED = {
     "triton": "this installation has no Triton kernels",
 }
 
+
+def explain(backend: str, reason: str) -> None:
+    """Say why this installation has nothing of ``backend``, in place of the plain fact."""
+    _NOT_INSTALLED[backend] = reason
+
+
 _kernels: dict[str, dict[str, Kernel]] = {name: {} for name in BACKENDS}
 #: (backend, operator) -> the device types it runs on; absent: all.
 _devices: dict[tuple[str, str], tuple[str, ...]] = {}

@@ -8,6 +8,8 @@ how many contract tests passed on each, so that a backend that is missing cannot
 
 from __future__ import annotations
 
+import tests.triton.interpreter  # noqa: F401  # before ksam_kernels  # isort: skip
+
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -18,15 +20,20 @@ import torch
 from ksam_kernels import backends, use_backend
 from tests import device
 from tests.simt import backend as simt
+from tests.triton import backend as triton
+from tests.triton import left_out
 
 device.use_device_of_tests()  # before any module of tests is imported, and creates its tensors
 
 _demanded = [name for name in os.environ.get("KSAM_TEST_BACKENDS", "").split(",") if name]
 _ran: Counter[str] = Counter()
 _left_out: list[pytest.Item] = []
+_not_interpreted: Counter[str] = Counter()
 
 # On the CPU the rooms' own tests have these cases, without processes that take seconds to start.
 collect_ignore = [] if "KSAM_TEST_DEVICE" in os.environ else ["test_device_assertions.py"]
+# Kernels of the interpreter cannot be compiled, nor can any without Triton.
+collect_ignore_glob = [] if triton.CAN_COMPILE else ["triton/test_*"]
 
 
 def _missing(name: str) -> str | None:
@@ -38,7 +45,13 @@ def _missing(name: str) -> str | None:
 
 MISSING = {name: _missing(name) for name in backends.BACKENDS}
 MISSING[simt.NAME] = simt.MISSING if device.DEVICE.type == "cpu" else "it runs on the CPU only"
+MISSING[triton.NAME] = triton.MISSING if device.DEVICE.type == "cpu" else "it runs on the CPU only"
 INSTALLED = [name for name, reason in MISSING.items() if reason is None]
+
+
+def _parameters(node_id: str) -> str:
+    """``-backend-…-`` of test_name[backend-…]; the backend fixture comes first or alone."""
+    return f"-{node_id.partition('[')[2].rstrip(']')}-"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -47,7 +60,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             raise pytest.UsageError(f"KSAM_TEST_BACKENDS asks for {name}: {MISSING.get(name)}")
 
 
+def _leave_out_of_the_interpreter(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        item: reason
+        for item in items
+        if f"-{triton.NAME}-" in _parameters(item.nodeid)
+        and (reason := left_out.why(item.nodeid)) is not None
+    }
+    _not_interpreted.update(reasons.values())
+    config.hook.pytest_deselected(items=list(reasons))
+    items[:] = [item for item in items if item not in reasons]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out_of_the_interpreter(config, items)
     if device.DEVICE.type == "cpu":
         return
     _left_out.extend(filter(device.provokes_assertion, items))
@@ -69,9 +95,10 @@ def _seed() -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed:
-        # Test ids read test_name[backend-…]; the backend fixture comes first or alone.
-        parameters = report.nodeid.partition("[")[2].rstrip("]").split("-")
-        _ran.update(name for name in MISSING if name in parameters)
+        parameters = _parameters(report.nodeid)
+        for name in sorted(MISSING, key=len, reverse=True):  # triton-interpreter is not triton
+            _ran[name] += f"-{name}-" in parameters
+            parameters = parameters.replace(f"-{name}-", "--")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -80,6 +107,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"{name}: {_ran[name] if reason is None else f'none, {reason}'}"
         )
+    for reason, count in _not_interpreted.items():
+        terminalreporter.write_line(f"left out of {triton.NAME}: {count}, {reason}")
+    if not triton.CAN_COMPILE:
+        why = triton.MISSING or "not while the interpreter is demanded"
+        terminalreporter.write_line(f"compile tests of Triton kernels: none, {why}")
     if _left_out:
         terminalreporter.write_line(
             f"left out on {device.DEVICE}: {len(_left_out)}. {device.ASSERTS}"

@@ -1,0 +1,27 @@
+"""The backend ``triton-interpreter``: the Triton kernels on CPU tensors. For tests only.
+
+It says whether the kernels compute what the contracts ask: programs run one after another, so it
+sees no race. What it does otherwise than a GPU is in tests/triton/gpu_like.py. ``auto`` never picks
+it.
+"""
+
+from __future__ import annotations
+
+from ksam_kernels import backends, triton_support
+from tests.triton.interpreter import DEMANDED, NAME
+
+#: Whether the kernels can be compiled in this run.
+CAN_COMPILE = triton_support.MISSING is None and not DEMANDED
+
+#: Why the backend is not there; None if it is.
+MISSING = triton_support.MISSING or (
+    None if DEMANDED else f"slow, and not demanded by KSAM_TEST_BACKENDS={NAME}"
+)
+
+if MISSING is None:
+    from tests.triton import gpu_like
+
+    gpu_like.install()
+    for room, operators in backends.OPERATORS.items():
+        ours = [name for name in operators if name in backends._kernels["triton"]]
+        triton_support.register(room, *ours, backend=NAME, devices=("cpu",))

@@ -1,0 +1,29 @@
+"""Contract tests that Triton's interpreter cannot pass or would take minutes for, and why.
+
+The summary of a run says how many of them it left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+LARGE = "its programs take 1 to 4 ms each"
+
+#: Room -> pattern of test ids, looked for after the backend's name is cut out -> reason.
+LEFT_OUT: dict[str, Mapping[str, str]] = {
+    "loss": {},
+    "topk": {},
+    "compact": {"any_number_of_threads": LARGE},
+    "perturb": {"large|hundreds.*one dtype|any_number_of_threads": LARGE},
+}
+
+
+def why(node_id: str) -> str | None:
+    """Why the interpreter does not run a test, given as tests/room/file.py::name[parameters]."""
+    for room, patterns in LEFT_OUT.items():
+        if node_id.startswith(f"tests/{room}/"):
+            for pattern, reason in patterns.items():
+                if re.search(pattern, node_id):
+                    return reason
+    return None
