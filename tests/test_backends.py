@@ -133,7 +133,7 @@ def test_another_backend_may_be_registered_and_runs_where_it_is_named(extra: str
         assert topk() == [0, 1]
         with pytest.raises(BackendUnavailableError, match=r"'another' was asked .*: it has no mse"):
             ksam_kernels.mse(torch.zeros(2), torch.zeros(2))
-    with pytest.raises(ValueError, match="reference, .*another, got 'cuda'"), use_backend("cuda"):
+    with pytest.raises(ValueError, match=r"reference, .*another, got 'cuda'"), use_backend("cuda"):
         pass
 
 
