@@ -53,7 +53,7 @@ def register(
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch where the tensor is: Triton takes the *current* device and its current stream."""
+    """For launches where the tensor is: Triton takes the *current* device and its stream."""
     if tensor.device.type != "cuda":
         return nullcontext()  # the interpreter
     return torch.cuda.device(tensor.device)
@@ -62,7 +62,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 def double_bits(value: float) -> int:
     """A float64 argument for a kernel, which reads it with ``x.to(tl.int64).to(tl.float64,
     bitcast=True)``: as a float it would arrive rounded to float32. Annotate the parameter as
-    ``"i64"`` and list it in ``do_not_specialize``, or every new value compiles the kernel anew.
+    ``tl.int64`` and list it in ``do_not_specialize``, or every new value compiles the kernel anew.
     """
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits

@@ -10,5 +10,8 @@ from ksam_kernels.perturb.functional import (
     restore_adam_,
     restore_sgd_,
 )
+from ksam_kernels.triton_support import register
+
+register("perturb", "grad_norm", "perturb_", "restore_", "restore_sgd_", "restore_adam_")
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]

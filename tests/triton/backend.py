@@ -1,7 +1,8 @@
 """The backend ``triton-interpreter``: the Triton kernels on CPU tensors. For tests only.
 
 It says whether the kernels compute what the contracts ask: programs run one after another, so it
-sees no race, and bfloat16 arithmetic is wrong in it. ``auto`` never picks it.
+sees no race. Conversions to and from bfloat16 are tests/triton/bfloat16.py's. ``auto`` never picks
+it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ MISSING = triton_support.MISSING or (
 )
 
 if MISSING is None:
+    from tests.triton import bfloat16
+
+    bfloat16.install()
     for room, operators in backends.OPERATORS.items():
         ours = [name for name in operators if name in backends._kernels["triton"]]
         triton_support.register(room, *ours, backend=NAME, devices=("cpu",))
