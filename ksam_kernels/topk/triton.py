@@ -31,7 +31,7 @@ DIGITS = tl.constexpr(256)
 
 
 @triton.jit
-def keys_of(losses, i, stride, inside, LOWEST: tl.constexpr):  # type: ignore[no-untyped-def]
+def keys_of(losses, i, stride, inside, LOWEST: tl.constexpr):
     """Losses -> integers in their order: every NaN the largest, both zeros one; LOWEST outside,
     which is no loss. In integers, so that no denormal is flushed; 16-bit floats as the float32 that
     they equal.
@@ -55,7 +55,7 @@ def keys_of(losses, i, stride, inside, LOWEST: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def store_selected(  # type: ignore[no-untyped-def]
+def store_selected(
     out,  # [k]
     i,  # [BLOCK] indices
     greater,  # [BLOCK] whether selected
@@ -64,8 +64,8 @@ def store_selected(  # type: ignore[no-untyped-def]
     greater_before,  # of both, in blocks before this one
     equal_before,
 ):
-    """out <- the selected indices. Both are counted in one scan, in halves of an integer: 32,768 equal losses
-    reach its sign, which the mask takes off.
+    """out <- the selected indices. Both are counted in one scan, in halves of an integer; 32,768
+    equal losses reach its sign, which the mask takes off.
     """
     packed = greater.to(tl.int32) + (equal.to(tl.int32) << 16)
     ahead = tl.cumsum(packed, 0) - packed
@@ -79,11 +79,11 @@ def store_selected(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["stride", "n", "k"])
-def select_kernel(  # type: ignore[no-untyped-def]
+def select_kernel(
     losses,  # [n]
-    stride: "i64",  # noqa: F821
-    n: "i32",  # noqa: F821
-    k: "i32",  # noqa: F821
+    stride,
+    n,
+    k,
     out,  # [k] int64
     KEY: tl.constexpr,  # int32 or int64
     LOWEST: tl.constexpr,
@@ -131,7 +131,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def threshold_of(  # type: ignore[no-untyped-def]
+def threshold_of(
     states,  # [passes, 2] int64
     counts,  # [passes, DIGITS] int64
     index,  # how many digits are found
@@ -141,7 +141,7 @@ def threshold_of(  # type: ignore[no-untyped-def]
 ):
     """The digits found, in their places, and how many keys that agree in them are selected."""
     found = tl.full([], 0, tl.int64)
-    wanted = k
+    wanted = k.to(tl.int64)
     if index > 0:
         found = tl.load(states + 2 * (index - 1))
         wanted = tl.load(states + 2 * (index - 1) + 1)
@@ -155,15 +155,15 @@ def threshold_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["stride", "n", "k", "share", "index"])
-def digit_kernel(  # type: ignore[no-untyped-def]
+def digit_kernel(
     losses,  # [n]
-    stride: "i64",  # noqa: F821
-    n: "i64",  # noqa: F821
-    k: "i64",  # noqa: F821
-    share: "i64",  # noqa: F821  # losses of a program, a multiple of BLOCK
+    stride,
+    n,
+    k,
+    share,  # losses of a program, a multiple of BLOCK
     states,  # [passes, 2] int64
     counts,  # [passes, DIGITS] int64, zeros
-    index: "i32",  # noqa: F821  # of the digit
+    index,  # of the digit
     KEY: tl.constexpr,
     LOWEST: tl.constexpr,
     BITS: tl.constexpr,
@@ -194,15 +194,15 @@ def digit_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["stride", "n", "k", "share", "index"])
-def select_share_kernel(  # type: ignore[no-untyped-def]
+def select_share_kernel(
     losses,  # [n]
-    stride: "i64",  # noqa: F821
-    n: "i64",  # noqa: F821
-    k: "i64",  # noqa: F821
-    share: "i64",  # noqa: F821
+    stride,
+    n,
+    k,
+    share,
     states,
     counts,
-    index: "i32",  # noqa: F821  # all digits
+    index,  # all digits
     selected,  # [2, MOST]: keys of each program above the threshold, and at it
     out,  # [k] int64
     WRITES: tl.constexpr,  # out; otherwise selected
@@ -256,7 +256,9 @@ def topk_indices(
         if n <= ONE_PROGRAM * 32 // bits:
             block = triton.next_power_of_2(n)
             warps = min(max(block // 256, 1), 32)  # 8 losses a thread, while there are threads
-            select_kernel[(1,)](**given, out=out, BLOCK=block, STEP=min(block, STEP), num_warps=warps, **key)
+            select_kernel[(1,)](
+                **given, out=out, BLOCK=block, STEP=min(block, STEP), num_warps=warps, **key
+            )
             return out
         blocks = triton.cdiv(n, BLOCK)
         share = triton.cdiv(blocks, MOST_PROGRAMS) * BLOCK
