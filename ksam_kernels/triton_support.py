@@ -8,7 +8,9 @@ those who stay on the CPU need not wait for.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -18,7 +20,17 @@ from torch import Tensor
 
 from ksam_kernels import backends
 
-__all__ = ["EXACT", "MISSING", "double_bits", "on_device_of", "register"]
+__all__ = [
+    "EXACT",
+    "MISSING",
+    "device_ints",
+    "double_bits",
+    "is_capturing",
+    "on_device_of",
+    "register",
+    "stream_of",
+    "upload",
+]
 
 #: Why there are no Triton kernels here; None if there are. Torch from 2.11 on comes with a Triton
 #: that is new enough, where it comes with one.
@@ -30,7 +42,7 @@ if MISSING is not None:
     backends.explain("triton", MISSING)
 
 #: Launch options of kernels whose contract is exact: a product and a sum are two roundings. Triton
-#: 3.6 to 3.9 would contract them, later versions not; say it always.
+#: 3.6 to 3.9 would contract them, later versions not, and 3.9 warns of it: say it in every launch.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
@@ -66,3 +78,51 @@ def double_bits(value: float) -> int:
     """
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
+
+
+def is_capturing(device: torch.device) -> bool:
+    """What is launched now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """A number for the stream that launches go to."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [len(values)] in new memory of the device, without waiting for it.
+
+    While a graph is captured the values go by the arguments of kernels, which are part of the
+    graph, and so does the memory: a replay of a copy would read host memory that is long freed.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    if is_capturing(device):
+        return _by_value(values, device)
+    # The allocator of pinned memory knows of the copy: it reuses none before it is done.
+    host = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
+    return host.to(device, non_blocking=True)
+
+
+def _by_value(values: Sequence[int], device: torch.device) -> Tensor:
+    table = torch.zeros(len(values), dtype=torch.int64, device=device)
+    if values:
+        torch._foreach_add_(list(table.unbind()), list(values))
+    return table
+
+
+@lru_cache(maxsize=64)  # of what a step needs, some kilobytes each
+def _kept(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return upload(values, device)
+
+
+def device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """:func:`upload`, which the next calls with the same values need not repeat.
+
+    Only on the same stream: neither the upload nor the reuse of a forgotten table's memory is
+    ordered with others. And not in a capture: a graph keeps no memory but its own.
+    """
+    if is_capturing(device):
+        return upload(values, device)
+    return _kept(values, device, stream_of(device))

@@ -5,5 +5,8 @@ from ksam_kernels.compact import operators as operators
 from ksam_kernels.compact import reference as reference
 from ksam_kernels.compact.functional import compact_batch
 from ksam_kernels.compact.tree import batch_size
+from ksam_kernels.triton_support import register
+
+register("compact", "compact")
 
 __all__ = ["batch_size", "compact_batch"]

@@ -1,6 +1,7 @@
 """Norm, perturbation, restore and update by Triton kernels: one launch per combination of dtypes.
 
-Lists that spread over several devices are left to the reference.
+Lists that spread over several devices are left to the reference. Kernels are compiled by their
+first launch, which a CUDA graph cannot capture: run a step before.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.perturb import reference, triton_kernels
-from ksam_kernels.perturb.triton_table import CHUNK, Rows, Table, addresses
-from ksam_kernels.triton_support import EXACT, double_bits, on_device_of
+from ksam_kernels.perturb.triton_table import CHUNK, Rows, Table
+from ksam_kernels.triton_support import EXACT, device_ints, double_bits, on_device_of
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -139,8 +140,9 @@ def _count_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
     if not steps:
         return
     blocks = -(-len(steps) // _STEPS_BLOCK)
+    addresses = device_ints(tuple(step.data_ptr() for step in steps), steps[0].device)
     triton_kernels.count_steps_kernel[(blocks,)](
-        addresses(steps), len(steps), found_inf, BLOCK=_STEPS_BLOCK
+        addresses, len(steps), found_inf, BLOCK=_STEPS_BLOCK, **EXACT
     )
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.bits import as_bits
+from ksam_kernels.triton_support import is_capturing, stream_of, upload
 
-__all__ = ["CHUNK", "HEAD", "Rows", "Table", "addresses"]
+__all__ = ["CHUNK", "HEAD", "Rows", "Table"]
 
 #: Elements of a program: 16 for each of its 256 threads, four loads of 16 bytes in float32.
 CHUNK = 4096
@@ -29,7 +30,7 @@ CHUNK = 4096
 HEAD = 4
 
 #: Tables that are kept, of tens of bytes a row and 4 a chunk. A step of K-SAM needs two to four.
-_KEPT = 64
+_KEPT = 32
 
 Record = tuple[int, ...]
 
@@ -46,26 +47,6 @@ class Table(NamedTuple):
         return self.chunk_rows.shape[0]
 
 
-def _upload(values: list[int], device: torch.device) -> Tensor:
-    """int64 [len(values)] on the device, without waiting for it."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    if not torch.cuda.is_current_stream_capturing():
-        # The allocator of pinned memory knows of the copy: it reuses none before it is done.
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=True)
-        return host.to(device, non_blocking=True)
-    return _by_value(values, device)
-
-
-def _by_value(values: list[int], device: torch.device) -> Tensor:
-    """What a graph may replay: a copy would read host memory again that is long freed, the
-    arguments of kernels are part of the graph."""
-    table = torch.zeros(len(values), dtype=torch.int64, device=device)
-    if values:
-        torch._foreach_add_(list(table.unbind()), values)
-    return table
-
-
 def _new_table(
     device: torch.device, stream: int, dtypes: tuple[torch.dtype, ...], records: tuple[Record, ...]
 ) -> Table:
@@ -75,35 +56,13 @@ def _new_table(
     for numel, *rest in records:
         values += (numel, chunks, *rest)
         chunks += -(-numel // CHUNK)
-    table = _upload(values, device).view(len(records), -1)
+    table = upload(values, device).view(len(records), -1)
     counts = (table[:, 0] + (CHUNK - 1)) // CHUNK
     rows = torch.arange(len(records), dtype=torch.int32, device=device)
     return Table(dtypes, table, rows.repeat_interleave(counts, output_size=chunks))
 
 
 _kept_table = lru_cache(maxsize=_KEPT)(_new_table)
-
-
-@lru_cache(maxsize=_KEPT)
-def _kept_addresses(device: torch.device, stream: int, values: tuple[int, ...]) -> Tensor:
-    return _upload(list(values), device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def addresses(tensors: list[Tensor]) -> Tensor:
-    """int64 [len(tensors)]"""
-    device = tensors[0].device
-    values = tuple(t.data_ptr() for t in tensors)
-    if _is_capturing(device):
-        return _upload(list(values), device)
-    return _kept_addresses(device, _stream(device), values)
 
 
 def _layout(t: Tensor) -> list[tuple[int, int]] | None:
@@ -188,8 +147,8 @@ class Rows:
         made = []
         for dtypes, records in self._records.items():
             device = self._tensors[dtypes][0][0].device
-            make = _new_table if _is_capturing(device) else _kept_table
-            made.append(make(device, _stream(device), dtypes, tuple(records)))
+            make = _new_table if is_capturing(device) else _kept_table
+            made.append(make(device, stream_of(device), dtypes, tuple(records)))
         return made
 
     def tensors(self, table: Table) -> list[tuple[Tensor, ...]]:

@@ -1,7 +1,7 @@
 """The backend ``triton-interpreter``: the Triton kernels on CPU tensors. For tests only.
 
 It says whether the kernels compute what the contracts ask: programs run one after another, so it
-sees no race. Conversions to and from bfloat16 are tests/triton/bfloat16.py's. ``auto`` never picks
+sees no race. What it does otherwise than a GPU is in tests/triton/gpu_like.py. ``auto`` never picks
 it.
 """
 
@@ -19,9 +19,9 @@ MISSING = triton_support.MISSING or (
 )
 
 if MISSING is None:
-    from tests.triton import bfloat16
+    from tests.triton import gpu_like
 
-    bfloat16.install()
+    gpu_like.install()
     for room, operators in backends.OPERATORS.items():
         ours = [name for name in operators if name in backends._kernels["triton"]]
         triton_support.register(room, *ours, backend=NAME, devices=("cpu",))

@@ -1,9 +1,11 @@
-"""bfloat16 in Triton's interpreter: conversions as a GPU makes them.
+"""What Triton's interpreter does otherwise than a GPU, and the tests need.
 
-The interpreter keeps bfloat16 as its 16 bits. It converts float32 to it by cutting off what does
-not fit, and calculates with the bits as if they were integers; neither is to be repaired:
+bfloat16: the interpreter keeps its 16 bits. It converts float32 to them by cutting off what does
+not fit, and calculates with them as if they were integers; neither is to be repaired:
 https://github.com/triton-lang/triton/issues/11584 and its pull request 10945. The kernels only
 convert, so conversions are all that tests need.
+
+Assertions: the interpreter leaves them out, whatever a launch says.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def install() -> None:
-    """From now on float32 is rounded to the nearest bfloat16, ties to even."""
+def _round_to_nearest() -> None:
+    """float32 is rounded to the nearest bfloat16, ties to even."""
     original = interpreter._convert_float
 
     def convert(values: Any, from_dtype: Any, to_dtype: Any, rounding: Any) -> Any:
@@ -28,3 +30,14 @@ def install() -> None:
         return original(values, from_dtype, to_dtype, rounding)
 
     interpreter._convert_float = convert
+
+
+def _assert() -> None:
+    """``tl.device_assert`` raises, with its message."""
+    options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+
+
+def install() -> None:
+    _round_to_nearest()
+    _assert()
