@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.loss import triton_elementwise as elementwise
 from ksam_kernels.loss import triton_kernels as kernels
 from ksam_kernels.topk import triton as topk
 from ksam_kernels.triton_support import double_bits, on_device_of
@@ -26,17 +27,20 @@ from ksam_kernels.triton_support import double_bits, on_device_of
 #: version of Triton.
 OPTIONS: dict[str, Any] = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 
-#: 16 elements a thread are enough 16-byte loads in flight; twice as many would spill in float64.
-TILE = 2048
-#: The most of a row at once. Twice the tile, by twice the threads: long rows have one program each.
-LONGEST = 4096
+#: Elements of a program of 128 threads, 16 each; what takes more than one register for each has 8.
+TILE, SMALL_TILE = 2048, 1024
 
 
-def tile_of(columns: int) -> tuple[int, int, int]:
-    """Rows of a program, elements of each at once, and warps."""
-    block = min(triton.next_power_of_2(columns), LONGEST)
-    rows = max(TILE // block, 1)
-    return rows, block, 4 if rows * block <= TILE else 8
+def tile_of(columns: int, tile: int) -> tuple[int, int, int]:
+    """Rows of a program, elements of each at once, and warps: rows longer than a tile have a
+    program of twice the threads each."""
+    block = min(triton.next_power_of_2(columns), 2 * tile)
+    return max(tile // block, 1), block, 4 if block <= tile else 8
+
+
+def tile_for(x: Tensor, is_plain: bool) -> int:
+    """is_plain: squares, or cross-entropy without probabilities and smoothing."""
+    return TILE if is_plain and x.dtype != torch.float64 else SMALL_TILE
 
 
 def vector_of(columns: int, itemsize: int) -> int:
@@ -94,17 +98,17 @@ def _matrices(
     }
 
 
-def _whole_rows(arguments: dict[str, Any]) -> tuple[int]:
+def _whole_rows(arguments: dict[str, Any], tile: int) -> tuple[int]:
     """The grid of a sum over rows."""
-    rows, block, warps = tile_of(arguments["columns"])
+    rows, block, warps = tile_of(arguments["columns"], tile)
     arguments.update(ROWS=rows, BLOCK=block, num_warps=warps)
     return (triton.cdiv(arguments["rows"], rows),)
 
 
-def _parts_of_rows(arguments: dict[str, Any], grad: Tensor) -> tuple[int]:
+def _parts_of_rows(arguments: dict[str, Any], tile: int, grad: Tensor) -> tuple[int]:
     """The grid of a gradient: nothing is added up over a row, whose parts have a program each."""
     columns, g = arguments["columns"], grad.reshape(-1)
-    rows, block, warps = tile_of(min(columns, TILE))
+    rows, block, warps = tile_of(min(columns, tile), tile)
     arguments.update(ROWS=rows, BLOCK=block, num_warps=warps, grad=g, grad_stride=g.stride(0))
     return (triton.cdiv(arguments["rows"], rows) * triton.cdiv(columns, block),)
 
@@ -145,7 +149,7 @@ def cross_entropy(
     stats = logits.new_empty((*shape, 3), dtype=opmath_dtype(logits.dtype))
     if losses.numel() > 0:
         arguments = _cross_entropy_arguments(logits, target, weight, ignore_index, label_smoothing)
-        grid = _whole_rows(arguments)
+        grid = _whole_rows(arguments, tile_for(logits, arguments["KIND"] == 0))
         loops = columns > arguments["BLOCK"]
         with on_device_of(logits):
             kernels.cross_entropy_kernel[grid](**arguments, losses=losses, stats=stats, LOOPS=loops)
@@ -165,7 +169,7 @@ def cross_entropy_backward(
     out = logits.new_empty(logits.shape)
     if out.numel() > 0:
         arguments = _cross_entropy_arguments(logits, target, weight, ignore_index, label_smoothing)
-        grid = _parts_of_rows(arguments, grad)
+        grid = _parts_of_rows(arguments, tile_for(logits, arguments["KIND"] == 0), grad)
         with on_device_of(logits):
             kernels.cross_entropy_backward_kernel[grid](
                 **arguments, stats=stats.contiguous(), out=out
@@ -205,9 +209,9 @@ def _means(input: Tensor, target: Tensor, weight: Tensor | None, binary: bool) -
     losses = input.new_empty((input.shape[0],), dtype=torch.float32)
     if losses.numel() > 0:
         arguments = _sample_arguments(input, target, weight)
-        grid = _whole_rows(arguments)
+        grid = _whole_rows(arguments, tile_for(input, not binary))
         with on_device_of(input):
-            kernels.mean_kernel[grid](**arguments, losses=losses, BINARY=binary)
+            elementwise.mean_kernel[grid](**arguments, losses=losses, BINARY=binary)
     return losses
 
 
@@ -217,9 +221,9 @@ def _mean_gradients(
     out = input.new_empty(input.shape)
     if out.numel() > 0:
         arguments = _sample_arguments(input, target, weight)
-        grid = _parts_of_rows(arguments, grad)
+        grid = _parts_of_rows(arguments, tile_for(input, not binary), grad)
         with on_device_of(input):
-            kernels.mean_backward_kernel[grid](**arguments, out=out, BINARY=binary)
+            elementwise.mean_backward_kernel[grid](**arguments, out=out, BINARY=binary)
     return out
 
 

@@ -81,9 +81,9 @@ def store_selected(
 @triton.jit(do_not_specialize=["stride", "n", "k"])
 def select_kernel(
     losses,  # [n]
-    stride,
-    n,
-    k,
+    stride: tl.int64,
+    n: tl.int32,
+    k: tl.int32,
     out,  # [k] int64
     KEY: tl.constexpr,  # int32 or int64
     LOWEST: tl.constexpr,
@@ -157,13 +157,13 @@ def threshold_of(
 @triton.jit(do_not_specialize=["stride", "n", "k", "share", "index"])
 def digit_kernel(
     losses,  # [n]
-    stride,
-    n,
-    k,
-    share,  # losses of a program, a multiple of BLOCK
+    stride: tl.int64,
+    n: tl.int64,
+    k: tl.int64,
+    share: tl.int64,  # losses of a program, a multiple of BLOCK
     states,  # [passes, 2] int64
     counts,  # [passes, DIGITS] int64, zeros
-    index,  # of the digit
+    index: tl.int32,  # of the digit
     KEY: tl.constexpr,
     LOWEST: tl.constexpr,
     BITS: tl.constexpr,
@@ -196,13 +196,13 @@ def digit_kernel(
 @triton.jit(do_not_specialize=["stride", "n", "k", "share", "index"])
 def select_share_kernel(
     losses,  # [n]
-    stride,
-    n,
-    k,
-    share,
+    stride: tl.int64,
+    n: tl.int64,
+    k: tl.int64,
+    share: tl.int64,
     states,
     counts,
-    index,  # all digits
+    index: tl.int32,  # all digits
     selected,  # [2, MOST]: keys of each program above the threshold, and at it
     out,  # [k] int64
     WRITES: tl.constexpr,  # out; otherwise selected

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ksam_kernels.loss import triton as loss
+from ksam_kernels.loss import triton_elementwise as elementwise
 from ksam_kernels.loss import triton_kernels as kernels
 from tests.triton.compiled import ARCHITECTURES, Compiled, compiled
 
@@ -17,9 +18,11 @@ FLOATS = {
     torch.float16: "*fp16",
     torch.float64: "*fp64",
 }
+#: All dtypes for one architecture, those of most training for the others.
+BUILDS = [(90, dtype) for dtype in FLOATS]
+BUILDS += [(a, dtype) for a in ARCHITECTURES if a != 90 for dtype in list(FLOATS)[:2]]
 #: Kind of target, whether there are weights.
-TARGETS = ((0, False), (0, True), (1, True), (2, False), (2, True))
-OPTIONS = dict(loss.OPTIONS)
+TARGETS = ((0, False), (1, True), (2, False), (2, True))
 
 
 def build(
@@ -44,37 +47,42 @@ def build(
     pointer = FLOATS[dtype]
     opmath = "*fp64" if dtype == torch.float64 else "*fp32"
     types = {
-        **dict.fromkeys(("columns", "rows"), "i32"),
-        **{stride: "i32" for stride in kernel.arg_names if stride.endswith("_stride")},
-        **dict.fromkeys(("ignore_index", "kept", "share"), "i64"),
-        **{name: pointer, "target": target or pointer, "weight": "*fp32" if weighted else None},
-        **{"losses": "*fp32", "grad": "*fp32", "stats": opmath, "out": pointer},
+        **{stride: "i64" for stride in kernel.arg_names if stride.endswith("_stride")},
+        **dict.fromkeys(("rows", "ignore_index", "kept", "share"), "i64"),
+        "columns": "i32",
+        name: pointer,
+        "target": target or pointer,
+        "weight": "*fp32" if weighted else None,
+        "losses": "*fp32",
+        "grad": "*fp32",
+        "stats": opmath,
+        "out": pointer,
     }
     arguments = {
         argument: types[argument] if argument in types else ("constexpr", values[argument])
         for argument in kernel.arg_names
     }
     aligned = tuple(n for n in ("losses", "stats", "out", "grad") if n in arguments)
-    return compiled(kernel, arguments, architecture, aligned, num_warps=warps, **OPTIONS)
+    return compiled(kernel, arguments, architecture, aligned, num_warps=warps, **loss.OPTIONS)
 
 
-def check(kernel: Compiled, warps: int, loads: int, stores: int | None = None) -> None:
+def check(kernel: Compiled, dtype: torch.dtype, warps: int, stores: int | None = None) -> None:
     assert kernel.spill_bytes == 0
-    # Two programs a multiprocessor and more, of 65,536 registers.
-    assert kernel.registers * 32 * warps <= 32768
+    # Two programs a multiprocessor and more, of 65,536 registers; of float64 one.
+    programs = 1 if dtype == torch.float64 else 2
+    assert kernel.registers * 32 * warps * programs <= 65536
     assert kernel.shared_bytes <= 8192
-    assert kernel.widest("ld") == loads
+    assert kernel.widest("ld") == 16
     if stores is not None:
         assert kernel.widest("st") == stores
 
 
 @pytest.mark.parametrize("kind", TARGETS, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "dtype"), BUILDS, ids=str)
 def test_cross_entropy(architecture: int, dtype: torch.dtype, kind: tuple[int, bool]) -> None:
     target = "*i64" if kind[0] != 2 else ""
     for columns in (1000, 32000):
-        tile = loss.tile_of(columns)
+        tile = loss.tile_of(columns, loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0))
         kernel = build(
             *(kernels.cross_entropy_kernel, "logits", dtype, columns, architecture, tile),
             target=target,
@@ -82,52 +90,52 @@ def test_cross_entropy(architecture: int, dtype: torch.dtype, kind: tuple[int, b
             KIND=kind[0],
             LOOPS=columns > tile[1],
         )
-        print(architecture, dtype, kind, columns, kernel.registers, kernel.spill_bytes, kernel.shared_bytes, kernel.widest("ld"))
         assert "__assertfail" in kernel.ptx or kind[0] == 2
-        check(kernel, tile[2], 16)
+        check(kernel, dtype, tile[2])
 
 
 @pytest.mark.parametrize("kind", TARGETS, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "dtype"), BUILDS, ids=str)
 def test_cross_entropy_backward(
     architecture: int, dtype: torch.dtype, kind: tuple[int, bool]
 ) -> None:
-    tile = loss.tile_of(1000)
+    tile = loss.tile_of(1000, loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0))
     kernel = build(
         *(kernels.cross_entropy_backward_kernel, "logits", dtype, 1000, architecture, tile),
         target="*i64" if kind[0] != 2 else "",
         weighted=kind[1],
         KIND=kind[0],
     )
-    print(architecture, dtype, kind, kernel.registers, kernel.spill_bytes, kernel.shared_bytes, kernel.widest("ld"),kernel.widest("st"))
-    check(kernel, tile[2], 16, 16)
+    check(kernel, dtype, tile[2], 16)
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["mse", "bce"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "dtype"), BUILDS, ids=str)
 def test_means(architecture: int, dtype: torch.dtype, binary: bool) -> None:
     for weighted in {False, binary}:
-        for kernel, stores in ((kernels.mean_kernel, None), (kernels.mean_backward_kernel, 16)):
-            tile = loss.tile_of(1000 if stores else 32000)
+        for kernel, stores in (
+            (elementwise.mean_kernel, None),
+            (elementwise.mean_backward_kernel, 16),
+        ):
+            size = loss.tile_for(torch.empty(0, dtype=dtype), not binary)
+            tile = loss.tile_of(size if stores else 32000, size)
             result = build(
-                *(kernel, "input", dtype, 1000, architecture, tile),
+                *(kernel, "input", dtype, 32000, architecture, tile),
                 weighted=weighted,
                 BINARY=binary,
             )
-            print(architecture, dtype, binary, stores, result.registers, result.spill_bytes, result.shared_bytes, result.widest("ld"),result.widest("st"))
-            check(result, tile[2], 16, stores)
+            check(result, dtype, tile[2], stores)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_without_alignment(architecture: int) -> None:
     """Of an odd number of columns: element by element."""
-    tile = loss.tile_of(50257)
+    tile = loss.tile_of(50257, loss.TILE)
     kernel = build(
         *(kernels.cross_entropy_kernel, "logits", torch.float32, 50257, architecture, tile),
         target="*i64",
         KIND=0,
         LOOPS=True,
     )
-    check(kernel, tile[2], 8)  # the class
+    assert kernel.spill_bytes == 0
+    assert kernel.widest("ld") == 8  # the class
