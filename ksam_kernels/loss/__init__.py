@@ -9,5 +9,17 @@ from ksam_kernels.loss.functional import (
     mse,
     select_cross_entropy,
 )
+from ksam_kernels.triton_support import register
+
+register(
+    "loss",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "select_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "binary_cross_entropy_with_logits_backward",
+    "mse",
+    "mse_backward",
+)
 
 __all__ = ["binary_cross_entropy_with_logits", "cross_entropy", "mse", "select_cross_entropy"]

@@ -1,0 +1,263 @@
+"""Per-sample losses by Triton kernels.
+
+How the elements of a row are added up, and in which order, depends on the number of columns and on
+dtypes alone (:func:`tile_of`, :func:`vector_of`): a row has the same bits in a slice as in a copy,
+in any batch, with or without a selection after it. A program has whole rows, however few and long
+they are: 16 rows of 128,000 logits occupy 16 multiprocessors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.loss import triton_elementwise as elementwise
+from ksam_kernels.loss import triton_kernels as kernels
+from ksam_kernels.topk import triton as topk
+from ksam_kernels.triton_support import double_bits, on_device_of
+
+#: device_assert does nothing without debug, which alone would check every integer sum as well.
+#: Contraction is harmless here and saves an instruction; said because its default depends on the
+#: version of Triton.
+OPTIONS: dict[str, Any] = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
+
+#: Elements of a program of 128 threads, 16 each; what takes more than one register for each has 8.
+TILE, SMALL_TILE = 2048, 1024
+
+
+def tile_of(columns: int, tile: int) -> tuple[int, int, int]:
+    """Rows of a program, elements of each at once, and warps: rows longer than a tile have a
+    program of twice the threads each."""
+    block = min(triton.next_power_of_2(columns), 2 * tile)
+    return max(tile // block, 1), block, 4 if block <= tile else 8
+
+
+def tile_for(x: Tensor, is_plain: bool) -> int:
+    """is_plain: squares, or cross-entropy without probabilities and smoothing."""
+    return TILE if is_plain and x.dtype != torch.float64 else SMALL_TILE
+
+
+def vector_of(columns: int, itemsize: int) -> int:
+    """Elements of the widest loads, up to 16 bytes, that rows without gaps between them allow."""
+    return math.gcd(columns, 16 // itemsize)
+
+
+def matrix_of(x: Tensor, columns: int) -> Tensor:
+    """[N, columns] with unit stride in rows that :func:`vector_of` is right about; a copy where
+    the layout does not have it. What Triton knows of an address decides how it adds up."""
+    x = x.reshape(-1, columns)
+    vector = vector_of(columns, x.itemsize)
+    if (
+        (columns > 1 and x.stride(1) != 1)
+        or x.stride(0) % vector != 0
+        or x.data_ptr() % (vector * x.itemsize) != 0
+    ):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _matrices(
+    name: str,  # what the kernel calls x
+    x: Tensor,  # [N, columns]
+    target: Tensor,  # [N, columns] or [N]
+    weight: Tensor | None,  # [columns]
+    columns: int,
+) -> dict[str, Any]:
+    """What all kernels take, by name."""
+    x = matrix_of(x, columns)
+    vector, target_vector, weight_vector = vector_of(columns, x.itemsize), 1, 1
+    if target.is_floating_point():
+        target_vector = vector_of(columns, target.itemsize)
+        target = matrix_of(target, columns)
+    else:
+        target = target.reshape(-1)
+    if weight is not None:
+        weight_vector = vector_of(columns, weight.itemsize)
+        weight = matrix_of(weight, columns)
+    return {
+        name: x,
+        f"{name}_stride": x.stride(0),
+        "target": target,
+        "target_stride": target.stride(0),
+        "weight": weight,
+        "rows": x.shape[0],
+        "columns": columns,
+        "A": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "VECTOR": vector,
+        "TARGET_VECTOR": target_vector,
+        "INPUT_BYTES": vector * x.itemsize,
+        "TARGET_BYTES": target_vector * target.itemsize,
+        "WEIGHT_BYTES": 0 if weight is None else weight_vector * weight.itemsize,
+        **OPTIONS,
+    }
+
+
+def _whole_rows(arguments: dict[str, Any], tile: int) -> tuple[int]:
+    """The grid of a sum over rows."""
+    rows, block, warps = tile_of(arguments["columns"], tile)
+    arguments.update(ROWS=rows, BLOCK=block, num_warps=warps)
+    return (triton.cdiv(arguments["rows"], rows),)
+
+
+def _parts_of_rows(arguments: dict[str, Any], tile: int, grad: Tensor) -> tuple[int]:
+    """The grid of a gradient: nothing is added up over a row, whose parts have a program each."""
+    columns, g = arguments["columns"], grad.reshape(-1)
+    rows, block, warps = tile_of(min(columns, tile), tile)
+    arguments.update(ROWS=rows, BLOCK=block, num_warps=warps, grad=g, grad_stride=g.stride(0))
+    return (triton.cdiv(arguments["rows"], rows) * triton.cdiv(columns, block),)
+
+
+# --- Cross-entropy ------------------------------------------------------------------------------
+
+
+def _cross_entropy_arguments(
+    logits: Tensor,  # [..., C]
+    target: Tensor,  # [...] or [..., C]
+    weight: Tensor | None,  # [C]
+    ignore_index: int,
+    label_smoothing: float,
+) -> dict[str, Any]:
+    columns = logits.shape[-1]
+    kind = kernels.SMOOTHED if label_smoothing > 0 else kernels.CLASSES
+    if target.is_floating_point():
+        kind = kernels.PROBABILITIES
+    return {
+        **_matrices("logits", logits, target, weight, columns),
+        "ignore_index": ignore_index,
+        "kept": double_bits(1 - label_smoothing),
+        "share": double_bits(label_smoothing / columns),
+        "KIND": kind.value,
+    }
+
+
+def cross_entropy(
+    logits: Tensor,  # [..., C]
+    target: Tensor,  # [...] or [..., C]
+    weight: Tensor | None,  # [C]
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Losses [...] float32 and row statistics [..., 3] for the backward pass."""
+    *shape, columns = logits.shape
+    losses = logits.new_empty(shape, dtype=torch.float32)
+    stats = logits.new_empty((*shape, 3), dtype=opmath_dtype(logits.dtype))
+    if losses.numel() > 0:
+        arguments = _cross_entropy_arguments(logits, target, weight, ignore_index, label_smoothing)
+        grid = _whole_rows(arguments, tile_for(logits, arguments["KIND"] == 0))
+        loops = columns > arguments["BLOCK"]
+        with on_device_of(logits):
+            kernels.cross_entropy_kernel[grid](**arguments, losses=losses, stats=stats, LOOPS=loops)
+    return losses, stats
+
+
+def cross_entropy_backward(
+    grad: Tensor,  # [...]
+    logits: Tensor,  # [..., C]
+    target: Tensor,  # [...] or [..., C]
+    stats: Tensor,  # [..., 3]
+    weight: Tensor | None,  # [C]
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Gradient [..., C] of the logits, in their dtype."""
+    out = logits.new_empty(logits.shape)
+    if out.numel() > 0:
+        arguments = _cross_entropy_arguments(logits, target, weight, ignore_index, label_smoothing)
+        grid = _parts_of_rows(arguments, tile_for(logits, arguments["KIND"] == 0), grad)
+        with on_device_of(logits):
+            kernels.cross_entropy_backward_kernel[grid](
+                **arguments, stats=stats.contiguous(), out=out
+            )
+    return out
+
+
+def select_cross_entropy(
+    logits: Tensor,  # [B, C]
+    target: Tensor,  # [B] or [B, C]
+    k: int,
+    weight: Tensor | None,  # [C]
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [B], row statistics [B, 3] and indices [k] of the k largest losses.
+
+    Launches: that of the losses and those of the selection, one up to 32,768 rows. They are not one
+    even for few rows: the last program of the first would have to know that it is, by an atomic
+    counter that every launch leaves at zero.
+    """
+    losses, stats = cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    return losses, stats, topk.topk_indices(losses, k)
+
+
+# --- Means over the elements of a sample --------------------------------------------------------
+
+
+def _sample_arguments(input: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Any]:
+    per_sample = math.prod(input.shape[1:])
+    if weight is not None:
+        weight = weight.expand(input.shape[1:])
+    return _matrices("input", input, target, weight, per_sample)
+
+
+def _means(input: Tensor, target: Tensor, weight: Tensor | None, binary: bool) -> Tensor:
+    losses = input.new_empty((input.shape[0],), dtype=torch.float32)
+    if losses.numel() > 0:
+        arguments = _sample_arguments(input, target, weight)
+        grid = _whole_rows(arguments, tile_for(input, not binary))
+        with on_device_of(input):
+            elementwise.mean_kernel[grid](**arguments, losses=losses, BINARY=binary)
+    return losses
+
+
+def _mean_gradients(
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, binary: bool
+) -> Tensor:
+    out = input.new_empty(input.shape)
+    if out.numel() > 0:
+        arguments = _sample_arguments(input, target, weight)
+        grid = _parts_of_rows(arguments, tile_for(input, not binary), grad)
+        with on_device_of(input):
+            elementwise.mean_backward_kernel[grid](**arguments, out=out, BINARY=binary)
+    return out
+
+
+def binary_cross_entropy_with_logits(
+    logits: Tensor,  # [B, ...]
+    target: Tensor,  # [B, ...]
+    pos_weight: Tensor | None,  # broadcasts to the trailing dimensions
+) -> Tensor:
+    """Losses [B] float32."""
+    return _means(logits, target, pos_weight, True)
+
+
+def binary_cross_entropy_with_logits_backward(
+    grad: Tensor,  # [B]
+    logits: Tensor,  # [B, ...]
+    target: Tensor,  # [B, ...]
+    pos_weight: Tensor | None,
+) -> Tensor:
+    """Gradient [B, ...] of the logits, in their dtype."""
+    return _mean_gradients(grad, logits, target, pos_weight, True)
+
+
+def mse(
+    pred: Tensor,  # [B, ...]
+    target: Tensor,  # [B, ...]
+) -> Tensor:
+    """Losses [B] float32."""
+    return _means(pred, target, None, False)
+
+
+def mse_backward(
+    grad: Tensor,  # [B]
+    pred: Tensor,  # [B, ...]
+    target: Tensor,  # [B, ...]
+) -> Tensor:
+    """Gradient [B, ...] of pred, in its dtype."""
+    return _mean_gradients(grad, pred, target, None, False)

@@ -1,0 +1,141 @@
+"""The kernels of the loss room, compiled: what they take of a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ksam_kernels.loss import triton as loss
+from ksam_kernels.loss import triton_elementwise as elementwise
+from ksam_kernels.loss import triton_kernels as kernels
+from tests.triton.compiled import ARCHITECTURES, Compiled, compiled
+
+FLOATS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+}
+#: All dtypes for one architecture, those of most training for the others.
+BUILDS = [(90, dtype) for dtype in FLOATS]
+BUILDS += [(a, dtype) for a in ARCHITECTURES if a != 90 for dtype in list(FLOATS)[:2]]
+#: Kind of target, whether there are weights.
+TARGETS = ((0, False), (1, True), (2, False), (2, True))
+
+
+def build(
+    kernel: Any,
+    name: str,
+    dtype: torch.dtype,
+    columns: int,
+    architecture: int,
+    tile: tuple[int, int, int],
+    *,
+    target: str = "",
+    weighted: bool = False,
+    **more: Any,
+) -> Compiled:
+    """A kernel as a launch with rows of `columns` would have it."""
+    like = torch.zeros(1, columns, dtype=dtype)
+    weight = torch.zeros(columns) if weighted else None
+    t = like if not target else torch.zeros(1, dtype=torch.int64)
+    known = loss._matrices(name, like, t, weight, columns)
+    rows, block, warps = tile
+    values = {**known, "ROWS": rows, "BLOCK": block, **more}
+    pointer = FLOATS[dtype]
+    opmath = "*fp64" if dtype == torch.float64 else "*fp32"
+    types = {
+        **{stride: "i64" for stride in kernel.arg_names if stride.endswith("_stride")},
+        **dict.fromkeys(("rows", "ignore_index", "kept", "share"), "i64"),
+        "columns": "i32",
+        name: pointer,
+        "target": target or pointer,
+        "weight": "*fp32" if weighted else None,
+        "losses": "*fp32",
+        "grad": "*fp32",
+        "stats": opmath,
+        "out": pointer,
+    }
+    arguments = {
+        argument: types[argument] if argument in types else ("constexpr", values[argument])
+        for argument in kernel.arg_names
+    }
+    aligned = tuple(n for n in ("losses", "stats", "out", "grad") if n in arguments)
+    return compiled(kernel, arguments, architecture, aligned, num_warps=warps, **loss.OPTIONS)
+
+
+def check(kernel: Compiled, dtype: torch.dtype, warps: int, stores: int | None = None) -> None:
+    assert kernel.spill_bytes == 0
+    # Two programs a multiprocessor and more, of 65,536 registers; of float64 one.
+    programs = 1 if dtype == torch.float64 else 2
+    assert kernel.registers * 32 * warps * programs <= 65536
+    assert kernel.shared_bytes <= 8192
+    assert kernel.widest("ld") == 16
+    if stores is not None:
+        assert kernel.widest("st") == stores
+
+
+@pytest.mark.parametrize("kind", TARGETS, ids=str)
+@pytest.mark.parametrize(("architecture", "dtype"), BUILDS, ids=str)
+def test_cross_entropy(architecture: int, dtype: torch.dtype, kind: tuple[int, bool]) -> None:
+    target = "*i64" if kind[0] != 2 else ""
+    for columns in (1000, 32000):
+        tile = loss.tile_of(columns, loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0))
+        kernel = build(
+            *(kernels.cross_entropy_kernel, "logits", dtype, columns, architecture, tile),
+            target=target,
+            weighted=kind[1],
+            KIND=kind[0],
+            LOOPS=columns > tile[1],
+        )
+        assert "__assertfail" in kernel.ptx or kind[0] == 2
+        check(kernel, dtype, tile[2])
+
+
+@pytest.mark.parametrize("kind", TARGETS, ids=str)
+@pytest.mark.parametrize(("architecture", "dtype"), BUILDS, ids=str)
+def test_cross_entropy_backward(
+    architecture: int, dtype: torch.dtype, kind: tuple[int, bool]
+) -> None:
+    tile = loss.tile_of(1000, loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0))
+    kernel = build(
+        *(kernels.cross_entropy_backward_kernel, "logits", dtype, 1000, architecture, tile),
+        target="*i64" if kind[0] != 2 else "",
+        weighted=kind[1],
+        KIND=kind[0],
+    )
+    check(kernel, dtype, tile[2], 16)
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["mse", "bce"])
+@pytest.mark.parametrize(("architecture", "dtype"), BUILDS, ids=str)
+def test_means(architecture: int, dtype: torch.dtype, binary: bool) -> None:
+    for weighted in {False, binary}:
+        for kernel, stores in (
+            (elementwise.mean_kernel, None),
+            (elementwise.mean_backward_kernel, 16),
+        ):
+            size = loss.tile_for(torch.empty(0, dtype=dtype), not binary)
+            tile = loss.tile_of(size if stores else 32000, size)
+            result = build(
+                *(kernel, "input", dtype, 32000, architecture, tile),
+                weighted=weighted,
+                BINARY=binary,
+            )
+            check(result, dtype, tile[2], stores)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_without_alignment(architecture: int) -> None:
+    """Of an odd number of columns: element by element."""
+    tile = loss.tile_of(50257, loss.TILE)
+    kernel = build(
+        *(kernels.cross_entropy_kernel, "logits", torch.float32, 50257, architecture, tile),
+        target="*i64",
+        KIND=0,
+        LOOPS=True,
+    )
+    assert kernel.spill_bytes == 0
+    assert kernel.widest("ld") == 8  # the class
