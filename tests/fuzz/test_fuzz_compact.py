@@ -150,10 +150,11 @@ def test_an_index_out_of_range(backend: str, tree: object, spec: Spec, at: int, 
     with use_backend("reference"), pytest.raises(IndexError) as expected:
         compact_batch(batch, chosen)
     message = f"^{re.escape(str(expected.value))}$"
-    if backend != "simt":
+    if backend not in ("simt", "triton-interpreter"):
         with pytest.raises(IndexError, match=message):
             compact_batch(batch, chosen)
     elif any(source.shape[1:].numel() > 0 for source in sources):  # else no kernel runs
         # Which of the two: by the first leaf with bytes, whether the kernel takes it.
-        with pytest.raises((IndexError, RuntimeError), match=f"{message}|device-side assert"):
+        assertion = "device-side assert|AssertionError.*in range"
+        with pytest.raises(Exception, match=f"{message}|{assertion}"):
             compact_batch(batch, chosen)
