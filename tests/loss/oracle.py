@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tests.helpers import arithmetic_unit, smallest, unit
 from tests.simt import backend as simt
+from tests.triton import interpreter as triton
 
 
 @dataclass
@@ -56,6 +57,9 @@ def raises_bad_class(backend: str, message: str) -> pytest.RaisesExc[Exception]:
     if simt.extension is not None and backend == simt.NAME:
         asserted = "device-side assert.*target holds a class that is out of range"
         return pytest.raises(simt.extension.Fault, match=asserted)
+    if backend == triton.NAME:
+        asserted = "AssertionError.*target holds a class that is out of range"
+        return pytest.raises(Exception, match=asserted)
     return pytest.raises(IndexError, match=message)
 
 

@@ -12,7 +12,7 @@ LARGE = "its programs take 1 to 4 ms each"
 
 #: Room -> pattern of test ids, looked for after the backend's name is cut out -> reason.
 LEFT_OUT: dict[str, Mapping[str, str]] = {
-    "loss": {},
+    "loss": {"the_number_of_threads|bit_for_bit.*-1000-": LARGE},
     "topk": {},
     "compact": {"any_number_of_threads": LARGE},
     "perturb": {"large|hundreds.*one dtype|any_number_of_threads": LARGE},
