@@ -19,6 +19,9 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
 
+#: None in what Triton compiles from 3.9 on; versions before put a few registers on the stack.
+SPILL_BYTES = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 24
+
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

@@ -10,7 +10,7 @@ import torch
 from ksam_kernels.loss import triton as loss
 from ksam_kernels.loss import triton_elementwise as elementwise
 from ksam_kernels.loss import triton_kernels as kernels
-from tests.triton.compiled import ARCHITECTURES, Compiled, compiled
+from tests.triton.compiled import ARCHITECTURES, SPILL_BYTES, Compiled, compiled
 
 FLOATS = {
     torch.float32: "*fp32",
@@ -67,7 +67,7 @@ def build(
 
 
 def check(kernel: Compiled, dtype: torch.dtype, warps: int, stores: int | None = None) -> None:
-    assert kernel.spill_bytes == 0
+    assert kernel.spill_bytes <= SPILL_BYTES
     # Two programs a multiprocessor and more, of 65,536 registers; of float64 one.
     programs = 1 if dtype == torch.float64 else 2
     assert kernel.registers * 32 * warps * programs <= 65536
@@ -137,5 +137,5 @@ def test_rows_without_alignment(architecture: int) -> None:
         KIND=0,
         LOOPS=True,
     )
-    assert kernel.spill_bytes == 0
+    assert kernel.spill_bytes <= SPILL_BYTES
     assert kernel.widest("ld") == 8  # the class
