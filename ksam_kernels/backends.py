@@ -4,6 +4,7 @@ Three backends, best first: ``native`` (the compiled extension), ``triton`` (GPU
 on first use) and ``reference`` (plain PyTorch, the written contract, runs anywhere). Each call of
 an operator asks :func:`resolve` once. ``auto`` takes the best backend that can run the operator on
 the tensor's device; a backend that the user *named* either runs or raises, it is never replaced.
+Empty lists of tensors are on no device: every backend that has the operator runs them.
 Further backends may be registered with :func:`implements`; those run only where they are named.
 """
 
@@ -119,19 +120,20 @@ def implements(
     return register
 
 
-def why_not(backend: str, operator: str, device: torch.device) -> str | None:
-    """Why ``backend`` cannot run ``operator`` on ``device``; None if it can."""
+def why_not(backend: str, operator: str, device: torch.device | None) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on ``device`` (None: no tensors); None if it can."""
     if operator in _kernels[backend]:
         devices = _devices.get((backend, operator))
-        if devices is None or device.type in devices:
+        if devices is None or device is None or device.type in devices:
             return None
     if not _kernels[backend]:
         return _NOT_INSTALLED[backend]
-    return f"it has no {operator} kernel for {device.type}"
+    return f"it has no {operator} kernel" + ("" if device is None else f" for {device.type}")
 
 
-def resolve(operator: str, device: torch.device) -> tuple[str, Kernel]:
-    """The backend that runs ``operator`` on ``device`` now, and its implementation.
+def resolve(operator: str, device: torch.device | None) -> tuple[str, Kernel]:
+    """The backend that runs ``operator`` on ``device`` now (None: no tensors), and its
+    implementation.
 
     Raises:
         BackendUnavailableError: the backend asked for by name cannot run it.
@@ -140,12 +142,12 @@ def resolve(operator: str, device: torch.device) -> tuple[str, Kernel]:
         reason = why_not(name, operator, device)
         if reason is None:
             return name, _kernels[name][operator]
+    place = "" if device is None else f" on {device.type}"
     raise BackendUnavailableError(
-        f"backend {_choice!r} was asked for by name but cannot run {operator} "
-        f"on {device.type}: {reason}"
+        f"backend {_choice!r} was asked for by name but cannot run {operator}{place}: {reason}"
     )
 
 
-def call(operator: str, device: torch.device, *args: Any) -> Any:
+def call(operator: str, device: torch.device | None, *args: Any) -> Any:
     """Run ``operator`` on the backend that :func:`resolve` picks for ``device``."""
     return resolve(operator, device)[1](*args)

@@ -23,13 +23,17 @@ from ksam_kernels import backends
 _functions: dict[str, type[torch.autograd.Function]] = {}
 
 
-def _device(args: tuple[Any, ...]) -> torch.device:
-    """The device of the first tensor, looking into lists; the CPU where there is none."""
+def _device(args: tuple[Any, ...]) -> torch.device | None:
+    """The device of the first tensor; of an operator on lists that of the first in them, whose
+    other tensors may lie elsewhere, and None where the lists are empty."""
+    of_lists = bool(args) and isinstance(args[0], (list, tuple))
     for arg in args:
-        first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        first = arg
+        if of_lists:
+            first = arg[0] if isinstance(arg, (list, tuple)) and arg else None
         if isinstance(first, Tensor):
             return first.device
-    return torch.device("cpu")
+    return None
 
 
 def operator(

@@ -54,6 +54,17 @@ def extra(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> str:
     return "another"
 
 
+@pytest.fixture
+def elsewhere(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that has the operators on lists of tensors, for GPUs only, as Triton does."""
+    monkeypatch.setattr(backends, "_kernels", dict(backends._kernels))
+    for name in (*backends.OPERATORS["perturb"], "compact"):
+        backends.implements("elsewhere", name, devices=("cuda",))(
+            backends._kernels["reference"][name]
+        )
+    return "elsewhere"
+
+
 def topk() -> list[int]:
     # The operator itself: the public function tries the extension's kernel first.
     return torch.ops.ksam.topk_indices(torch.tensor([1.0, 3.0, 2.0]), 2).tolist()
@@ -135,6 +146,47 @@ def test_another_backend_may_be_registered_and_runs_where_it_is_named(extra: str
             ksam_kernels.mse(torch.zeros(2), torch.zeros(2))
     with pytest.raises(ValueError, match=r"reference, .*another, got 'cuda'"), use_backend("cuda"):
         pass
+
+
+def call_on_lists(tensors: list[torch.Tensor], **scalars: torch.Tensor) -> list[torch.Tensor]:
+    """Every operation on lists, through its public function; the norms of two."""
+    lists = [[t.clone() for t in tensors] for _ in range(5)]
+    steps = [torch.zeros(()) for _ in tensors]
+    norms = [
+        ksam_kernels.grad_norm(tensors),
+        ksam_kernels.perturb_(*lists[:3], rho=0.1),
+    ]
+    ksam_kernels.restore_(*lists[:2])
+    ksam_kernels.restore_sgd_(*lists[:4], steps=steps, lr=0.1, momentum=0.9, **scalars)
+    ksam_kernels.restore_adam_(*lists, steps, lr=0.1, **scalars)
+    return norms
+
+
+def test_empty_lists_are_on_no_device_and_run_on_any_backend(elsewhere: str) -> None:
+    with use_backend(elsewhere):
+        for scalars in ({}, {"grad_scale": torch.ones(())}, {"found_inf": torch.zeros(())}):
+            for norm in call_on_lists([], **scalars):
+                assert (norm.dtype, norm.shape, norm.device) == (torch.float32, (), CPU)
+                assert norm == 0
+        assert torch.ops.ksam.compact([], torch.tensor([0])) == []
+        for call in (
+            lambda: ksam_kernels.grad_norm([torch.ones(1)]),
+            lambda: ksam_kernels.restore_([torch.ones(0)], [torch.ones(0)]),
+            lambda: ksam_kernels.compact_batch([torch.ones(1)], torch.tensor([0])),
+        ):
+            with pytest.raises(BackendUnavailableError, match=r"has no \w+ kernel for cpu"):
+                call()
+
+
+def test_a_backend_without_the_operator_refuses_empty_lists(extra: str) -> None:
+    with (
+        use_backend(extra),
+        pytest.raises(
+            BackendUnavailableError,
+            match=r"'another' was .* but cannot run restore_: it has no restore_ kernel$",
+        ),
+    ):
+        ksam_kernels.restore_([], [])
 
 
 def test_the_report_knows_another_backend_that_was_named(

@@ -79,7 +79,7 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
         eta: the floor of T, >= 0.
 
     Returns:
-        A float32 scalar on the device of ``grads[0]``; 0 for an empty list.
+        A float32 scalar on the device of ``grads[0]``; of an empty list 0 on the CPU.
 
     Raises:
         TypeError: a dtype or layout that is not supported.
@@ -124,7 +124,8 @@ def perturb_(
 
     Returns:
         The norm, a float32 scalar. If it is 0, inf or NaN every weight keeps its bits; where it is
-        below the smallest normal float32 the weights move by less than rho.
+        below the smallest normal float32 the weights move by less than rho. On the device of
+        ``params[0]``; of empty lists 0 on the CPU.
 
     Raises:
         TypeError: a dtype or layout that is not supported.

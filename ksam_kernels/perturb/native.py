@@ -29,7 +29,9 @@ def _mark_written(*lists: TensorList) -> None:
 
 def _scalar_for(tensors: TensorList) -> Tensor:
     """A norm to be written where the list's kernels run; anywhere for what these decline."""
-    if tensors and getattr(tensors[0], "is_cuda", False):
+    if not tensors:
+        return torch.empty((), dtype=torch.float32, device="cpu")
+    if getattr(tensors[0], "is_cuda", False):
         return torch.empty((), dtype=torch.float32, device=tensors[0].device)
     return torch.empty((), dtype=torch.float32)  # a device to parse would take longer
 
@@ -91,14 +93,14 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
 
     def norm_of(name: str, *args: Any) -> Tensor:
         grads = args[0]
-        norm = torch.empty((), dtype=torch.float32, device=grads[0].device if grads else None)
+        norm = torch.empty((), dtype=torch.float32, device=grads[0].device if grads else "cpu")
         run(kernels, name, *args, norm)
         return norm
 
     def update(name: str, params: list[Tensor], *args: Any) -> None:
         """The kernels read the last two, grad_scale and found_inf, where the parameters are."""
         scalars = (
-            scalar.to(params[0].device) if scalar is not None and params else scalar
+            scalar.to(params[0].device) if scalar is not None and params else None
             for scalar in args[-2:]
         )
         run(kernels, name, params, *args[:-2], *scalars)

@@ -33,13 +33,14 @@ def global_norm(
     eta: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """sqrt(sum (T g)^2) with T = |w| + eta, a scalar of ``dtype``, on the first tensor's device.
+    """sqrt(sum (T g)^2) with T = |w| + eta, a scalar of ``dtype``, on the first tensor's device;
+    the CPU without tensors, whatever the default device.
 
     In float64 no square of a float32 value leaves the range. In float32, for devices that have
     nothing wider, every element is divided by the largest one first.
     """
     if not grads:
-        return torch.zeros((), dtype=dtype)
+        return torch.zeros((), dtype=dtype, device="cpu")
     device = grads[0].device
     scaled = [g.to(dtype) for g in grads if g.numel() > 0]
     if params:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ksam_kernels import grad_norm, use_backend
+from ksam_kernels import grad_norm, perturb_, use_backend
 from ksam_kernels.perturb import reference
 from tests.conftest import INSTALLED
 from tests.helpers import FLOATS, U32, any_bits, assert_within, bits, same_bits, smallest, threads
@@ -85,6 +85,14 @@ def test_zeros_empty_tensors_and_empty_lists_give_zero(norm_of: object) -> None:
         assert norm.dtype == torch.float32
         assert norm.shape == ()
         assert norm == 0
+
+
+def test_the_norm_of_an_empty_list_is_on_the_cpu(backend: str) -> None:
+    """Whatever the default device is."""
+    with torch.device("meta"):
+        for norm in (grad_norm([]), grad_norm([], []), perturb_([], [], [], rho=0.5)):
+            assert norm.device == torch.device("cpu")
+            assert norm == 0
 
 
 def test_infinity_gives_inf_and_nan_gives_nan(norm_of: object) -> None:
