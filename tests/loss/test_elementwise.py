@@ -52,7 +52,7 @@ def check_bce(x: Tensor, t: Tensor, pos_weight: Tensor | None = None) -> None:
     z = x.detach().requires_grad_()
     losses = bce(z, t, pos_weight=pos_weight)
     assert losses.dtype == torch.float32
-    # Not 1 + (p - 1) t, whose terms cancel where p is near 0 and t near 1, and its roundings do not.
+    # Not 1 + (p - 1) t, whose terms cancel where p is near 0 and t near 1, their roundings not.
     positive = 1 + (0.0 if p is None else (p - 1).abs()) * t.double()
     terms = (1 - t.double()).abs() * y.abs() + positive * F.softplus(-y)
     assert_within(losses, truth, tolerance(x.dtype, mean_per_sample(terms).detach(), x))
