@@ -45,8 +45,13 @@ def can_fuse(base: Optimizer) -> bool:
 
 
 def _step_counter(param: Tensor, value: Tensor | float = 0.0) -> Tensor:
-    """torch keeps Adam's step on the CPU unless told otherwise; the kernels count on the device."""
-    return torch.as_tensor(value, dtype=torch.float32, device=param.device)
+    """torch keeps Adam's step on the CPU unless told otherwise; the kernels count on the device.
+
+    Filled there: a number copied to a GPU, as torch.tensor(value, device=...) does, waits for it.
+    """
+    if isinstance(value, Tensor):
+        return value.to(param.device, torch.float32, non_blocking=True)
+    return torch.full((), value, dtype=torch.float32, device=param.device)
 
 
 def _sgd(

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ksam import KSAM
 from ksam.selection import subset_size
-from tests.helpers import all_same_bits
+from ksam.update import _step_counter
+from tests.helpers import all_same_bits, same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
 
@@ -159,6 +161,33 @@ def test_state_of_a_plain_base_optimizer_goes_on(backend: str) -> None:
             other.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+class Filled(TorchDispatchMode):
+    """Counts the tensors that are filled where they are; those copied there are made unseen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.full.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_step_counters_are_made_on_the_device_of_their_parameter() -> None:
+    """Without a copy from the host, for which a GPU would be waited for."""
+    param = torch.empty(3, device="meta")
+    for value in (0.0, 1.0):
+        with Filled() as filled:
+            counter = _step_counter(param, value)
+        assert (counter.device, counter.dtype, counter.shape) == (param.device, torch.float32, ())
+        assert filled.count == 1
+    loaded = torch.tensor(7.0, dtype=torch.float64)
+    assert _step_counter(param, loaded).device == param.device
+    assert same_bits(_step_counter(torch.empty(3), loaded), torch.tensor(7.0))
+    kept = torch.tensor(7.0)
+    assert _step_counter(torch.empty(3), kept) is kept
 
 
 def test_copies_are_independent_and_whole(backend: str) -> None:
