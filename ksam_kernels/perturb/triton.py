@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ksam_kernels.checks import opmath_dtype
-from ksam_kernels.perturb import reference, triton_kernels
+from ksam_kernels.perturb import reference, triton_kernels, triton_updates
 from ksam_kernels.perturb.triton_table import CHUNK, Rows, Table
 from ksam_kernels.triton_support import EXACT, device_ints, double_bits, on_device_of
 
@@ -141,7 +141,7 @@ def _count_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
         return
     blocks = -(-len(steps) // _STEPS_BLOCK)
     addresses = device_ints(tuple(step.data_ptr() for step in steps), steps[0].device)
-    triton_kernels.count_steps_kernel[(blocks,)](
+    triton_updates.count_steps_kernel[(blocks,)](
         addresses, len(steps), found_inf, BLOCK=_STEPS_BLOCK, **EXACT
     )
 
@@ -175,7 +175,7 @@ def restore_sgd_(
     for table in rows.tables():
         constants = {"V": tl.float32, **_types(table.dtypes, "P", "_", "G", "V")}
         _launch(
-            triton_kernels.restore_sgd_kernel,
+            triton_updates.restore_sgd_kernel,
             table,
             *(_scalar_at(grad_scale, params), found_inf, *doubles),
             **constants,
@@ -219,7 +219,7 @@ def restore_adam_(
     doubles = (lr, _log2(beta1), _log2(beta2), beta1, 1 - beta1, beta2, 1 - beta2, eps, decay)
     for table in rows.tables():
         _launch(
-            triton_kernels.restore_adam_kernel,
+            triton_updates.restore_adam_kernel,
             table,
             *(_scalar_at(grad_scale, params), found_inf, *map(double_bits, doubles)),
             **_types(table.dtypes, "P", "_", "G", "M", "V"),

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ksam_kernels.perturb import triton as launches
 from ksam_kernels.perturb import triton_kernels as kernels
+from ksam_kernels.perturb import triton_updates as updates
 from ksam_kernels.perturb.triton_table import CHUNK, HEAD
 from ksam_kernels.triton_support import EXACT
 from tests.triton.compiled import ARCHITECTURES, Compiled, compiled
@@ -65,7 +66,7 @@ def sgd(dtype: torch.dtype, architecture: int, scalars: bool = True) -> Compiled
         **{name: kinds[name] for name in ("P", "G", "V", "A", "BITS")},
         **constants(**flags, CHUNK=CHUNK),
     }
-    return build(kernels.restore_sgd_kernel, arguments, architecture)
+    return build(updates.restore_sgd_kernel, arguments, architecture)
 
 
 def adam(dtype: torch.dtype, architecture: int, scalars: bool = True) -> Compiled:
@@ -78,7 +79,7 @@ def adam(dtype: torch.dtype, architecture: int, scalars: bool = True) -> Compile
         **{name: kinds[name] for name in ("P", "G", "M", "V", "A", "BITS")},
         **constants(**flags, CHUNK=CHUNK),
     }
-    return build(kernels.restore_adam_kernel, arguments, architecture)
+    return build(updates.restore_adam_kernel, arguments, architecture)
 
 
 KERNELS: dict[str, Callable[..., Compiled]] = {
@@ -141,7 +142,7 @@ def test_single_program_and_step_kernels(architecture: int) -> None:
     assert "sqrt.rn.f64" in made.ptx
     steps = {"steps": "*i64", "count": "i32", "found_inf": "*fp32"}
     block = constants(BLOCK=launches._STEPS_BLOCK)
-    assert build(kernels.count_steps_kernel, {**steps, **block}, architecture, 4).spill_bytes == 0
+    assert build(updates.count_steps_kernel, {**steps, **block}, architecture, 4).spill_bytes == 0
 
 
 def test_the_constants_of_tables_and_kernels_agree() -> None:

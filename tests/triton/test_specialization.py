@@ -14,6 +14,7 @@ from ksam_kernels.compact.triton_kernels import gather_kernel
 from ksam_kernels.loss import triton_elementwise as elementwise
 from ksam_kernels.loss import triton_kernels as loss
 from ksam_kernels.perturb import triton_kernels as perturb
+from ksam_kernels.perturb import triton_updates as updates
 from ksam_kernels.topk import triton as topk
 
 KERNELS = [
@@ -21,9 +22,9 @@ KERNELS = [
     perturb.norm_kernel,
     perturb.finish_norm_kernel,
     perturb.perturb_kernel,
-    perturb.restore_sgd_kernel,
-    perturb.restore_adam_kernel,
-    perturb.count_steps_kernel,
+    updates.restore_sgd_kernel,
+    updates.restore_adam_kernel,
+    updates.count_steps_kernel,
     topk.select_kernel,
     topk.digit_kernel,
     topk.select_share_kernel,
