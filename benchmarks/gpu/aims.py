@@ -103,7 +103,7 @@ def _tests(results: Results) -> Aim:
     if found["without_form_on_device"]:
         figure += f"; {found['without_form_on_device']} have no form on a GPU"
     if found["left_out"]:
-        figure += f"; not finished: {', '.join(found['left_out'])}"
+        figure += f"; {len(found['left_out'])} of {len(found['statuses'])} shares not finished"
     return Aim(name, aim, figure, all(status == 0 for status in found["statuses"].values()))
 
 

@@ -1,7 +1,10 @@
-"""The contract tests with ``KSAM_TEST_DEVICE``, in processes side by side, each with its share.
+"""The contract tests with ``KSAM_TEST_DEVICE``, in processes side by side, each with a share.
 
-Their output is read as it comes, a line per test, so that a process that hangs or is cut off loses
-only the tests that it did not reach.
+Shares are small and stand in a queue, from which as many processes as the machine has cores, but
+two, take them: first those of the native backend and the reference, then those of Triton, which
+take longer, for its kernels are compiled meanwhile. A process that hangs, crashes or is cut off
+loses only the tests of its share that it did not reach. A run that goes on where an earlier one was
+cut off does not repeat the shares that passed.
 """
 
 from __future__ import annotations
@@ -12,31 +15,68 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.part import Context, PartFile
+from benchmarks.gpu.share import GROUPS, Selection, backend_of
+from ksam_kernels import backends
 
 _ROOT = Path(__file__).parent.parent.parent
-_BACKENDS = ("native", "triton", "reference")
 
-# Shares of about the same length; what takes longest first.
-SHARES: dict[str, tuple[str, ...]] = {
-    "fuzz-perturb": ("tests/fuzz/test_fuzz_perturb.py",),
-    "fuzz-loss": ("tests/fuzz/test_fuzz_loss.py",),
-    "fuzz-others": ("tests/fuzz/test_fuzz_compact.py", "tests/fuzz/test_fuzz_topk.py"),
-    "perturb": ("tests/perturb",),
-    "loss": ("tests/loss",),
-    "ksam": ("tests/ksam", "tests/topk"),
-    "compact": ("tests/compact", "tests/test_device_assertions.py"),
-    "operators": ("tests/test_operators.py",),
+# room: (what pytest is told, shares of it per backend). All take about as long; to start a process
+# takes some seconds, so there are no more than the balance needs.
+SHARES: dict[str, tuple[tuple[str, ...], int]] = {
+    "fuzz-perturb": (("tests/fuzz/test_fuzz_perturb.py",), 5),
+    "operators": (("tests/test_operators.py",), 4),
+    "fuzz-loss": (("tests/fuzz/test_fuzz_loss.py",), 4),
+    "fuzz-others": (("tests/fuzz/test_fuzz_compact.py", "tests/fuzz/test_fuzz_topk.py"), 1),
+    "perturb": (("tests/perturb",), 8),
+    "loss": (("tests/loss",), 3),
+    "ksam": (("tests/ksam", "tests/topk"), 2),
+    "compact": (("tests/test_device_assertions.py", "tests/compact"), 3),
 }
-_DRY_SHARES = {"topk": ("tests/topk/test_topk.py", "-k", "no_losses")}
+_DRY_SHARES = {"topk": (("tests/topk/test_topk.py", "-k", "no_losses"), 1)}
 
 _OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 _TAIL = 4000
+_NO_TESTS = 5  # pytest's status where a share has no tests
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process runs."""
+
+    room: str
+    arguments: tuple[str, ...]
+    selection: Selection
+
+    @property
+    def name(self) -> str:
+        """Also of its log."""
+        group, first, count = self.selection
+        return f"{self.room}-{group}-{first + 1}of{count}"
+
+    @property
+    def command(self) -> list[str]:
+        """Every test a line, failures with short tracebacks."""
+        options = ["-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "--maxfail=25"]
+        share = ["-p", "benchmarks.gpu.share", "--share", str(self.selection)]
+        return [sys.executable, "-m", "pytest", *options, *share, *self.arguments]
+
+
+def all_shares(context: Context) -> Iterator[Share]:
+    """The queue: Triton's come last, if it runs there."""
+    table = _DRY_SHARES if context.dry_run else SHARES
+    for group in GROUPS:
+        if group == "triton" and backends.why_not("triton", "restore_", context.device) is not None:
+            continue
+        for room, (arguments, count) in table.items():
+            many = count if group == "triton" or context.dry_run else 2 * count  # backends
+            for first in range(many):
+                yield Share(room, arguments, Selection(group, first, many))
 
 
 @dataclass
@@ -58,91 +98,114 @@ class Tally:
         elif line.startswith("left out on "):
             self.left_out += int(re.findall(r": (\d+)\.", line)[0])
 
-    def add(self, other: Tally) -> None:
-        """Count another share's as well."""
-        for backend, outcomes in other.outcomes.items():
-            self.outcomes.setdefault(backend, Counter()).update(outcomes)
-        self.failed += other.failed
-        self.left_out += other.left_out
-
-
-def backend_of(test: str) -> str:
-    """The backend in a test's parameters; "no backend" where it takes none."""
-    parameters = test.partition("[")[2].rstrip("]").split("-")
-    return next((name for name in _BACKENDS if name in parameters), "no backend")
-
-
-def command(arguments: Sequence[str]) -> list[str]:
-    """What runs a share: every test a line, failures with short tracebacks."""
-    options = ["-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "--maxfail=25"]
-    return [sys.executable, "-m", "pytest", *options, *arguments]
-
 
 def _environment(context: Context) -> dict[str, str]:
-    environment = {**os.environ, "KSAM_TEST_DEVICE": context.device.type, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "KSAM_TEST_DEVICE": context.device.type, "OMP_NUM_THREADS": "1"}
     paths = [str(_ROOT), str(_ROOT / "python_api"), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "100"}
 
 
+def _start(share: Share, log: Path, context: Context) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            share.command,
+            cwd=_ROOT,
+            env=_environment(context),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _passed_before(context: Context, file: PartFile) -> dict[str, Any]:
+    """The shares that a run which was cut off found to pass."""
+    left = None if context.dry_run else file.load()
+    if left is None or left["complete"]:
+        return {}
+    shares = left["results"].get("shares", {})
+    return {name: found for name, found in shares.items() if found["status"] == 0}
+
+
 def run(context: Context, file: PartFile) -> None:
-    """All shares at once; at the deadline those that still run are ended."""
-    shares = _DRY_SHARES if context.dry_run else SHARES
-    logs = {name: context.out / f"{context.prefix}tests-{name}.log" for name in shares}
+    """All shares, some at once; at the deadline those that still run are ended, the rest left."""
+    found = _passed_before(context, file)
+    queue = [share for share in all_shares(context) if share.name not in found]
+    workers = max((os.cpu_count() or 1) - 2, 1)
+    if found:
+        print(f"tests: {len(found)} shares passed before", flush=True)
+    print(f"tests: {len(queue)} shares, {workers} at a time", flush=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
-    for name, arguments in shares.items():
-        with logs[name].open("wb") as log:
-            running[name] = subprocess.Popen(
-                command(arguments),
-                cwd=_ROOT,
-                env=_environment(context),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-    start = time.monotonic()
-    statuses: dict[str, int | str] = {}
-    while running:
+    started: dict[str, float] = {}
+    while queue or running:
+        ended = context.seconds_left < 3
+        while queue and (ended or len(running) < workers):
+            share = queue.pop(0)
+            if ended:
+                found[share.name] = nothing("not started")
+            else:
+                running[share.name] = _start(share, _log(share.name, context), context)
+                started[share.name] = time.monotonic()
         for name, process in list(running.items()):
             status: int | str | None = process.poll()
-            if status is None and context.seconds_left < 3:
+            seconds = time.monotonic() - started[name]
+            if status is None and ended:
                 process.kill()
                 process.wait()
-                status = f"ended after {time.monotonic() - start:.0f} s"
+                status = f"ended after {seconds:.0f} s"
             if status is not None:
-                statuses[name] = status
                 del running[name]
-                print(f"tests, {name}: {_describe(status)}", flush=True)
-                file.results = summarize(statuses, logs)
+                found[name] = read_log(_log(name, context), status)
+                print(f"tests, {name}: {_describe(status)}, {seconds:.0f} s", flush=True)
+                file.results = summarize(found)
                 file.write(complete=False)
-        time.sleep(0.2)
-    for name, path in logs.items():
-        if statuses[name] == 0:
-            path.unlink()
+        time.sleep(0.05)
+    file.results = summarize(found)
     _print(file.results)
+
+
+def _log(name: str, context: Context) -> Path:
+    return context.out / f"{context.prefix}tests-{name}.log"
 
 
 def _describe(status: int | str) -> str:
     return "passed" if status == 0 else "FAILED" if status == 1 else f"status {status}"
 
 
-def summarize(statuses: dict[str, int | str], logs: dict[str, Path]) -> dict[str, Any]:
-    """Counts over the shares that have ended, and the end of the output of those that failed."""
-    whole = Tally()
-    tails: dict[str, str] = {}
-    for name, status in statuses.items():
-        text = logs[name].read_text(encoding="utf-8", errors="replace")
-        tally = Tally()
-        for line in text.splitlines():
-            tally.read(line)
-        whole.add(tally)
-        if status != 0:
-            tails[name] = text[-_TAIL:]
+def nothing(status: str) -> dict[str, Any]:
+    """Of a share that did not run."""
+    return {"status": status, "outcomes": {}, "failed": [], "left_out": 0, "output_tail": ""}
+
+
+def read_log(log: Path, status: int | str) -> dict[str, Any]:
+    """What a share found; its log stays if it failed."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    tally = Tally()
+    for line in text.splitlines():
+        tally.read(line)
+    if status in (0, _NO_TESTS):
+        status = 0
+        log.unlink()
     return {
-        "statuses": statuses,
-        "by_backend": {name: dict(counts) for name, counts in sorted(whole.outcomes.items())},
-        "failed": whole.failed,
-        "without_form_on_device": whole.left_out,
-        "left_out": [name for name, status in statuses.items() if isinstance(status, str)],
-        "output_tails": tails,
+        "status": status,
+        "outcomes": {name: dict(counts) for name, counts in tally.outcomes.items()},
+        "failed": tally.failed,
+        "left_out": tally.left_out,
+        "output_tail": "" if status == 0 else text[-_TAIL:],
+    }
+
+
+def summarize(shares: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Counts over the shares, and the end of the output of those that failed."""
+    by_backend: dict[str, Counter[str]] = {}
+    for share in shares.values():
+        for backend, outcomes in share["outcomes"].items():
+            by_backend.setdefault(backend, Counter()).update(outcomes)
+    return {
+        "statuses": {name: share["status"] for name, share in shares.items()},
+        "by_backend": {name: dict(counts) for name, counts in sorted(by_backend.items())},
+        "failed": [test for share in shares.values() for test in share["failed"]],
+        "without_form_on_device": sum(share["left_out"] for share in shares.values()),
+        "left_out": [name for name, share in shares.items() if isinstance(share["status"], str)],
+        "shares": shares,
     }
 
 
@@ -151,3 +214,5 @@ def _print(results: dict[str, Any]) -> None:
         print(f"  {backend:10} {counts}")
     for test in results["failed"]:
         print(f"  failed: {test}")
+    for name in results["left_out"]:
+        print(f"  {results['statuses'][name]}: {name}")

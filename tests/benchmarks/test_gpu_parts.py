@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,50 +13,11 @@ from benchmarks.gpu import cases, graph, kernels, sanitizer
 from benchmarks.gpu.aims import Results, aims
 from benchmarks.gpu.cli import default_folder
 from benchmarks.gpu.launches import DeviceType, tally, waits_for_device
-from benchmarks.gpu.part import Context, PartFile
-from benchmarks.gpu.tests import run, summarize
 from benchmarks.kernels.case import EXACT, KSAM, Case, Contestant, stateless
 from benchmarks.timing import Plan
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 H100_L2 = 50 << 20
-
-OUTPUT = """\
-tests/topk/test_topk.py::test_strided[native-torch.float32] PASSED [ 10%]
-tests/topk/test_topk.py::test_strided[reference-torch.float32] FAILED [ 20%]
-tests/perturb/test_norm.py::test_any_layout[native-sliced] ERROR [ 30%]
-tests/ksam/test_optimizer.py::test_base_can_be an_instance PASSED [ 40%]
-tests/loss/test_x.py::test_of_a_long_name[reference-some thing] SKIPPED (why) [ 50%]
-E   AssertionError: tests/topk/test_topk.py::test_strided PASSED
-left out on cuda: 12. an index or class out of range is an IndexError on the CPU only
-===== 1 failed, 2 passed =====
-"""
-
-
-def test_outcomes_are_counted_by_backend(tmp_path: Path) -> None:
-    (tmp_path / "a.log").write_text(OUTPUT)
-    (tmp_path / "b.log").write_text(OUTPUT.splitlines(keepends=True)[0])
-    logs = {name: tmp_path / f"{name}.log" for name in "ab"}
-    found = summarize({"a": 1, "b": "ended after 3 s"}, logs)
-    assert found["by_backend"] == {
-        "native": {"passed": 2, "error": 1},
-        "reference": {"failed": 1, "skipped": 1},
-        "no backend": {"passed": 1},
-    }
-    assert found["without_form_on_device"] == 12
-    assert found["left_out"] == ["b"]
-    assert len(found["failed"]) == 2
-    assert found["output_tails"]["a"].endswith("1 failed, 2 passed =====\n")
-
-
-def test_the_lines_that_pytest_prints_are_those_that_are_counted(tmp_path: Path) -> None:
-    """In a process of its own, as in the run."""
-    context = Context(CPU, tmp_path, dry_run=True)
-    file = PartFile("tests", context)
-    run(context, file)
-    assert file.results["statuses"] == {"topk": 0}
-    assert file.results["by_backend"]["reference"] == {"passed": 1}
-    assert file.results["failed"] == []
 
 
 @pytest.mark.parametrize(
@@ -127,20 +86,6 @@ def test_sanitizer_is_found_in_cuda_home(tmp_path: Path, monkeypatch: pytest.Mon
     assert sanitizer.find_tool() == str(tool)
     assert sanitizer.command(str(tool), "racecheck")[:3] == [str(tool), "--tool", "racecheck"]
     assert sanitizer._check(str(tool), "memcheck", 20)["clean"]
-
-
-def test_shares_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hang = [
-        sys.executable,
-        "-c",
-        f"print({OUTPUT.splitlines()[0]!r}, flush=True); import time; time.sleep(60)",
-    ]
-    monkeypatch.setattr("benchmarks.gpu.tests.command", lambda _: hang)
-    context = Context(CPU, tmp_path, dry_run=True, deadline=time.monotonic() + 4)
-    file = PartFile("tests", context)
-    run(context, file)
-    assert file.results["left_out"] == ["topk"]
-    assert file.results["by_backend"] == {"native": {"passed": 1}}
 
 
 def test_different_bits_are_seen() -> None:
