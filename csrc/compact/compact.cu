@@ -7,7 +7,7 @@ namespace ksam::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoads = 4;  // of a thread, all in flight at once
+constexpr int kLoads = 2;  // of a thread, all in flight at once
 constexpr int kTileVectors = kThreads * kLoads;
 
 // A leaf as it lies in the kernel's parameters.
