@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kSelectedByBlock = 64;
 constexpr int kHeld = 2;
 #else
-constexpr int64_t kSelectedByBlock = 4096;
+constexpr int64_t kSelectedByBlock = 2048;
 constexpr int kHeld = 8;
 #endif
 

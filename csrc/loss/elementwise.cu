@@ -122,6 +122,7 @@ struct SampleLosses {
   explicit SampleLosses(const Elementwise& args) : samples(args), losses(args.losses) {}
 
   __device__ __forceinline__ Row row(int64_t i) const { return i; }
+  __device__ __forceinline__ void settle(Row*) const {}
 
   __device__ __forceinline__ void add(const Row* i, const Team& team, A* sum) const {
     samples.for_each_piece(

@@ -14,9 +14,11 @@ namespace ksam::gpu {
 #if defined(KSAM_SIMT)  // so that the tests' small rows come to every regime
 constexpr int kRowShift = 7;
 constexpr int kTurnsOfWarp = 1;
+constexpr int kBlocksWanted = 4;
 #else
 constexpr int kRowShift = 8;
-constexpr int kTurnsOfWarp = 4;  // the longest row of a warp, in batches of its lanes
+constexpr int kTurnsOfWarp = 4;   // the longest row of a warp, in batches of its lanes
+constexpr int kBlocksWanted = 2;  // of a multiprocessor, which have then enough loads in flight
 #endif
 constexpr int kRowThreads = 1 << kRowShift;  // of a block
 
@@ -59,7 +61,7 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int resi
     const int per_block = kRowThreads >> shift;
     return {shift, dim3(row_blocks((rows + per_block - 1) / per_block, resident), 1)};
   }
-  const int64_t wanted = int64_t{resident} * multiprocessors() / rows;
+  const int64_t wanted = int64_t{kBlocksWanted} * multiprocessors() / rows;
   const int64_t worth = vectors / (kRowThreads * kUnroll);
   const int64_t parts = wanted < worth ? wanted : worth;
   return {kRowShift,
@@ -108,6 +110,7 @@ void launch_gradient(const G& gradients, int64_t rows, int64_t columns, int per_
 //   kResident                 blocks that a multiprocessor has registers for
 //   struct Sums               what is added up over a row; at first, what no element gives
 //   struct Row; row(i)        what is known of row i beforehand
+//   settle(&row)              what there is to find out about a row before it is finished
 //   add(&row, team, &sums)    the share of a thread
 //   merge(&sums, other)       two shares as one; neither order nor grouping follows from timing
 //   merge_lanes(shift, &sums)  those of 2^shift lanes, in all of them
@@ -207,7 +210,8 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
     int shift = 0;
     while (shift < kWarpShift && 1 << shift < parts) ++shift;
     rows_by_lanes(reduction, rows, shift, warp_of_thread(), kRowThreads / kWarp,
-                  [&](int64_t i, auto*, int lane, auto* sums) {
+                  [&](int64_t i, auto* row, int lane, auto* sums) {
+                    reduction.settle(row);
                     for (int64_t part = lane; part < parts; part += 1 << shift) {
                       R::merge(sums, R::load(split.partial + i * parts + part));
                     }

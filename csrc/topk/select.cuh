@@ -47,6 +47,7 @@ struct SelectShared {
   uint32_t of_warp[kWarp];
   uint32_t equal_of_warp[kWarp];
   uint32_t digit;
+  uint32_t with_digit;
   uint32_t above;  // keys with a larger digit
 };
 
@@ -138,8 +139,8 @@ __device__ __forceinline__ void count_digits(const Stretch<T, kHeld>& stretch,
   __syncthreads();
 }
 
-// The digit that holds the `wanted`-th largest of the counted keys, and how many lie above it. By the
-// first warp, whose lanes have a run of digits each, the first lane the largest.
+// The digit that holds the `wanted`-th largest of the counted keys, how many have it, and how many lie
+// above it. By the first warp, whose lanes have a run of digits each, the first lane the largest.
 __device__ __forceinline__ void find_digit(int64_t wanted, SelectShared& shared) {
   constexpr int kRun = kDigits / kWarp;
   if (warp_of_thread() == 0) {
@@ -160,17 +161,21 @@ __device__ __forceinline__ void find_digit(int64_t wanted, SelectShared& shared)
         digit -= is_found ? 0 : 1;
       }
       shared.digit = digit;
+      shared.with_digit = shared.count[digit];
       shared.above = above;
     }
   }
   __syncthreads();
 }
 
+// Takes the digit for known. Whether all keys that have it are selected, so that their other digits do
+// not matter: mostly so before the last pass, unless losses are tied.
 template <class Key>
-__device__ __forceinline__ void narrow(Threshold<Key>* at, int shift, const SelectShared& shared) {
+__device__ __forceinline__ bool narrow(Threshold<Key>* at, int shift, const SelectShared& shared) {
   at->key |= static_cast<Key>(shared.digit) << shift;
   at->known |= static_cast<Key>(kDigits - 1) << shift;
   at->wanted -= shared.above;
+  return at->wanted == shared.with_digit;
 }
 
 // Of the digits, from the highest to 0.
@@ -184,14 +189,17 @@ struct Counts {
   uint32_t greater, equal;
 };
 
-// visit(i, whether key i is greater than the threshold, whether it is equal, `before` plus the keys
-// of the warp's stretch before i) for every key; returns `before` plus all of the stretch.
+// visit(i, whether key i is greater than the threshold in its known digits, whether it is equal,
+// `before` plus the keys of the warp's stretch before i) for every key; returns `before` plus all of
+// the stretch.
 template <class T, int kHeld, class Visit>
-__device__ __forceinline__ Counts walk_warp(const Stretch<T, kHeld>& stretch, KeyOf<T> threshold,
-                                            Counts before, const Visit& visit) {
+__device__ __forceinline__ Counts walk_warp(const Stretch<T, kHeld>& stretch,
+                                            const Threshold<KeyOf<T>>& at, Counts before,
+                                            const Visit& visit) {
   const unsigned below = (1u << lane_of_thread()) - 1;
   stretch.for_each([&](int64_t i, bool real, KeyOf<T> key) {
-    const bool greater = real && key > threshold, equal = real && key == threshold;
+    key &= at.known;
+    const bool greater = real && key > at.key, equal = real && key == at.key;
     const unsigned greaters = __ballot_sync(kAllLanes, greater);
     const unsigned equals = __ballot_sync(kAllLanes, equal);
     visit(i, greater, equal,
@@ -208,9 +216,9 @@ struct Selected {
 
 template <class T, int kHeld>
 __device__ __forceinline__ Selected count_selected(const Stretch<T, kHeld>& stretch,
-                                                   KeyOf<T> threshold, SelectShared& shared) {
-  const Counts own =
-      walk_warp(stretch, threshold, Counts{0, 0}, [](int64_t, bool, bool, Counts) {});
+                                                   const Threshold<KeyOf<T>>& at,
+                                                   SelectShared& shared) {
+  const Counts own = walk_warp(stretch, at, Counts{0, 0}, [](int64_t, bool, bool, Counts) {});
   if (lane_of_thread() == 0) {
     shared.of_warp[warp_of_thread()] = own.greater;
     shared.equal_of_warp[warp_of_thread()] = own.equal;
@@ -226,7 +234,7 @@ template <class T, int kHeld>
 __device__ __forceinline__ void write_selected(const Stretch<T, kHeld>& stretch,
                                                const Threshold<KeyOf<T>>& at, Counts before,
                                                int64_t* out) {
-  walk_warp(stretch, at.key, before, [&](int64_t i, bool greater, bool equal, Counts ahead) {
+  walk_warp(stretch, at, before, [&](int64_t i, bool greater, bool equal, Counts ahead) {
     const int64_t ties = ahead.equal < at.wanted ? ahead.equal : at.wanted;
     if (greater || (equal && ahead.equal < at.wanted)) out[ahead.greater + ties] = i;
   });
@@ -244,9 +252,9 @@ __device__ __forceinline__ void select_by_block(const T* losses, int64_t n, int6
   for (int shift = kFirstShift<Key>; shift >= 0; shift -= kDigitBits) {
     count_digits(stretch, at, shift, shared);
     find_digit(at.wanted, shared);
-    narrow(&at, shift, shared);
+    if (narrow(&at, shift, shared)) break;
   }
-  write_selected(stretch, at, count_selected(stretch, at.key, shared).before, out);
+  write_selected(stretch, at, count_selected(stretch, at, shared).before, out);
 }
 
 }  // namespace ksam::gpu

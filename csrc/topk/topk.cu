@@ -17,7 +17,7 @@ constexpr int64_t kPerGridBlock = 700;
 template <class T>
 constexpr int kHeld = 2;
 #else
-constexpr int64_t kOneBlock = 16384;
+constexpr int64_t kOneBlock = 12288;
 constexpr int64_t kPerGridBlock = 4 * kGridThreads;  // the least that a block of a grid is worth
 template <class T>
 constexpr int kHeld = 64 / static_cast<int>(sizeof(KeyOf<T>));
@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     for (int d = threadIdx.x; d < kDigits; d += blockDim.x) shared.count[d] = __ldcg(&count[d]);
     __syncthreads();
     find_digit(at.wanted, shared);
-    narrow(&at, shift, shared);
+    if (narrow(&at, shift, shared)) break;
   }
-  const Selected selected = count_selected(stretch, at.key, shared);
+  const Selected selected = count_selected(stretch, at, shared);
   if (threadIdx.x == 0) scratch.selected[blockIdx.x] = selected.all;
   grid.sync();
   const Counts before = selected_before(scratch.selected);
@@ -99,7 +99,7 @@ constexpr int64_t kCountBytes = sizeof(uint32_t) * kDigits;
 
 // Few threads: barriers of a small block are quicker.
 unsigned block_threads(int64_t n) {
-  constexpr int64_t kFewest = 256, kEach = 4;
+  constexpr int64_t kFewest = 256, kEach = 8;
   int64_t threads = kFewest;
   while (threads < kBlockThreads && threads * kEach < n) threads *= 2;
   return static_cast<unsigned>(threads);
