@@ -34,7 +34,8 @@ def write_report(context: Context) -> list[Aim]:
     plotted = _plot(context, rows)
     summary = {"parts": _states(parts), "aims": [vars(aim) for aim in found], "results": results}
     _file(context, "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    lines = [*_heading(parts, context), *_aims(found), *_times(rows), *_launches(results)]
+    lines = [*_heading(parts, context), *_aims(found), *_training(results), *_times(rows)]
+    lines += _launches(results)
     lines += [*_failures(parts), *([f"![Ratios]({plotted.name})"] if plotted else [])]
     _file(context, "report.md").write_text("\n".join(lines) + "\n", "utf-8")
     return found
@@ -88,6 +89,22 @@ def _heading(parts: dict[str, dict[str, Any]], context: Context) -> list[str]:
 def _aims(found: list[Aim]) -> list[str]:
     rows = [f"| {a.name} | {a.aim} | {a.figure} | {_VERDICTS[a.met]} |" for a in found]
     return ["| what | aim | measured | |", "|---|---|---|---|", *rows, ""]
+
+
+def _training(results: Results) -> list[str]:
+    """Times of whole training steps, a column per method."""
+    found = results.get("training", {}).get("workloads", {})
+    if not found:
+        return []
+    methods = list(next(iter(found.values())))
+    lines = [f"| a training step, ms | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
+    for label, own in found.items():
+        cells = [
+            f"{own[name]['milliseconds']['median']:.2f} ({own[name]['over SGD']['median']:.2f})"
+            for name in methods
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, "", "In brackets: over SGD's, the median of rounds.", ""]
 
 
 def _times(rows: list[dict[str, Any]]) -> list[str]:

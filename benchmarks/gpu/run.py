@@ -26,6 +26,7 @@ PARTS = {
     "graph": ("a step captured in a CUDA graph, replayed, compared bit for bit", 60),
     "launches": ("kernels launched per operation and per step, from the profiler", 60),
     "host": ("host time of the calls of a step", 40),
+    "training": ("whole training steps: SGD, SAM and K-SAM", 70),
     "tests": ("the contract tests on the GPU", 200),
     "kernels": ("times against PyTorch, percent of the bandwidth of a copy", 240),
     "sanitizer": ("memcheck and racecheck over every kernel", 100),

@@ -46,14 +46,19 @@ class Start:
 
     @classmethod
     def random(cls, shapes: list[tuple[int, ...]], base: Base, device: torch.device) -> Start:
-        """Weights as initializers make them; the state has no negative squares."""
+        """Weights as initializers make them; the state has no negative squares.
+
+        Nor has it squares of nearly 0 beside large means, which no training has: a weight that they
+        move by more than its own size would tell contestants apart by their rounding of the bias
+        corrections, which PyTorch's computes in float32 where the steps are counted on a GPU.
+        """
 
         def normal(scale: float) -> list[Tensor]:
             return [scale * torch.randn(shape, device=device) for shape in shapes]
 
         state = {name: normal(1e-2) for name in base.state}
         for square in state.get("exp_avg_sq", []):
-            square.square_()
+            square.square_().add_(1e-4)
         return cls(weights=normal(2e-2), grads=normal(1e-2), state=state)
 
 

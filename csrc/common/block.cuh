@@ -161,11 +161,13 @@ __device__ __forceinline__ T block_sum(T value) {
 // read (past the first-level cache: __ldcg). The counter is 0 again after the last one.
 __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(ticket, blocks - 1) == blocks - 1;
+  if (threadIdx.x == 0) {  // whose fences are the block's, by the barriers around them
+    __threadfence();
+    last = atomicInc(ticket, blocks - 1) == blocks - 1;
+    __threadfence();
+  }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
 

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -58,17 +59,26 @@ int place_of(int device, Stream stream) {
   return next++;
 }
 
+// What `find` says of the current device, asked once for each.
+template <class T, class Find>
+T once_per_device(const Find& find) {
+  constexpr int kDevices = 64;
+  static std::atomic<T> known[kDevices];  // T() where it is not
+  const int device = current_device();
+  if (device < kDevices && known[device] != T()) return known[device];
+  const T found = find(device);
+  if (device < kDevices) known[device] = found;
+  return found;
+}
+
 }  // namespace
 
 int multiprocessors() {
-  constexpr int kDevices = 64;
-  static int known[kDevices] = {};
-  const int device = current_device();
-  if (device < kDevices && known[device] != 0) return known[device];
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  if (device < kDevices) known[device] = count;
-  return count;
+  return once_per_device<int>([](int device) {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  });
 }
 
 unsigned* ticket(Stream stream, void* fallback) {
@@ -77,9 +87,11 @@ unsigned* ticket(Stream stream, void* fallback) {
   if (capture == cudaStreamCaptureStatusNone) {
     const int place = place_of(current_device(), stream);
     if (place < kTickets) {
-      void* begin = nullptr;
-      check(cudaGetSymbolAddress(&begin, tickets));
-      return static_cast<unsigned*>(begin) + place;
+      return place + once_per_device<unsigned*>([](int) {
+               void* begin = nullptr;
+               check(cudaGetSymbolAddress(&begin, tickets));
+               return static_cast<unsigned*>(begin);
+             });
     }
   }
   check(cudaMemsetAsync(fallback, 0, sizeof(unsigned), stream));

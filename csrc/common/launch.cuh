@@ -61,26 +61,25 @@ inline void check(cudaError_t error) {
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream, A&&... arguments) {
-  kernel<<<grid, block, 0, stream>>>(static_cast<P>(arguments)...);
-  check(cudaGetLastError());
+template <class P>
+struct Argument {
+  using type = const P&;  // a table is copied once, by the runtime
+};
+
+template <class... P>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
+            typename Argument<P>::type... arguments) {
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0, stream));
 }
 
 // All blocks run at once, or the launch fails; cooperative_groups' grid.sync() works in them.
-template <class... P, class... A>
+template <class... P>
 void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
-                        A&&... arguments) {
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+                        typename Argument<P>::type... arguments) {
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses,
+                                    0, stream));
 }
 
 #endif

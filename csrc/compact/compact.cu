@@ -7,8 +7,9 @@ namespace ksam::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoads = 4;  // of a thread, all in flight at once
+constexpr int kLoads = 2;  // of a thread, all in flight at once
 constexpr int kTileVectors = kThreads * kLoads;
+constexpr int kBlocks = 6;  // of a multiprocessor, as many as there are registers for
 
 // A leaf as it lies in the kernel's parameters.
 struct PackedLeaf {
@@ -107,7 +108,7 @@ __device__ __forceinline__ void copy_tile(const PackedLeaf& leaf, const IndexLis
 
 // out[i] = source[indices[i]] for every leaf. One block per tile.
 template <class Index>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gather_kernel(KSAM_PARAMETER(Leaves) leaves,
                   IndexList<Index> indices,  // [k]
                   int64_t k) {

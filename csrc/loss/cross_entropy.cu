@@ -16,9 +16,25 @@ namespace {
 // Up to here the last block selects; more losses are worth a second launch.
 #if defined(KSAM_SIMT)
 constexpr int64_t kSelectedByBlock = 64;
+constexpr int kHeld = 2;
 #else
-constexpr int64_t kSelectedByBlock = 16384;
+constexpr int64_t kSelectedByBlock = 2048;
+constexpr int kHeld = 8;
 #endif
+
+// exp(z) for z <= 0, to 2 |z| + 4 units of rounding: a multiplication and the processor's power of
+// two, where expf takes 8 instructions, with which 16-bit logits would wait for arithmetic instead
+// of memory. The sum's terms are exp(z), so that |z| counts as |z| exp(z) <= 1 / e of them.
+__device__ __forceinline__ float quick_exponential(float z) {
+#if defined(KSAM_SIMT)
+  return ::expf(z);
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * 1.4426950408889634f));
+  return power;
+#endif
+}
+__device__ __forceinline__ double quick_exponential(double z) { return ::exp(z); }
 
 __device__ __forceinline__ float larger(float a, float b) { return ::fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return ::fmax(a, b); }
@@ -29,7 +45,7 @@ struct RowLosses {
   using Sums = RowSums<A>;
   using TargetOf = Target<T, Q, kKind>;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = resident_blocks<T>(kKind);
+  static constexpr int kResident = resident_blocks(kKind, sizeof(T));
   static constexpr bool kHasSpread = TargetOf::kHasSpread;
 
   const T* logits;  // [rows, classes]
@@ -47,14 +63,21 @@ struct RowLosses {
 
   struct Row {
     int64_t i;
-    int64_t y;
-    A x_y;  // the logit of class y
+    int64_t y;  // until it is settled what the target says, then the class or kIgnored
+    A x_y;      // the logit of class y
+    bool is_settled;
   };
 
-  __device__ __forceinline__ Row row(int64_t i) const {
-    Row row{i, target.class_of(i), 0};
-    if (TargetOf::kHasHot && row.y != kIgnored) row.x_y = to<A>(logits[i * stride + row.y]);
-    return row;
+  __device__ __forceinline__ Row row(int64_t i) const { return {i, target.read(i), 0, false}; }
+
+  // Looks at the class, which nothing waits for before the first logits are asked for as well.
+  __device__ __forceinline__ void settle(Row* row) const {
+    if (row->is_settled) return;
+    row->is_settled = true;
+    row->y = target.class_of(row->y);
+    if (TargetOf::kHasHot && row->y != kIgnored) {
+      row->x_y = to<A>(logits[row->i * stride + row->y]);
+    }
   }
 
   struct Item {
@@ -62,10 +85,9 @@ struct RowLosses {
     typename TargetOf::Probabilities t;
   };
 
-  __device__ __forceinline__ void add(const Row& row, const Team& team, Sums* sums) const {
-    if (row.y == kIgnored) return;
-    const T* x = logits + row.i * stride;
-    const Q* t = target.row(TargetOf::kHasHot ? 0 : row.i);
+  __device__ __forceinline__ void add(Row* row, const Team& team, Sums* sums) const {
+    const T* x = logits + row->i * stride;
+    const Q* t = target.row(TargetOf::kHasHot ? 0 : row->i);
     const int offset = offset_of(x);
     const bool t_aligned = TargetOf::kHasHot || offset_of(t) == 0;
     const bool w_aligned = offset_of(target.weight) == 0;
@@ -77,23 +99,44 @@ struct RowLosses {
                       target.load(t, piece, loads, t_aligned)};
         },
         [&](const Piece* pieces, const Item* items) {
+          settle(row);
+          if (row->y == kIgnored) return false;
           raise(items, sums);
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
             if (pieces[u].end > 0) add_piece(pieces[u], items[u], w_aligned, sums);
           }
+          return true;
         });
   }
 
   // Where the largest of some logits is larger than all before, it becomes the maximum.
   static __device__ __forceinline__ void raise(const Item* items, Sums* sums) {
-    A high = -HUGE_VALF;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) high = larger(high, element(items[u].x, j));  // not NaN
-    }
+    const A high = largest(items);
     if (high > sums->max) raise_maximum(sums, high);
+  }
+
+  // NaN where there is nothing else.
+  static __device__ __forceinline__ A largest(const Item* items) {
+    A high = element(items[0].x, 0);
+    if constexpr (sizeof(T) == 2) {
+      Packed<T, 2> pair{items[0].x.words[0]};
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+          pair.words[0] = larger_pair(pair.words[0], items[u].x.words[i], T());
+        }
+      }
+      high = larger(element(pair, 0), element(pair, 1));
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) high = larger(high, element(items[u].x, j));
+      }
+    }
+    return high;
   }
 
   __device__ __forceinline__ void add_piece(const Piece& piece, const Item& item, bool w_aligned,
@@ -103,15 +146,24 @@ struct RowLosses {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       z[j] = element(item.x, j) - max;
-      sums->exp += exponential(z[j]);
+      sums->exp += quick_exponential(z[j]);
     }
     if constexpr (kHasSpread) {
-      const auto q = target.spread(item.t, piece, w_aligned);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        sums->mass += q.at[j];
-        sums->dot = ::fma(q.at[j], piece.has(j) ? z[j] : A(0), sums->dot);
+      if (piece.begin == 0 && piece.end == N) {  // most are, and need no look at their elements
+        add_spread({piece.first, 0, N}, z, item, w_aligned, sums);
+      } else {
+        add_spread(piece, z, item, w_aligned, sums);
       }
+    }
+  }
+
+  __device__ __forceinline__ void add_spread(const Piece& piece, const A (&z)[N], const Item& item,
+                                             bool w_aligned, Sums* sums) const {
+    const auto q = target.spread(item.t, piece, w_aligned);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      sums->mass += q.at[j];
+      sums->dot = ::fma(q.at[j], piece.has(j) ? z[j] : A(0), sums->dot);
     }
   }
 
@@ -119,22 +171,23 @@ struct RowLosses {
     ksam::merge(sums, other);
   }
 
-  static __device__ __forceinline__ Sums from_lane(const Sums& sums, int by) {
-    Sums other;
-    other.max = __shfl_xor_sync(kAllLanes, sums.max, by);
-    other.exp = __shfl_xor_sync(kAllLanes, sums.exp, by);
+  // The maximum first: each lane then takes its sums there once, and the rest is additions.
+  static __device__ __forceinline__ void merge_lanes(int shift, Sums* sums) {
+    const A max = over_lanes(shift, sums->max, [](A a, A b) { return larger(a, b); });
+    if (max > sums->max) raise_maximum(sums, max);
+    sums->exp = sum_over_lanes(shift, sums->exp);
     if constexpr (kHasSpread) {
-      other.mass = __shfl_xor_sync(kAllLanes, sums.mass, by);
-      other.dot = __shfl_xor_sync(kAllLanes, sums.dot, by);
+      sums->mass = sum_over_lanes(shift, sums->mass);
+      sums->dot = sum_over_lanes(shift, sums->dot);
     }
-    return other;
   }
 
   static __device__ __forceinline__ Sums load(const Sums* p) {
     return {__ldcg(&p->max), __ldcg(&p->exp), __ldcg(&p->mass), __ldcg(&p->dot)};
   }
 
-  __device__ __forceinline__ void finish(const Row& row, const Sums& sums) const {
+  __device__ __forceinline__ void finish(Row row, const Sums& sums) const {
+    settle(&row);
     RowStats<A> result{0, 0, 0};
     A loss = 0;
     if (row.y != kIgnored) {
@@ -161,15 +214,15 @@ struct Selection {
   __device__ __forceinline__ bool is_wanted() const { return k > 0; }
   __device__ __forceinline__ void run() const {
     __shared__ SelectShared shared;
-    select_by_block(losses, n, k, shared, indices);
+    select_by_block<kHeld>(losses, n, k, shared, indices);
   }
 };
 
 RowPlan plan_of(const CrossEntropy& args) {
-  const int per_vector = kVectorBytes / (args.logits.dtype == DType::f64   ? 8
-                                         : args.logits.dtype == DType::f32 ? 4
-                                                                           : 2);
-  return plan_rows(args.logits.rows, args.logits.columns, per_vector);
+  const DType dtype = args.logits.dtype;
+  const int itemsize = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  return plan_rows(args.logits.rows, args.logits.columns, kVectorBytes / itemsize,
+                   resident_blocks(kind_of(args), itemsize));
 }
 
 void run(const CrossEntropy& args, const Selection& selection, void* scratch, Stream stream) {

@@ -14,7 +14,7 @@ struct RowGradients {
   using A = Opmath<T>;
   using TargetOf = Target<T, Q, kKind>;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = resident_blocks<T>(kKind);
+  static constexpr int kResident = kKind == Kind::classes && sizeof(T) < 8 ? 3 : 2;
 
   const T* logits;  // [rows, classes]
   int64_t stride;   // between rows
@@ -42,7 +42,7 @@ struct RowGradients {
   __device__ __forceinline__ void write(int64_t i, const Team& team) const {
     T* to = out + i * target.classes;
     const int lead = offset_of(to);
-    const int64_t y = target.class_of(i);
+    const int64_t y = target.class_of(target.read(i));
     if (y == kIgnored) return clear(to, lead, team);
     const Slope slope{stats[3 * i], stats[3 * i + 1], stats[3 * i + 2],
                       static_cast<A>(grad[i * grad_stride]), target.hot(y)};
@@ -65,6 +65,7 @@ struct RowGradients {
               store_piece<N>(to, pieces[u], gradient(slope, pieces[u], items[u], y, w_aligned));
             }
           }
+          return true;
         });
   }
 
@@ -99,6 +100,7 @@ struct RowGradients {
           for (int u = 0; u < kUnroll; ++u) {
             if (pieces[u].end > 0) store_piece<N>(to, pieces[u], zeros);
           }
+          return true;
         });
   }
 };

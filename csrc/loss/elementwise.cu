@@ -9,6 +9,8 @@
 namespace ksam::gpu {
 namespace {
 
+constexpr int kSampleBlocks = 2;  // that a multiprocessor has registers for
+
 // What the formulas call, for a number.
 struct Math {
   template <class A>
@@ -87,6 +89,7 @@ struct Samples {
             }
             body(pieces[u], x, t, positive(pieces[u], t, p_aligned));
           }
+          return true;
         });
   }
 
@@ -111,7 +114,7 @@ struct SampleLosses {
   using Sums = A;
   using Row = int64_t;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = 2;
+  static constexpr int kResident = kSampleBlocks;
 
   Samples<Loss, T, Q> samples;
   float* losses;  // [samples]
@@ -119,10 +122,11 @@ struct SampleLosses {
   explicit SampleLosses(const Elementwise& args) : samples(args), losses(args.losses) {}
 
   __device__ __forceinline__ Row row(int64_t i) const { return i; }
+  __device__ __forceinline__ void settle(Row*) const {}
 
-  __device__ __forceinline__ void add(Row i, const Team& team, A* sum) const {
+  __device__ __forceinline__ void add(const Row* i, const Team& team, A* sum) const {
     samples.for_each_piece(
-        i, 0, team, [&](const Piece& piece, const auto& x, const auto& t, const auto& positive) {
+        *i, 0, team, [&](const Piece& piece, const auto& x, const auto& t, const auto& positive) {
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             const A loss = Loss::loss(x.at[j], t.at[j], positive.at[j]);
@@ -132,8 +136,8 @@ struct SampleLosses {
   }
 
   static __device__ __forceinline__ void merge(A* sum, A other) { *sum += other; }
-  static __device__ __forceinline__ A from_lane(A sum, int by) {
-    return __shfl_xor_sync(kAllLanes, sum, by);
+  static __device__ __forceinline__ void merge_lanes(int shift, A* sum) {
+    *sum = sum_over_lanes(shift, *sum);
   }
   static __device__ __forceinline__ A load(const A* p) { return __ldcg(p); }
 
@@ -146,7 +150,7 @@ template <class Loss, class T, class Q>
 struct SampleGradients {
   using A = Opmath<T>;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = 2;
+  static constexpr int kResident = kSampleBlocks;
 
   Samples<Loss, T, Q> samples;
   const float* grad;    // [samples]
@@ -192,7 +196,7 @@ void on_samples(const Elementwise& args, const Body& body) {
 
 RowPlan plan_of(const Elementwise& args) {
   const int bytes = args.input.dtype == DType::f64 ? 8 : args.input.dtype == DType::f32 ? 4 : 2;
-  return plan_rows(args.input.rows, args.input.columns, kVectorBytes / bytes);
+  return plan_rows(args.input.rows, args.input.columns, kVectorBytes / bytes, kSampleBlocks);
 }
 
 template <class Loss>

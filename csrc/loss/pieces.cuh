@@ -76,6 +76,32 @@ __device__ __forceinline__ float element(const Packed<f16, N>& from, int j) {
 }
 
 template <int N, class T>
+__device__ __forceinline__ Packed<T, N> filled(T value) {
+  Packed<T, N> to;
+#pragma unroll
+  for (int j = 0; j < N; ++j) put(&to, j, value);
+  return to;
+}
+
+// Of each half of two words: the larger of the two numbers, of a number and NaN the number.
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b, bf16) {
+  __nv_bfloat162 x, y;
+  memcpy(&x, &a, sizeof x);
+  memcpy(&y, &b, sizeof y);
+  x = __hmax2(x, y);
+  memcpy(&a, &x, sizeof a);
+  return a;
+}
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b, f16) {
+  __half2 x, y;
+  memcpy(&x, &a, sizeof x);
+  memcpy(&y, &b, sizeof y);
+  x = __hmax2(x, y);
+  memcpy(&a, &x, sizeof a);
+  return a;
+}
+
+template <int N, class T>
 __device__ __forceinline__ Packed<T, N> load_whole(const T* p) {
   constexpr int kWords = kVectorBytes / 4;
   Packed<T, N> to;
@@ -88,22 +114,27 @@ __device__ __forceinline__ Packed<T, N> load_whole(const T* p) {
   return to;
 }
 
-// N halves from the two vectors that hold them, the first beginning `offset` before p.
+// N elements of 2 or 4 bytes from the two vectors that hold them, the first beginning `offset` before
+// p.
 template <int N, class T>
 __device__ __forceinline__ Packed<T, N> load_shifted(const T* p, int offset) {
-  static_assert(N * sizeof(T) == kVectorBytes && sizeof(T) == 2);
+  static_assert(N * sizeof(T) == kVectorBytes && sizeof(T) <= 4);
   const auto both = load_whole<2 * N>(p - offset);
+  const int words = offset * static_cast<int>(sizeof(T)) / 4;
   uint32_t at[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) at[i] = both.words[i];
 #pragma unroll
-  for (int i = 0; i < 6; ++i) at[i] = offset & 4 ? at[i + 2] : at[i];
+  for (int i = 0; i < 6; ++i) at[i] = words & 2 ? at[i + 2] : at[i];
 #pragma unroll
-  for (int i = 0; i < 5; ++i) at[i] = offset & 2 ? at[i + 1] : at[i];
+  for (int i = 0; i < 5; ++i) at[i] = words & 1 ? at[i + 1] : at[i];
   Packed<T, N> to;
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    to.words[i] = static_cast<uint32_t>((uint64_t{at[i + 1]} << 32 | at[i]) >> (offset % 2 * 16));
+  for (int i = 0; i < 4; ++i) {
+    to.words[i] = at[i];
+    if constexpr (sizeof(T) == 2) {
+      to.words[i] = static_cast<uint32_t>((uint64_t{at[i + 1]} << 32 | at[i]) >> (offset % 2 * 16));
+    }
   }
   return to;
 }
@@ -164,14 +195,15 @@ __device__ __forceinline__ void store_piece(T* row, const Piece& piece,
   }
 }
 
-// How the pieces of a batch are loaded. aligned: all are whole, at vectors' boundaries. shifted:
-// all are whole, and lie in two vectors each that hold nothing but the row. careful: any.
-enum class Loads { aligned, shifted, careful };
+// How the pieces of a batch are loaded. aligned: all are whole, at vectors' boundaries. last: each is
+// whole, at a vector's boundary, or empty. shifted: all are whole, and lie in two vectors each that
+// hold nothing but the row. careful: any.
+enum class Loads { aligned, last, shifted, careful };
 
 // The calling thread's share of a row, kUnroll pieces of N elements at a time: load(piece, loads)
-// gives what use(pieces, items) gets of each. The first piece begins `lead` elements before the
-// row, so that a boundary lies where it should; all lie `offset` elements behind a vector's, or
-// offset < 0: have to be loaded carefully.
+// gives what use(pieces, items) gets of each, which returns whether to go on. The first piece begins
+// `lead` elements before the row, so that a boundary lies where it should; all lie `offset` elements
+// behind a vector's, or offset < 0: have to be loaded carefully.
 template <int N, bool kMayShift, class Load, class Use>
 __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int offset,
                                                const Team& team, const Load& load, const Use& use) {
@@ -186,6 +218,13 @@ __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int of
       for (int u = 0; u < kUnroll; ++u) {
         pieces[u] = {first + u * step, 0, N};
         items[u] = load(pieces[u], Loads::aligned);
+      }
+    } else if (offset == 0 && first >= 0 && (columns - first) % N == 0) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t at = first + u * step;
+        pieces[u] = {at, 0, at < columns ? N : 0};
+        items[u] = load(pieces[u], Loads::last);
       }
     } else if (kMayShift && offset > 0 && first >= offset && end + N - offset <= columns) {
 #pragma unroll
@@ -202,7 +241,7 @@ __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int of
         items[u] = load(pieces[u], Loads::careful);
       }
     }
-    use(pieces, items);
+    if (!use(pieces, items)) return;
   }
 }
 

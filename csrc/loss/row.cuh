@@ -21,7 +21,6 @@ constexpr int kTurnsOfWarp = 4;   // the longest row of a warp, in batches of it
 constexpr int kBlocksWanted = 2;  // of a multiprocessor, which have then enough loads in flight
 #endif
 constexpr int kRowThreads = 1 << kRowShift;  // of a block
-constexpr int kBlocksMost = 16;  // of a multiprocessor in a grid; more rows take several turns
 
 constexpr int kWarpShift = 5;
 static_assert(1 << kWarpShift == kWarp && kRowShift > kWarpShift && kRowShift <= 2 * kWarpShift);
@@ -44,25 +43,29 @@ inline int log2_ceil(int64_t n) {
   return log;
 }
 
-inline unsigned row_blocks(int64_t needed) {
-  const int64_t most = int64_t{kBlocksMost} * multiprocessors();
-  return static_cast<unsigned>(needed < most ? needed : most);
+// Blocks for what `needed` blocks would do in one turn each, of which `resident` run on a
+// multiprocessor at once: as many turns for all, and no block begins when others are done.
+inline unsigned row_blocks(int64_t needed, int resident) {
+  const int64_t slots = int64_t{resident} * multiprocessors();
+  const int64_t turns = (needed + slots - 1) / slots;
+  return static_cast<unsigned>((needed + turns - 1) / turns);
 }
 
 // rows > 0; a thread takes per_vector elements at once.
-inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector) {
+inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int resident) {
   const int64_t vectors = (columns + per_vector - 1) / per_vector;
   if (vectors <= kWarp * kUnroll * kTurnsOfWarp) {
     // Few lanes with kUnroll vectors each: sums across lanes cost more than those in a lane.
     const int needed = log2_ceil((vectors + kUnroll - 1) / kUnroll);
     const int shift = needed < kWarpShift ? needed : kWarpShift;
     const int per_block = kRowThreads >> shift;
-    return {shift, dim3(row_blocks((rows + per_block - 1) / per_block), 1)};
+    return {shift, dim3(row_blocks((rows + per_block - 1) / per_block, resident), 1)};
   }
   const int64_t wanted = int64_t{kBlocksWanted} * multiprocessors() / rows;
   const int64_t worth = vectors / (kRowThreads * kUnroll);
   const int64_t parts = wanted < worth ? wanted : worth;
-  return {kRowShift, dim3(row_blocks(rows), static_cast<unsigned>(parts > 1 ? parts : 1))};
+  return {kRowShift,
+          dim3(row_blocks(rows, resident), static_cast<unsigned>(parts > 1 ? parts : 1))};
 }
 
 // --- Gradients ----------------------------------------------------------------------------------
@@ -81,15 +84,15 @@ __global__ void __launch_bounds__(kRowThreads, G::kResident)
 }
 
 // Of a gradient, in which nothing is added up over a row: a batch is enough work for a thread.
-inline RowPlan plan_gradient(int64_t rows, int64_t columns, int per_vector) {
+inline RowPlan plan_gradient(int64_t rows, int64_t columns, int per_vector, int resident) {
   // One more, as rows do not begin at a boundary.
   const int64_t turns = (columns + per_vector * kUnroll - 1) / (per_vector * kUnroll) + 1;
   const int needed = log2_ceil(turns);
   const int shift = needed < kRowShift ? needed : kRowShift;
   const int per_block = kRowThreads >> shift;
-  const unsigned x = row_blocks((rows + per_block - 1) / per_block);
+  const unsigned x = row_blocks((rows + per_block - 1) / per_block, resident);
   const int64_t worth = (turns + kRowThreads - 1) / kRowThreads;
-  const int64_t room = int64_t{row_blocks(INT64_MAX)} / x;
+  const int64_t room = int64_t{resident} * multiprocessors() / x;
   const int64_t parts = worth < room ? worth : room;
   return {shift, dim3(x, static_cast<unsigned>(parts > 1 ? parts : 1))};
 }
@@ -97,7 +100,7 @@ inline RowPlan plan_gradient(int64_t rows, int64_t columns, int per_vector) {
 template <class G>
 void launch_gradient(const G& gradients, int64_t rows, int64_t columns, int per_vector,
                      Stream stream) {
-  const RowPlan plan = plan_gradient(rows, columns, per_vector);
+  const RowPlan plan = plan_gradient(rows, columns, per_vector, G::kResident);
   launch(gradient_kernel<G>, plan.grid, kRowThreads, stream, gradients, rows, plan.shift);
 }
 
@@ -107,16 +110,24 @@ void launch_gradient(const G& gradients, int64_t rows, int64_t columns, int per_
 //   kResident                 blocks that a multiprocessor has registers for
 //   struct Sums               what is added up over a row; at first, what no element gives
 //   struct Row; row(i)        what is known of row i beforehand
-//   add(row, team, &sums)     the share of a thread
+//   settle(&row)              what there is to find out about a row before it is finished
+//   add(&row, team, &sums)    the share of a thread
 //   merge(&sums, other)       two shares as one; neither order nor grouping follows from timing
-//   from_lane(sums, by)       the sums of the lane whose number differs in the bits `by`
+//   merge_lanes(shift, &sums)  those of 2^shift lanes, in all of them
 //   load(p)                   sums that another block has written
 //   finish(row, sums)         writes the row's result
 
-// The sums of 2^shift lanes, in all of them.
-template <class R>
-__device__ __forceinline__ void merge_lanes(int shift, typename R::Sums* sums) {
-  for (int by = 1 << shift >> 1; by > 0; by /= 2) R::merge(sums, R::from_lane(*sums, by));
+// The sum, or what combine(own, other) makes of two at a time, over 2^shift lanes, in all of them.
+template <class T, class Combine>
+__device__ __forceinline__ T over_lanes(int shift, T value, const Combine& combine) {
+  for (int by = 1 << shift >> 1; by > 0; by /= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, by));
+  }
+  return value;
+}
+template <class T>
+__device__ __forceinline__ T sum_over_lanes(int shift, T value) {
+  return over_lanes(shift, value, [](T a, T b) { return a + b; });
 }
 
 // The rows of warp `warp` of `warps`, 2^shift lanes each: add(i, row, lane, &sums) adds a lane's
@@ -132,9 +143,9 @@ __device__ __forceinline__ void rows_by_lanes(const R& reduction, int64_t rows, 
     typename R::Row row{};
     if (i < rows) {
       row = reduction.row(i);
-      add(i, row, lane, &sums);
+      add(i, &row, lane, &sums);
     }
-    merge_lanes<R>(shift, &sums);
+    R::merge_lanes(shift, &sums);
     if (i < rows && lane == 0) reduction.finish(row, sums);
   }
 }
@@ -143,13 +154,13 @@ __device__ __forceinline__ void rows_by_lanes(const R& reduction, int64_t rows, 
 template <class R>
 __device__ typename R::Sums merge_block(typename R::Sums sums) {
   __shared__ typename R::Sums of_warp[kRowThreads / kWarp];
-  merge_lanes<R>(kWarpShift, &sums);
+  R::merge_lanes(kWarpShift, &sums);
   __syncthreads();  // the row before this one has been read
   if (lane_of_thread() == 0) of_warp[warp_of_thread()] = sums;
   __syncthreads();
   if (warp_of_thread() == 0) {
     sums = of_warp[lane_of_thread() % (kRowThreads / kWarp)];
-    merge_lanes<R>(kRowShift - kWarpShift, &sums);
+    R::merge_lanes(kRowShift - kWarpShift, &sums);
   }
   return sums;
 }
@@ -167,7 +178,7 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
     lanes_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, int shift, KSAM_PARAMETER(Tail) tail) {
   constexpr int kWarps = kRowThreads / kWarp;
   rows_by_lanes(reduction, rows, shift, int64_t{blockIdx.x} * kWarps + warp_of_thread(),
-                int64_t{gridDim.x} * kWarps, [&](int64_t, const auto& row, int lane, auto* sums) {
+                int64_t{gridDim.x} * kWarps, [&](int64_t, auto* row, int lane, auto* sums) {
                   reduction.add(row, Team{lane, int64_t{1} << shift}, sums);
                 });
   if (tail.is_wanted() && last_block(tail.ticket, gridDim.x)) tail.run();
@@ -181,9 +192,9 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
   const int64_t parts = gridDim.y;
   const Team team{int64_t{blockIdx.y} * kRowThreads + threadIdx.x, parts * kRowThreads};
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
-    const auto row = reduction.row(i);
+    auto row = reduction.row(i);
     typename R::Sums sums{};
-    reduction.add(row, team, &sums);
+    reduction.add(&row, team, &sums);
     sums = merge_block<R>(sums);
     if (threadIdx.x == 0) {
       if (parts == 1) {
@@ -199,7 +210,8 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
     int shift = 0;
     while (shift < kWarpShift && 1 << shift < parts) ++shift;
     rows_by_lanes(reduction, rows, shift, warp_of_thread(), kRowThreads / kWarp,
-                  [&](int64_t i, const auto&, int lane, auto* sums) {
+                  [&](int64_t i, auto* row, int lane, auto* sums) {
+                    reduction.settle(row);
                     for (int64_t part = lane; part < parts; part += 1 << shift) {
                       R::merge(sums, R::load(split.partial + i * parts + part));
                     }

@@ -13,10 +13,15 @@ enum class Kind { classes, smoothed, probabilities };
 
 constexpr int64_t kIgnored = -1;
 
+inline Kind kind_of(const CrossEntropy& args) {
+  if (is_floating(args.target.dtype)) return Kind::probabilities;
+  return args.label_smoothing > 0 ? Kind::smoothed : Kind::classes;
+}
+
 // Blocks of a multiprocessor that there are registers for, with none of them in memory.
-template <class T>
-constexpr int resident_blocks(Kind kind) {
-  return kind == Kind::classes && sizeof(T) < 8 ? 3 : 2;
+constexpr int resident_blocks(Kind kind, int itemsize) {
+  if (itemsize == 8 || kind == Kind::probabilities) return 2;
+  return kind == Kind::classes ? 4 : 3;
 }
 
 // For logits of type T and probabilities of type Q: T, or the arithmetic's type A.
@@ -29,9 +34,9 @@ struct Target {
   struct Nothing {};
   using Probabilities = std::conditional_t<kKind == Kind::probabilities, Packed<Q, N>, Nothing>;
 
-  // Halves that lie between vectors' boundaries can be shifted there; with probabilities beside
-  // them, at other offsets, there are too few registers.
-  static constexpr bool kMayShift = sizeof(T) == 2 && kKind != Kind::probabilities;
+  // What lies between vectors' boundaries can be shifted there; with probabilities beside it, at other
+  // offsets, there are too few registers.
+  static constexpr bool kMayShift = sizeof(T) <= 4 && kKind != Kind::probabilities;
 
   const void* data;  // [rows] int64 or int32, or [rows, classes] Q
   int64_t stride;    // between rows
@@ -51,11 +56,16 @@ struct Target {
         share(static_cast<A>(args.label_smoothing / static_cast<double>(args.logits.columns))),
         is_narrow(args.target.dtype == DType::i32) {}
 
-  // The row's class or kIgnored; 0 for probabilities, whose rows are never ignored.
-  __device__ __forceinline__ int64_t class_of(int64_t row) const {
+  // What the target says of a row; 0 for probabilities, whose rows are never ignored.
+  __device__ __forceinline__ int64_t read(int64_t row) const {
     if constexpr (!kHasHot) return 0;
-    const int64_t y = is_narrow ? static_cast<const int32_t*>(data)[row * stride]
-                                : static_cast<const int64_t*>(data)[row * stride];
+    return is_narrow ? static_cast<const int32_t*>(data)[row * stride]
+                     : static_cast<const int64_t*>(data)[row * stride];
+  }
+
+  // The class or kIgnored, from what read() gave.
+  __device__ __forceinline__ int64_t class_of(int64_t y) const {
+    if constexpr (!kHasHot) return 0;
     if (y == ignore_index) return kIgnored;
     KSAM_DEVICE_ASSERT(y >= 0 && y < classes && "target holds a class that is out of range");
     return y;
@@ -74,8 +84,10 @@ struct Target {
   __device__ __forceinline__ Probabilities load(const Q* row, const Piece& piece, Loads loads,
                                                 bool aligned) const {
     if constexpr (kKind == Kind::probabilities) {
+      const Q none = Rounded<Q>::from(0.0f);
       if (loads == Loads::aligned) return load_whole<N>(row + piece.first);
-      return load_piece<N>(row, piece, aligned, Rounded<Q>::from(0.0f));
+      if (loads == Loads::last && piece.end == 0) return filled<N>(none);
+      return load_piece<N>(row, piece, aligned, none);
     } else {
       return {};
     }
@@ -84,7 +96,8 @@ struct Target {
   // The same of the logits; offset: of the pieces.
   __device__ __forceinline__ static Packed<T, N> load_logits(const T* row, const Piece& piece,
                                                              Loads loads, int offset, T fill) {
-    if (loads == Loads::aligned) return load_whole<N>(row + piece.first);
+    if (loads == Loads::last && piece.end == 0) return filled<N>(fill);
+    if (loads == Loads::aligned || loads == Loads::last) return load_whole<N>(row + piece.first);
     if constexpr (kMayShift) {
       if (loads == Loads::shifted) return load_shifted<N>(row + piece.first, offset);
     }
@@ -122,7 +135,7 @@ void on_target(const CrossEntropy& args, const Body& body) {
   on_floating(args.logits.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Opmath<T>;
-    if (is_floating(args.target.dtype)) {
+    if (kind_of(args) == Kind::probabilities) {
       if constexpr (sizeof(T) != sizeof(A)) {
         if (args.target.dtype != args.logits.dtype) {
           return body(TargetType<T, A, Kind::probabilities>{});
@@ -130,7 +143,7 @@ void on_target(const CrossEntropy& args, const Body& body) {
       }
       return body(TargetType<T, T, Kind::probabilities>{});
     }
-    if (args.label_smoothing > 0) return body(TargetType<T, T, Kind::smoothed>{});
+    if (kind_of(args) == Kind::smoothed) return body(TargetType<T, T, Kind::smoothed>{});
     return body(TargetType<T, T, Kind::classes>{});
   });
 }

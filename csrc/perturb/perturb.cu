@@ -13,9 +13,15 @@ __device__ __forceinline__ double magnitude(double x) { return fabs(x); }
 
 // --- Norm ---------------------------------------------------------------------------------------
 
+#if defined(KSAM_SIMT)
+constexpr int kNormBlocks = 2;
+#else
+constexpr int kNormBlocks = 5;  // of a multiprocessor, all at once; more chunks take more turns
+#endif
+
 struct NormArgs {
   double eta;
-  double* partial;  // one sum per chunk of all launches
+  double* partial;  // one sum per block of all launches
   int64_t first;    // of this launch
   int64_t total;    // in the last launch, whose last block adds them up; else 0
   unsigned* ticket;
@@ -63,7 +69,9 @@ __global__ void __launch_bounds__(kThreads)
     flat_norm_kernel(KSAM_PARAMETER(FlatTableOf<Norm<kAdaptive>>) table,
                      KSAM_PARAMETER(NormArgs) args) {
   Norm<kAdaptive> element{args.eta, 0};
-  walk_chunk<T, Norm<kAdaptive>>(table, chunk_of_block(table), element);
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+    walk_chunk<T, Norm<kAdaptive>>(table, chunk_of(table, c), element);
+  }
   finish_norm(args, element.sum);
 }
 
@@ -72,7 +80,9 @@ __global__ void __launch_bounds__(kThreads)
     strided_norm_kernel(KSAM_PARAMETER(StridedTableOf<Norm<kAdaptive>>) table,
                         KSAM_PARAMETER(NormArgs) args) {
   Norm<kAdaptive> element{args.eta, 0};
-  walk_strided<double, Norm<kAdaptive>>(table, chunk_of_block(table), element);
+  for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
+    walk_strided<double, Norm<kAdaptive>>(table, chunk_of(table, c), element);
+  }
   finish_norm(args, element.sum);
 }
 
@@ -82,24 +92,27 @@ int64_t all_chunks(const Rows<2>& rows) {
   return chunks;
 }
 
-// The launches of a norm, with `total` chunks; each has the chunks that follow those before.
+// The launches of a norm, with `chunks` in all; their sums follow each other.
 class NormLaunches {
  public:
-  NormLaunches(const NormArgs& args, int64_t total, Stream stream)
-      : args_(args), total_(total), stream_(stream) {}
+  NormLaunches(const NormArgs& args, int64_t chunks, Stream stream)
+      : args_(args), chunks_left_(chunks), stream_(stream) {}
 
   template <class Kernel, class Table>
   void operator()(Kernel kernel, const Table& table) {
     if (table.chunks == 0) return;
-    const bool last = args_.first + table.chunks == total_;
-    args_.total = last ? total_ : 0;
-    launch(kernel, static_cast<unsigned>(table.chunks), kThreads, stream_, table, args_);
-    args_.first += table.chunks;
+    const int slots = kNormBlocks * multiprocessors();
+    const int turns = (table.chunks + slots - 1) / slots;
+    const int blocks = (table.chunks + turns - 1) / turns;
+    chunks_left_ -= table.chunks;
+    args_.total = chunks_left_ == 0 ? args_.first + blocks : 0;
+    launch(kernel, static_cast<unsigned>(blocks), kThreads, stream_, table, args_);
+    args_.first += blocks;
   }
 
  private:
   NormArgs args_;
-  int64_t total_;
+  int64_t chunks_left_;
   Stream stream_;
 };
 
@@ -115,10 +128,9 @@ void launch_norm(const Rows<2>& rows, NormLaunches launches) {
       [&](const auto& table) { launches(strided_norm_kernel<kAdaptive>, table); });
 }
 
-// A chunk without elements, whose sum is 0.
+// A block without chunks, whose sum is 0.
 void launch_norm_of_nothing(NormArgs args, Stream stream) {
   FlatTableOf<Norm<false>> table;
-  table.add(Row<2>{}, NoValue{});
   args.total = 1;
   launch(flat_norm_kernel<float, false>, 1, kThreads, stream, table, args);
 }
@@ -216,9 +228,9 @@ void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch, fl
   args.ticket = ticket(stream, &head->ticket);
   args.wide = &head->wide;
   args.norm = norm;
-  const int64_t total = all_chunks(rows);
-  if (total == 0) return launch_norm_of_nothing(args, stream);
-  const NormLaunches launches(args, total, stream);
+  const int64_t chunks = all_chunks(rows);
+  if (chunks == 0) return launch_norm_of_nothing(args, stream);
+  const NormLaunches launches(args, chunks, stream);
   adaptive ? launch_norm<true>(rows, launches) : launch_norm<false>(rows, launches);
 }
 

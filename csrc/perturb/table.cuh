@@ -13,7 +13,7 @@ constexpr int kThreads = 64;
 constexpr int kBlockChunk = 2048;
 #else
 constexpr int kThreads = 256;
-constexpr int kBlockChunk = 16384;
+constexpr int kBlockChunk = 4096;
 #endif
 
 constexpr int kTableBytes = kParameterBytes - 256;  // the rest is for a formula's arguments
@@ -97,17 +97,16 @@ struct StridedTable {
   }
 };
 
-// A block's chunk: elements [begin, begin + count) of a row.
+// Elements [begin, begin + count) of a row.
 struct Chunk {
   int row;
   int64_t begin;
   int count;
 };
 
-// The last row that begins at or before the block's chunk: empty rows have no chunk of their own.
+// In the last row that begins at or before the chunk: empty rows have no chunk of their own.
 template <class Table>
-__device__ __forceinline__ Chunk chunk_of_block(const Table& table) {
-  const int chunk = static_cast<int>(blockIdx.x);
+__device__ __forceinline__ Chunk chunk_of(const Table& table, int chunk) {
   int low = 0, high = table.rows - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -120,6 +119,11 @@ __device__ __forceinline__ Chunk chunk_of_block(const Table& table) {
   const int64_t begin = int64_t{chunk - table.first_chunk_of(low)} * kBlockChunk;
   const int64_t left = table.numel_of(low) - begin;
   return {low, begin, static_cast<int>(left < kBlockChunk ? left : kBlockChunk)};
+}
+
+template <class Table>
+__device__ __forceinline__ Chunk chunk_of_block(const Table& table) {
+  return chunk_of(table, static_cast<int>(blockIdx.x));
 }
 
 // At least one, so that rows that are all empty have a launch too.

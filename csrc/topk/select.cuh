@@ -11,7 +11,9 @@
 
 namespace ksam::gpu {
 
-constexpr int kDigitBits = 11;
+// Small digits: what every pass costs beside its counting, barriers and sums over the digits, is then
+// so little that four passes are quicker than three of 11 bits.
+constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 
 // Losses in their order as unsigned integers; 16-bit floats as the float32 that they equal.
@@ -41,170 +43,218 @@ struct Threshold {
 };
 
 struct SelectShared {
-  uint32_t count[kDigits];
-  uint32_t before_warp[kWarp];
-  uint32_t equal_before_warp[kWarp];
+  alignas(kVectorBytes) uint32_t count[kDigits];
+  uint32_t of_warp[kWarp];
+  uint32_t equal_of_warp[kWarp];
   uint32_t digit;
+  uint32_t with_digit;
   uint32_t above;  // keys with a larger digit
 };
 
-// One more key of `digit`. Losses are often alike in their first digits: what all lanes count at
-// once is added once.
-__device__ __forceinline__ void count_digit(uint32_t* count, bool counts, uint32_t digit) {
-  const unsigned lanes = __ballot_sync(kAllLanes, counts);
-  if (lanes == 0) return;
-  const int leader = __ffs(static_cast<int>(lanes)) - 1;
-  const uint32_t first = __shfl_sync(kAllLanes, digit, leader);
-  if (__all_sync(kAllLanes, !counts || digit == first)) {
-    if (lane_of_thread() == leader) atomicAdd(&count[first], static_cast<uint32_t>(__popc(lanes)));
-  } else if (counts) {
-    atomicAdd(&count[digit], 1u);
+// The calling warp's stretch of a share, 32 neighbouring keys a round. The first kHeld rounds stay in
+// registers from one walk to the next, and of the others several are asked for at a time: a walk that
+// took them one by one would wait for memory as often as there are rounds.
+template <class T, int kHeld>
+class Stretch {
+ public:
+  using Key = KeyOf<T>;
+
+  __device__ __forceinline__ explicit Stretch(const Share<T>& share)
+      : losses_(share.losses),
+        end_(share.end),
+        rounds_(static_cast<int>((share.end - share.begin + blockDim.x - 1) / blockDim.x)),
+        first_(share.begin + int64_t{warp_of_thread()} * rounds_ * kWarp + lane_of_thread()) {
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) held_[r] = r < rounds_ ? key(r) : Key(0);
   }
+
+  // visit(i, whether there is a key i, key i) for the thread's key of every round.
+  template <class Visit>
+  __device__ __forceinline__ void for_each(const Visit& visit) const {
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) {
+      if (r < rounds_) visit(index(r), is_real(r), held_[r]);
+    }
+    for (int first = kHeld; first < rounds_; first += kAhead) {
+      Key ahead[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) ahead[u] = key(first + u);
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int r = first + u;
+        if (r < rounds_) visit(index(r), is_real(r), ahead[u]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kAhead = kHeld / 2;
+
+  __device__ __forceinline__ int64_t index(int r) const { return first_ + r * kWarp; }
+  __device__ __forceinline__ bool is_real(int r) const { return index(r) < end_; }
+  __device__ __forceinline__ Key key(int r) const {
+    return r < rounds_ && is_real(r) ? key_of(__ldcg(losses_ + index(r))) : Key(0);
+  }
+
+  const T* losses_;
+  int64_t end_;
+  int rounds_;
+  int64_t first_;  // the thread's first key
+  Key held_[kHeld];
+};
+
+// The sum over the calling thread's lane and all lanes before it.
+__device__ __forceinline__ uint32_t sum_through(uint32_t value) {
+#pragma unroll
+  for (int by = 1; by < kWarp; by *= 2) {
+    const uint32_t before = __shfl_up_sync(kAllLanes, value, by);
+    if (lane_of_thread() >= by) value += before;
+  }
+  return value;
 }
 
-// shared.count <- how many keys of the share have each digit, among those that agree with `at`.
-template <class T, class Key>
-__device__ void count_digits(const Share<T>& share, const Threshold<Key>& at, int shift,
-                             SelectShared& shared) {
+struct BlockSum {
+  uint32_t before, all;  // of the warps before the calling one, and of all
+};
+
+// From the sums of the block's warps.
+__device__ __forceinline__ BlockSum sum_before(const uint32_t* of_warp) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp, w = warp_of_thread();
+  const uint32_t own = lane_of_thread() < warps ? of_warp[lane_of_thread()] : 0;
+  const uint32_t through = sum_through(own);
+  return {__shfl_sync(kAllLanes, through - own, w), __shfl_sync(kAllLanes, through, kWarp - 1)};
+}
+
+// shared.count <- how many keys have each digit, among those that agree with `at`.
+template <class T, int kHeld>
+__device__ __forceinline__ void count_digits(const Stretch<T, kHeld>& stretch,
+                                             const Threshold<KeyOf<T>>& at, int shift,
+                                             SelectShared& shared) {
   for (int d = threadIdx.x; d < kDigits; d += blockDim.x) shared.count[d] = 0;
   __syncthreads();
-  for (int64_t base = share.begin; base < share.end; base += blockDim.x) {
-    const int64_t i = base + threadIdx.x;
-    const Key key = i < share.end ? key_of(__ldcg(share.losses + i)) : Key(0);
-    const bool counts = i < share.end && (key & at.known) == at.key;
-    count_digit(shared.count, counts, static_cast<uint32_t>(key >> shift) & (kDigits - 1));
-  }
+  stretch.for_each([&](int64_t, bool real, KeyOf<T> key) {
+    const uint32_t digit = static_cast<uint32_t>(key >> shift) & (kDigits - 1);
+    if (real && (key & at.known) == at.key) atomicAdd(&shared.count[digit], 1u);
+  });
   __syncthreads();
 }
 
-// The digit that holds the `wanted`-th largest of the counted keys, and how many lie above it.
-// By the first warp, whose lanes have stretches of digits, the largest first.
-__device__ inline void find_digit(int64_t wanted, SelectShared& shared) {
-  constexpr int kStretch = kDigits / kWarp;
+// The digit that holds the `wanted`-th largest of the counted keys, how many have it, and how many lie
+// above it. By the first warp, whose lanes have a run of digits each, the first lane the largest.
+__device__ __forceinline__ void find_digit(int64_t wanted, SelectShared& shared) {
+  constexpr int kRun = kDigits / kWarp;
   if (warp_of_thread() == 0) {
-    const int top = kDigits - 1 - lane_of_thread() * kStretch;
+    const int low = kDigits - kRun * (lane_of_thread() + 1);
+    uint32_t count[kRun];
     uint32_t sum = 0;
-    for (int j = 0; j < kStretch; ++j) sum += shared.count[top - j];
-    uint32_t through = sum;  // keys in this and all higher stretches
-    for (int by = 1; by < kWarp; by *= 2) {
-      const uint32_t higher = __shfl_up_sync(kAllLanes, through, by);
-      if (lane_of_thread() >= by) through += higher;
-    }
-    const unsigned reach = __ballot_sync(kAllLanes, through >= wanted);
-    if (lane_of_thread() == __ffs(static_cast<int>(reach)) - 1) {
-      uint32_t above = through - sum;
-      int j = 0;
-      while (above + shared.count[top - j] < wanted) above += shared.count[top - j++];
-      shared.digit = static_cast<uint32_t>(top - j);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) sum += count[j] = shared.count[low + j];
+    const uint32_t through = sum_through(sum);
+    uint32_t above = through - sum;
+    if (above < wanted && wanted <= through) {
+      uint32_t digit = low + kRun - 1;
+      bool is_found = false;
+#pragma unroll
+      for (int j = kRun - 1; j >= 0; --j) {
+        is_found |= above + count[j] >= wanted;
+        above += is_found ? 0 : count[j];
+        digit -= is_found ? 0 : 1;
+      }
+      shared.digit = digit;
+      shared.with_digit = shared.count[digit];
       shared.above = above;
     }
   }
   __syncthreads();
 }
 
+// Takes the digit for known. Whether all keys that have it are selected, so that their other digits do
+// not matter: mostly so before the last pass, unless losses are tied.
 template <class Key>
-__device__ __forceinline__ void narrow(Threshold<Key>* at, int shift, const SelectShared& shared) {
+__device__ __forceinline__ bool narrow(Threshold<Key>* at, int shift, const SelectShared& shared) {
   at->key |= static_cast<Key>(shared.digit) << shift;
   at->known |= static_cast<Key>(kDigits - 1) << shift;
   at->wanted -= shared.above;
+  return at->wanted == shared.with_digit;
 }
 
-// Places of the digits, from the highest to 0. The last two overlap where the key is no multiple of
-// a digit, which counts the same keys again.
+// Of the digits, from the highest to 0.
 template <class Key>
-constexpr int kFirstShift = static_cast<int>(sizeof(Key)) * 8 - kDigitBits;
+constexpr int kPasses = static_cast<int>(sizeof(Key)) * 8 / kDigitBits;
 
 template <class Key>
-constexpr int kPasses = (static_cast<int>(sizeof(Key)) * 8 + kDigitBits - 1) / kDigitBits;
-
-// -1 after the last.
-__device__ __forceinline__ int next_shift(int shift) {
-  return shift == 0 ? -1 : shift > kDigitBits ? shift - kDigitBits : 0;
-}
+constexpr int kFirstShift = (kPasses<Key> - 1) * kDigitBits;
 
 struct Counts {
   uint32_t greater, equal;
 };
 
-// The calling warp's stretch of the share, 32 keys at a time: visit(i, whether key i is greater than
-// the threshold, whether it is equal, `before` plus the keys of the stretch before i). Returns
-// `before` plus all of the stretch.
-template <class T, class Key, class Visit>
-__device__ Counts walk_warp(const Share<T>& share, Key threshold, Counts before,
-                            const Visit& visit) {
-  const int64_t rounds = (share.end - share.begin + blockDim.x - 1) / blockDim.x;
-  const int64_t begin = share.begin + warp_of_thread() * rounds * kWarp;
+// visit(i, whether key i is greater than the threshold in its known digits, whether it is equal,
+// `before` plus the keys of the warp's stretch before i) for every key; returns `before` plus all of
+// the stretch.
+template <class T, int kHeld, class Visit>
+__device__ __forceinline__ Counts walk_warp(const Stretch<T, kHeld>& stretch,
+                                            const Threshold<KeyOf<T>>& at, Counts before,
+                                            const Visit& visit) {
   const unsigned below = (1u << lane_of_thread()) - 1;
-  for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t i = begin + round * kWarp + lane_of_thread();
-    const bool real = i < share.end;
-    const Key key = real ? key_of(__ldcg(share.losses + i)) : Key(0);
-    const bool greater = real && key > threshold, equal = real && key == threshold;
+  stretch.for_each([&](int64_t i, bool real, KeyOf<T> key) {
+    key &= at.known;
+    const bool greater = real && key > at.key, equal = real && key == at.key;
     const unsigned greaters = __ballot_sync(kAllLanes, greater);
     const unsigned equals = __ballot_sync(kAllLanes, equal);
     visit(i, greater, equal,
           Counts{before.greater + __popc(greaters & below), before.equal + __popc(equals & below)});
     before.greater += __popc(greaters);
     before.equal += __popc(equals);
-  }
+  });
   return before;
 }
 
-// What the warps before each have, in shared memory; returns the block's counts.
-template <class T, class Key>
-__device__ Counts count_selected(const Share<T>& share, Key threshold, SelectShared& shared) {
-  const Counts own =
-      walk_warp(share, threshold, Counts{0, 0}, [](int64_t, bool, bool, Counts) {});
+struct Selected {
+  Counts before, all;  // by the warps before the calling one, and by all of the block
+};
+
+template <class T, int kHeld>
+__device__ __forceinline__ Selected count_selected(const Stretch<T, kHeld>& stretch,
+                                                   const Threshold<KeyOf<T>>& at,
+                                                   SelectShared& shared) {
+  const Counts own = walk_warp(stretch, at, Counts{0, 0}, [](int64_t, bool, bool, Counts) {});
   if (lane_of_thread() == 0) {
-    shared.before_warp[warp_of_thread()] = own.greater;
-    shared.equal_before_warp[warp_of_thread()] = own.equal;
+    shared.of_warp[warp_of_thread()] = own.greater;
+    shared.equal_of_warp[warp_of_thread()] = own.equal;
   }
   __syncthreads();
-  Counts all{0, 0};
-  Counts before{0, 0};
-  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
-    if (w == warp_of_thread()) before = all;
-    all.greater += shared.before_warp[w];
-    all.equal += shared.equal_before_warp[w];
-  }
-  __syncthreads();
-  if (lane_of_thread() == 0) {
-    shared.before_warp[warp_of_thread()] = before.greater;
-    shared.equal_before_warp[warp_of_thread()] = before.equal;
-  }
-  __syncthreads();
-  return all;
+  const BlockSum greater = sum_before(shared.of_warp), equal = sum_before(shared.equal_of_warp);
+  return {{greater.before, equal.before}, {greater.all, equal.all}};
 }
 
-// out[...] <- the selected indices of the share, `before` selected or equal ones being in shares
-// before it. Of keys at the threshold the first `wanted` are selected.
-template <class T, class Key>
-__device__ void write_selected(const Share<T>& share, const Threshold<Key>& at, Counts before,
-                               const SelectShared& shared, int64_t* out) {
-  const int w = warp_of_thread();
-  const Counts start{before.greater + shared.before_warp[w],
-                     before.equal + shared.equal_before_warp[w]};
-  walk_warp(share, at.key, start, [&](int64_t i, bool greater, bool equal, Counts ahead) {
+// out[...] <- the selected indices of the stretch, `before` selected or equal ones being before it.
+// Of keys at the threshold the first `wanted` are selected.
+template <class T, int kHeld>
+__device__ __forceinline__ void write_selected(const Stretch<T, kHeld>& stretch,
+                                               const Threshold<KeyOf<T>>& at, Counts before,
+                                               int64_t* out) {
+  walk_warp(stretch, at, before, [&](int64_t i, bool greater, bool equal, Counts ahead) {
     const int64_t ties = ahead.equal < at.wanted ? ahead.equal : at.wanted;
     if (greater || (equal && ahead.equal < at.wanted)) out[ahead.greater + ties] = i;
   });
 }
 
-// out [k] <- indices of the k largest of losses [n], ascending. By one block whose threads are a
-// multiple of a warp. Bytes moved: 6 readings of the losses (double: 8), which lie in the cache.
-template <class T>
-__device__ void select_by_block(const T* losses, int64_t n, int64_t k, SelectShared& shared,
-                                int64_t* out) {
+// out [k] <- indices of the k largest of losses [n], ascending. By one block, whose threads are a
+// multiple of a warp. Bytes moved: a reading of the losses, which lie in the cache; 6 (double: 10) of
+// those beyond the kHeld that each thread holds.
+template <int kHeld, class T>
+__device__ __forceinline__ void select_by_block(const T* losses, int64_t n, int64_t k,
+                                                SelectShared& shared, int64_t* out) {
   using Key = KeyOf<T>;
-  const Share<T> all{losses, 0, n};
+  const Stretch<T, kHeld> stretch({losses, 0, n});
   Threshold<Key> at{0, 0, k};
-  for (int shift = kFirstShift<Key>; shift >= 0; shift = next_shift(shift)) {
-    count_digits(all, at, shift, shared);
+  for (int shift = kFirstShift<Key>; shift >= 0; shift -= kDigitBits) {
+    count_digits(stretch, at, shift, shared);
     find_digit(at.wanted, shared);
-    narrow(&at, shift, shared);
+    if (narrow(&at, shift, shared)) break;
   }
-  count_selected(all, at.key, shared);
-  write_selected(all, at, Counts{0, 0}, shared, out);
+  write_selected(stretch, at, count_selected(stretch, at, shared).before, out);
 }
 
 }  // namespace ksam::gpu

@@ -1,4 +1,5 @@
-// Bytes moved: 6 readings of the losses (double: 8), all but the first from the cache, and 8 k.
+// Bytes moved: a reading of the losses, and 8 k. Where threads cannot hold all losses, 5 more (double:
+// 9) of the others, from the cache.
 // Launches: 1.
 #include "topk/select.cuh"
 #include "topk/topk.h"
@@ -6,16 +7,20 @@
 namespace ksam::gpu {
 namespace {
 
-constexpr int kBlockThreads = 1024;  // of the one block, whose latency is that of the whole
+constexpr int kBlockThreads = 1024;  // of the one block, at most
 constexpr int kGridThreads = 512;
 
 // Up to here one block is faster than barriers of the grid.
 #if defined(KSAM_SIMT)
 constexpr int64_t kOneBlock = 1500;
 constexpr int64_t kPerGridBlock = 700;
+template <class T>
+constexpr int kHeld = 2;
 #else
-constexpr int64_t kOneBlock = 65536;
-constexpr int64_t kPerGridBlock = 16 * kGridThreads;  // the least that a block of a grid is worth
+constexpr int64_t kOneBlock = 12288;
+constexpr int64_t kPerGridBlock = 4 * kGridThreads;  // the least that a block of a grid is worth
+template <class T>
+constexpr int kHeld = 64 / static_cast<int>(sizeof(KeyOf<T>));
 #endif
 
 template <class T>
@@ -24,7 +29,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                   int64_t n, int64_t k,
                   int64_t* __restrict__ out) {  // [k]
   __shared__ SelectShared shared;
-  select_by_block(losses, n, k, shared, out);
+  select_by_block<kHeld<T>>(losses, n, k, shared, out);
 }
 
 // Scratch of select_grid_kernel.
@@ -61,7 +66,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const auto grid = cooperative_groups::this_grid();
   const int64_t per_block = (n + gridDim.x - 1) / gridDim.x;
   const int64_t begin = per_block * blockIdx.x < n ? per_block * blockIdx.x : n;
-  const Share<T> share{losses, begin, begin + per_block < n ? begin + per_block : n};
+  const Stretch<T, kHeld<T>> stretch({losses, begin, begin + per_block < n ? begin + per_block : n});
   const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
   for (unsigned i = thread; i < kPasses<Key> * kDigits; i += gridDim.x * blockDim.x) {
     scratch.count[i] = 0;
@@ -69,8 +74,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   grid.sync();
   Threshold<Key> at{0, 0, k};
   uint32_t* count = scratch.count;
-  for (int shift = kFirstShift<Key>; shift >= 0; shift = next_shift(shift), count += kDigits) {
-    count_digits(share, at, shift, shared);
+  for (int shift = kFirstShift<Key>; shift >= 0; shift -= kDigitBits, count += kDigits) {
+    count_digits(stretch, at, shift, shared);
     for (int d = threadIdx.x; d < kDigits; d += blockDim.x) {
       if (shared.count[d] != 0) atomicAdd(&count[d], shared.count[d]);
     }
@@ -78,15 +83,27 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     for (int d = threadIdx.x; d < kDigits; d += blockDim.x) shared.count[d] = __ldcg(&count[d]);
     __syncthreads();
     find_digit(at.wanted, shared);
-    narrow(&at, shift, shared);
+    if (narrow(&at, shift, shared)) break;
   }
-  const Counts own = count_selected(share, at.key, shared);
-  if (threadIdx.x == 0) scratch.selected[blockIdx.x] = own;
+  const Selected selected = count_selected(stretch, at, shared);
+  if (threadIdx.x == 0) scratch.selected[blockIdx.x] = selected.all;
   grid.sync();
-  write_selected(share, at, selected_before(scratch.selected), shared, out);
+  const Counts before = selected_before(scratch.selected);
+  write_selected(stretch, at,
+                 Counts{before.greater + selected.before.greater,
+                        before.equal + selected.before.equal},
+                 out);
 }
 
 constexpr int64_t kCountBytes = sizeof(uint32_t) * kDigits;
+
+// Few threads: barriers of a small block are quicker.
+unsigned block_threads(int64_t n) {
+  constexpr int64_t kFewest = 256, kEach = 8;
+  int64_t threads = kFewest;
+  while (threads < kBlockThreads && threads * kEach < n) threads *= 2;
+  return static_cast<unsigned>(threads);
+}
 
 unsigned grid_blocks(int64_t n) {
   const int64_t worth = (n + kPerGridBlock - 1) / kPerGridBlock;
@@ -106,7 +123,7 @@ void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out, 
     using T = typename decltype(type)::type;
     const T* x = losses.as<T>();
     if (n <= kOneBlock) {
-      launch(select_kernel<T>, 1, kBlockThreads, stream, x, n, k, out);
+      launch(select_kernel<T>, 1, block_threads(n), stream, x, n, k, out);
       return;
     }
     auto* count = static_cast<uint32_t*>(scratch);

@@ -1,0 +1,198 @@
+"""Whole training steps, forward and backward passes included: SGD, SAM and K-SAM side by side.
+
+The claim that K-SAM rests on is about these: M + 6k forward passes over a sample against SGD's 3M,
+so the same cost at k = M/3, as long as a third of the batch still fills the GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.gpu.graphs import seconds_of
+from benchmarks.gpu.part import Context, PartFile, reason
+from benchmarks.timing import Plan, Quartiles, ratios, rotated
+from benchmarks.train.models import build_image_model
+from ksam import KSAM, cross_entropy
+
+_PLAN = Plan(rounds=15, seconds=4.0, few_rounds=5, max_seconds=9.0, max_rounds=60)
+_DRY_PLAN = Plan(rounds=1, seconds=0, few_rounds=1, max_seconds=1)
+_STEPS = 3  # of a method in a round
+_SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+_RHO = 0.05
+
+Batch = dict[str, Tensor]
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, a batch of random images, and the precision of its arithmetic."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    samples: int
+    side: int
+    classes: int
+    bfloat16: bool
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        precision = "bfloat16 autocast" if self.bfloat16 else "float32"
+        return f"{self.name}, {self.samples} x 3x{self.side}x{self.side}, {precision}"
+
+    def model(self, device: torch.device) -> nn.Module:
+        """In the memory format that convolutions are fastest in."""
+        torch.manual_seed(0)
+        return self.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def batch(self, device: torch.device) -> Batch:
+        """The same one for every step: its values do not change what a step costs."""
+        x = torch.randn(self.samples, 3, self.side, self.side, device=device)
+        y = torch.randint(self.classes, (self.samples,), device=device)
+        return {"x": x.contiguous(memory_format=torch.channels_last), "y": y}
+
+    def precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """Around a forward pass."""
+        return torch.autocast(device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+
+def workloads(*, tiny: bool) -> Iterator[Workload]:
+    """ResNet-18 on small images and, where torchvision is there, ResNet-50 on large ones."""
+    if tiny:
+        yield Workload(
+            "ResNet-8", lambda: build_image_model("resnet8", 3, 10), 12, 8, 10, bfloat16=False
+        )
+        return
+    for bfloat16 in (True, False):
+        yield Workload(
+            "ResNet-18", lambda: build_image_model("resnet18", 3, 10), 1024, 32, 10, bfloat16
+        )
+    try:
+        from torchvision.models import resnet50
+    except ImportError:
+        return
+    yield Workload("ResNet-50", resnet50, 384, 224, 1000, bfloat16=True)
+
+
+def _sgd(workload: Workload, device: torch.device) -> Step:
+    """The loop anyone would write."""
+    model, batch = workload.model(device), workload.batch(device)
+    optimizer = torch.optim.SGD(model.parameters(), **_SGD, fused=device.type == "cuda")  # type: ignore[arg-type]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with workload.precision(device):
+            loss = F.cross_entropy(model(batch["x"]), batch["y"])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def _sam(workload: Workload, device: torch.device) -> Step:
+    """SAM as it is usually written: a loop over parameters around the base optimizer."""
+    model, batch = workload.model(device), workload.batch(device)
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD(params, **_SGD, fused=device.type == "cuda")  # type: ignore[arg-type]
+
+    def gradient() -> None:
+        optimizer.zero_grad()
+        with workload.precision(device):
+            loss = F.cross_entropy(model(batch["x"]), batch["y"])
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def climb() -> list[Tensor]:
+        grads = [p.grad for p in params if p.grad is not None]
+        norm = torch.stack([g.norm(p=2) for g in grads]).norm(p=2)
+        kept = [p.clone() for p in params]
+        for p, g in zip(params, grads, strict=True):
+            p.add_(g * (_RHO / (norm + 1e-12)))
+        return kept
+
+    def step() -> None:
+        gradient()
+        kept = climb()
+        gradient()
+        for p, old in zip(params, kept, strict=True):
+            p.data = old
+        optimizer.step()
+
+    return step
+
+
+def _ksam(k: float, workload: Workload, device: torch.device) -> Step:
+    model, batch = workload.model(device), workload.batch(device)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, rho=_RHO, k=k, model=model, **_SGD)
+
+    def losses(samples: Batch) -> Tensor:
+        with workload.precision(device):
+            logits = model(samples["x"])
+        return cross_entropy(logits, samples["y"])
+
+    return lambda: optimizer.step(losses, batch)
+
+
+#: The yardstick first.
+METHODS: dict[str, Callable[[Workload, torch.device], Step]] = {
+    "SGD": _sgd,
+    "SAM, a loop": _sam,
+    "SAM": lambda workload, device: _ksam(1.0, workload, device),
+    "K-SAM, k=1/2": lambda workload, device: _ksam(1 / 2, workload, device),
+    "K-SAM, k=1/3": lambda workload, device: _ksam(1 / 3, workload, device),
+}
+
+
+def measure(workload: Workload, device: torch.device, plan: Plan) -> dict[str, Any]:
+    """Milliseconds of a step, and its time over SGD's within rounds in which all take turns."""
+    steps = {name: make(workload, device) for name, make in METHODS.items()}
+    names = list(steps)
+    for step in steps.values():
+        for _ in range(_STEPS):  # libraries choose their algorithms
+            step()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for number in itertools.count():
+        if plan.done(number, time.perf_counter() - start):
+            break
+        for name in rotated(names, number):
+            times[name].append(seconds_of(steps[name], _STEPS, device) / _STEPS)
+    found = {}
+    for name in names:
+        cost = Quartiles.of(ratios(times[name], times[names[0]]))
+        milliseconds = Quartiles.of([1e3 * seconds for seconds in times[name]])
+        found[name] = {"milliseconds": vars(milliseconds), "over SGD": vars(cost)}
+    return found
+
+
+def run(context: Context, file: PartFile) -> None:
+    """Every workload, as far as the time goes."""
+    plan = _DRY_PLAN if context.dry_run else _PLAN
+    file.results = {"workloads": {}, "failures": {}, "left_out": []}
+    for workload in workloads(tiny=context.dry_run):
+        if context.seconds_left < 10:
+            file.results["left_out"].append(workload.label)
+            continue
+        try:
+            found = measure(workload, context.device, plan)
+        except Exception as error:
+            file.results["failures"][workload.label] = reason(error)
+            print(f"{workload.label}: {reason(error)}", flush=True)
+        else:
+            file.results["workloads"][workload.label] = found
+            cells = [
+                f"{name} {own['milliseconds']['median']:.2f} ms ({own['over SGD']['median']:.2f})"
+                for name, own in found.items()
+            ]
+            print(f"{workload.label}: {', '.join(cells)}", flush=True)
+        file.write(complete=False)
