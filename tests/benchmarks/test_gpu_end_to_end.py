@@ -92,7 +92,7 @@ def test_the_report_is_a_page_that_says_what_it_is(out: Path) -> None:
     assert "| contract tests | all pass | not measured | not measured |" in text
     assert (out / "dry-run-ratios.png").read_bytes().startswith(b"\x89PNG")
     summary = read(out, "summary")
-    assert len(summary["aims"]) == 11
+    assert len(summary["aims"]) == 12
     assert set(summary["parts"]) == set(PARTS) - {"tests"}
 
 

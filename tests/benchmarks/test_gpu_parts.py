@@ -163,12 +163,21 @@ def row(operation: str, shape: str, share: float, **more: Any) -> dict[str, Any]
     }  # fmt: skip
 
 
+def training(*over_sgd: float) -> dict[str, Any]:
+    return {
+        "workloads": {
+            f"workload {i}": {"K-SAM, k=1/3": {"over SGD": {"median": median}}}
+            for i, median in enumerate(over_sgd)
+        }
+    }
+
+
 def verdicts(results: Results) -> list[bool | None]:
     return [aim.met for aim in aims(results)]
 
 
 def test_aims_are_met_or_missed_or_not_measured() -> None:
-    assert verdicts({}) == [None] * 11
+    assert verdicts({}) == [None] * 12
     step = {"launches": 5, "copies": 1, "waits": {}}
     good: Results = {
         "kernels": {
@@ -186,6 +195,7 @@ def test_aims_are_met_or_missed_or_not_measured() -> None:
                 row("restore_adam_", "ResNet-50 (161)", 0.93),
             ]
         },
+        "training": training(1.09),
         "launches": {"step": {"together": step}},
         "sync": {"operations": {"first step": {"waits": True}, "later steps": {"waits": False}}},
         "host": {"step": {"together": {"median": 149.0}}},
@@ -196,7 +206,7 @@ def test_aims_are_met_or_missed_or_not_measured() -> None:
         },
         "sanitizer": {"memcheck": {"clean": True, "summary": "0 errors"}},
     }  # fmt: skip
-    assert verdicts(good) == [True] * 11
+    assert verdicts(good) == [True] * 12
     bad: Results = {
         "kernels": {
             "rows": [
@@ -209,6 +219,7 @@ def test_aims_are_met_or_missed_or_not_measured() -> None:
                 row("restore_adam_", "ResNet-50 (161)", 0.89),
             ]
         },
+        "training": training(1.09, 1.11),
         "launches": {"step": {"together": {**step, "launches": 6}}},
         "sync": {"operations": {"first step": {}, "later steps": {"waits": True}}},
         "host": {"step": {"together": {"median": 151.0}}},
@@ -216,10 +227,10 @@ def test_aims_are_met_or_missed_or_not_measured() -> None:
         "tests": {**good["tests"], "statuses": {"a": 0, "b": "ended"}, "left_out": ["b"]},
         "sanitizer": {"memcheck": {"clean": False, "summary": "1 error"}},
     }
-    assert verdicts(bad) == [False] * 11
+    assert verdicts(bad) == [False] * 12
     assert "94.0 % at worst (512x128256 float32, native), 2 cases" in aims(bad)[0].figure
     waits = {**step, "waits": {"cudaStreamSynchronize": 1}}
-    assert aims({**good, "launches": {"step": {"together": waits}}})[6].met is False
+    assert aims({**good, "launches": {"step": {"together": waits}}})[7].met is False
 
 
 def test_the_folder_is_named_after_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
