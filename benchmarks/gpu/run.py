@@ -27,9 +27,9 @@ PARTS = {
     "launches": ("kernels launched per operation and per step, from the profiler", 60),
     "host": ("host time of the calls of a step", 40),
     "training": ("whole training steps: SGD, SAM and K-SAM", 70),
-    "tests": ("the contract tests on the GPU", 200),
     "kernels": ("times against PyTorch, percent of the bandwidth of a copy", 240),
     "sanitizer": ("memcheck and racecheck over every kernel", 100),
+    "tests": ("the contract tests on the GPU", 300),
 }
 
 # The profiler's own notes stay out of the output; a library of matrix products that has this much
