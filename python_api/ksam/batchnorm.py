@@ -20,21 +20,89 @@ def _updating_in(model: nn.Module | None) -> list[_BatchNorm]:
     return [] if model is None else _updating(model.modules())
 
 
-@contextmanager
-def frozen(model: nn.Module | None) -> Iterator[None]:
-    """Forwards within normalize with the batch's statistics but leave the running ones alone.
+class Norms:
+    """What BatchNorm does in the passes of one step.
 
-    Without ``track_running_stats`` a training forward touches neither the statistics nor
-    ``num_batches_tracked``, whatever the momentum (None included).
+    Args:
+        model: the module that holds it; None: nothing is changed, every pass is as the model is.
+        statistics: what passes over a subset normalize with. ``"subset"``: its own statistics.
+            ``"full"``: those of the pass over the whole batch, as constants (their variance is the
+            unbiased one, as in running statistics). ``"running"``: the running ones, as in
+            evaluation.
     """
-    modules = _updating_in(model)
-    for module in modules:
-        module.track_running_stats = False
-    try:
-        yield
-    finally:
+
+    def __init__(self, model: nn.Module | None, statistics: str = "subset") -> None:
+        self._model = model
+        self._statistics = statistics
+        self._of_batch: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """The pass that updates the running statistics."""
+        if self._statistics != "full":
+            yield
+            return
+        before = {
+            norm: (norm.momentum, norm.running_mean.clone(), norm.running_var.clone())
+            for norm in _updating_in(self._model)
+            if norm.running_mean is not None and norm.running_var is not None
+        }
+        for norm in before:
+            norm.momentum = 1.0  # the running statistics become those of the batch
+        try:
+            yield
+        finally:
+            for norm, (momentum, mean, var) in before.items():
+                norm.momentum = momentum
+                self._move_on(norm, mean, var)
+
+    @torch.no_grad()
+    def _move_on(self, norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+        """Keep the batch's statistics, and average them into the running ones."""
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        self._of_batch[norm] = norm.running_mean.clone(), norm.running_var.clone()
+        for running, old in ((norm.running_mean, mean), (norm.running_var, var)):
+            weight: Tensor | float = 1 / norm.num_batches_tracked
+            if norm.momentum is not None:
+                weight = norm.momentum
+            running.copy_(old + weight * (running - old))
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Forwards within normalize with the batch's statistics but leave the running ones alone.
+
+        Without ``track_running_stats`` a training forward touches neither the statistics nor
+        ``num_batches_tracked``, whatever the momentum (None included).
+        """
+        modules = _updating_in(self._model)
         for module in modules:
-            module.track_running_stats = True
+            module.track_running_stats = False
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.track_running_stats = True
+
+    @contextmanager
+    def of_subset(self) -> Iterator[None]:
+        """A pass over a subset; the running statistics are left alone."""
+        if self._statistics == "subset":
+            with self.frozen():
+                yield
+            return
+        modules = _updating_in(self._model)
+        running = {norm: (norm.running_mean, norm.running_var) for norm in modules}
+        for norm in modules:
+            norm.training = False
+            norm.running_mean, norm.running_var = self._of_batch.get(norm, running[norm])
+        try:
+            yield
+        finally:
+            for norm in modules:
+                norm.training = True
+                norm.running_mean, norm.running_var = running[norm]
 
 
 class Snapshot:
