@@ -20,6 +20,26 @@ def _updating_in(model: nn.Module | None) -> list[_BatchNorm]:
     return [] if model is None else _updating(model.modules())
 
 
+Statistics = tuple[Tensor | None, Tensor | None]
+
+
+def _clone(*tensors: Tensor | None) -> Statistics:
+    mean, var = (None if tensor is None else tensor.clone() for tensor in tensors)
+    return mean, var
+
+
+@torch.no_grad()
+def _average(norm: _BatchNorm, mean: Tensor | None, var: Tensor | None) -> None:
+    """Average a batch's statistics into the running ones, as a training forward does."""
+    weight: Tensor | float | None = norm.momentum
+    if weight is None:
+        assert norm.num_batches_tracked is not None
+        weight = 1 / norm.num_batches_tracked
+    for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
+        if running is not None and new is not None:
+            running += weight * (new - running)
+
+
 class Norms:
     """What BatchNorm does in the passes of one step.
 
@@ -34,7 +54,7 @@ class Norms:
     def __init__(self, model: nn.Module | None, statistics: str = "subset") -> None:
         self._model = model
         self._statistics = statistics
-        self._of_batch: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+        self._of_batch: dict[_BatchNorm, Statistics] = {}
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -42,32 +62,19 @@ class Norms:
         if self._statistics != "full":
             yield
             return
-        before = {
-            norm: (norm.momentum, norm.running_mean.clone(), norm.running_var.clone())
-            for norm in _updating_in(self._model)
-            if norm.running_mean is not None and norm.running_var is not None
-        }
-        for norm in before:
-            norm.momentum = 1.0  # the running statistics become those of the batch
+        norms = [n for n in _updating_in(self._model) if n.running_mean is not None]
+        running = [(n.momentum, n.running_mean, n.running_var) for n in norms]
+        for norm in norms:
+            # Buffers of its own, as the backward pass wants to find them as they were.
+            norm.running_mean, norm.running_var = _clone(norm.running_mean, norm.running_var)
+            norm.momentum = 1.0  # they become the statistics of the batch
         try:
             yield
         finally:
-            for norm, (momentum, mean, var) in before.items():
-                norm.momentum = momentum
-                self._move_on(norm, mean, var)
-
-    @torch.no_grad()
-    def _move_on(self, norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-        """Keep the batch's statistics, and average them into the running ones."""
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        self._of_batch[norm] = norm.running_mean.clone(), norm.running_var.clone()
-        for running, old in ((norm.running_mean, mean), (norm.running_var, var)):
-            weight: Tensor | float = 1 / norm.num_batches_tracked
-            if norm.momentum is not None:
-                weight = norm.momentum
-            running.copy_(old + weight * (running - old))
+            for norm, (momentum, mean, var) in zip(norms, running, strict=True):
+                self._of_batch[norm] = norm.running_mean, norm.running_var
+                norm.momentum, norm.running_mean, norm.running_var = momentum, mean, var
+                _average(norm, *self._of_batch[norm])
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -15,7 +15,6 @@ from ksam.parts import Part
 from ksam.selection import check_rho
 from ksam_kernels.checks import check_range
 
-
 T = TypeVar("T")
 
 
