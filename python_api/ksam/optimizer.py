@@ -64,6 +64,12 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
+def _check_when(when: Any) -> Any:
+    if when is not None and not callable(when) and not isinstance(when, Policy):
+        raise TypeError(f"when must be a function of the step or a policy, got {when!r}")
+    return when
+
+
 class SharpnessAware(Optimizer):
     r"""The engine under every method of the family; the methods are in :mod:`ksam.methods`.
 
@@ -118,7 +124,7 @@ class SharpnessAware(Optimizer):
     ) -> None:
         self.ascent, self.descent = ascent, descent
         self.geometry = geometry or Geometry()
-        self.when = when
+        self.when = _check_when(when)
         self.scale = _check_choice("scale", scale, SCALES)
         self.statistics = _check_choice("statistics", statistics, STATISTICS)
         self.seed = seed
