@@ -102,6 +102,9 @@ class SharpnessAware(Optimizer):
         seed: of methods that draw samples or weights; the same in a resumed run.
         base_kwargs: for the class of the base optimizer.
 
+    Attributes:
+        report_share: compute ``share`` for the result of every step; False at first.
+
     Raises:
         TypeError, ValueError: an argument out of its range, by name.
     """
@@ -130,6 +133,7 @@ class SharpnessAware(Optimizer):
         self.seed = seed
         self.model = model
         self.steps_done = 0
+        self.report_share = False
         self._rho = rho if callable(rho) else check_rho(rho)
         self._rho_schedules: list[Schedule | None] = []
         self._looked_for_batchnorm = False
@@ -194,7 +198,7 @@ class SharpnessAware(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("base", "ascent", "descent", "geometry", "when", "scale", "statistics", "seed")
-        private = ("model", "steps_done", "_rho", "_rho_schedules", "_looked_for_batchnorm")
+        private = ("model", "steps_done", "report_share", "_rho", "_rho_schedules", "_looked_for_batchnorm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own + private}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -320,9 +324,9 @@ class SharpnessAware(Optimizer):
 
     def _share(self, passes: Passes, sharp: bool) -> Tensor | None:
         """What the selection carries, where somebody asks and a pass over the batch tells."""
-        scaled = sharp and self.scale == "share"
+        wanted = self.report_share or (sharp and self.scale == "share")
         probed = isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
-        if not (scaled or probed) or not passes.knows_the_batch:
+        if not (wanted or probed) or not passes.knows_the_batch:
             return None
         sampler = self.ascent if isinstance(self.ascent, Sampler) else self.descent
         assert sampler is not None
@@ -360,7 +364,7 @@ class SharpnessAware(Optimizer):
             if isinstance(part, Sampler):
                 part.observe(passes)
         if isinstance(self.when, Policy):
-            self.when.observe(step, cost, share)
+            self.when.observe(step, cost, share if self.when.wants_share(step) else None)
 
     def _backup_of(self, param: Tensor) -> Tensor:
         """Kept between steps: stable addresses, and no allocation in the loop."""
