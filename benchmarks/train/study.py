@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> None:
     """Run what is not in the file yet."""
     started = time.time()
     device, config = select_device(args.device), resolve(args)
-    load_workload(config, torch.device("cpu"))  # a mistake is told here, once
     path = _prepare(config)
     done, rows = _complete(path, config.epochs)
     tasks = [(m, s) for s in range(config.seeds) for m in config.methods if (m, s) not in done]
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
                 print(message, flush=True)
     _report(path, config)
     if errors:
-        raise UsageError(f"{len(errors)} of the processes failed; the first said:\n{errors[0]}")
+        raise UsageError(errors[0] if len(errors) == 1 else f"{len(errors)} times: {errors[0]}")
 
 
 def _run_all(worker: _Worker, tasks: Sequence[Task], count: int) -> Iterator[EpochResult | str]:
@@ -134,6 +133,8 @@ def _work(worker: _Worker, todo: Any, found: Any) -> None:
                 found.put(result)
                 if _late(worker):
                     return
+    except UsageError as error:
+        found.put(str(error))
     except BaseException:
         found.put(traceback.format_exc())
         raise

@@ -1,5 +1,6 @@
 """K-SAM, sharpness-aware minimization on the k highest-loss samples, and its family."""
 
+from ksam.diagnostics import Diagnostics, Sharpness, alignment, sharpness
 from ksam.methods import (
     ASAM,
     AUSAM,
@@ -16,6 +17,7 @@ from ksam.optimizer import SharpnessAware, StepResult
 from ksam.samplers import AccuracySchedule
 from ksam.selection import cross_entropy
 from ksam.when import EveryNth, From, Policy, Representative
+from ksam.writers import CSVWriter, TensorBoardWriter
 from ksam_kernels import binary_cross_entropy_with_logits, mse
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "MSAM",
     "SAM",
     "AccuracySchedule",
+    "CSVWriter",
+    "Diagnostics",
     "EveryNth",
     "From",
     "ImportanceKSAM",
@@ -33,10 +37,14 @@ __all__ = [
     "Policy",
     "RandomSubsetSAM",
     "Representative",
+    "Sharpness",
     "SharpnessAware",
     "StaleKSAM",
     "StepResult",
+    "TensorBoardWriter",
+    "alignment",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "mse",
+    "sharpness",
 ]

@@ -198,7 +198,14 @@ class SharpnessAware(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("base", "ascent", "descent", "geometry", "when", "scale", "statistics", "seed")
-        private = ("model", "steps_done", "report_share", "_rho", "_rho_schedules", "_looked_for_batchnorm")
+        private = (
+            "model",
+            "steps_done",
+            "report_share",
+            "_rho",
+            "_rho_schedules",
+            "_looked_for_batchnorm",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own + private}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

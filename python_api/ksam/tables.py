@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,17 @@ from ksam.when import check_count
 from ksam_kernels.checks import INDEX, check_dtype, check_range
 
 Index = Any  # a key of the batch, or Callable[[Any], Tensor]
+
+
+def sample_rows(batch: Any, index: Index) -> Tensor:
+    """The indices of a batch's samples in the data set, int64 ``[B]``."""
+    rows = index(batch) if callable(index) else batch[index]
+    check_dtype("the batch's sample index", rows, INDEX)
+    if rows.dim() != 1:
+        raise ValueError(
+            f"the batch's sample index must be one-dimensional, got shape {tuple(rows.shape)}"
+        )
+    return rows.long()  # type: ignore[no-any-return]
 
 
 class _Table(Sampler):
@@ -41,14 +51,9 @@ class _Table(Sampler):
 
     def rows(self, batch: Any) -> Tensor:
         """The indices of the batch's samples, int64 ``[B]``; the table moves to their device."""
-        rows = self.index(batch) if isinstance(self.index, Callable) else batch[self.index]  # type: ignore[arg-type]
-        check_dtype("the batch's sample index", rows, INDEX)
-        if rows.dim() != 1:
-            raise ValueError(
-                f"the batch's sample index must be one-dimensional, got shape {tuple(rows.shape)}"
-            )
+        rows = sample_rows(batch, self.index)
         self._columns = {name: c.to(rows.device) for name, c in self._columns.items()}
-        return rows.long()  # type: ignore[no-any-return]
+        return rows
 
     def column(self, name: str) -> Tensor:
         """A column of the table, float32 ``[size]``."""

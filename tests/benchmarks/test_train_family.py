@@ -176,3 +176,11 @@ def test_the_study_stops_when_time_is_up(cli: Callable[..., Any], tmp_path: Path
     )  # fmt: skip
     assert result.status == 0, result.err
     assert len(read_rows(tmp_path / "study.csv")) < 500
+
+
+def test_a_mistake_in_a_study_is_one_sentence(cli: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = ("--train-samples", 5000, "--seeds", 1, "--methods", "sgd", "--out", tmp_path)
+    result = cli(*arguments, command="study")
+    assert result.status == 2
+    assert "--train-samples 5000: the training set has 1347" in result.err
+    assert "Traceback" not in result.err
