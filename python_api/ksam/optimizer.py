@@ -96,7 +96,7 @@ class SharpnessAware(Optimizer):
             (:class:`ksam.Representative`) that says which steps are sharpness-aware; None: all.
         scale: of the descent loss over n selected of M samples: ``"mean"`` over the n, their sum
             divided by M (``"batch"``), or by M times their share of the gradient bounds
-            (``"share"``).
+            (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
         statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
             statistics, the ``"full"`` batch's, or the ``"running"`` ones. Needs ``model``.
         seed: of methods that draw samples or weights; the same in a resumed run.
