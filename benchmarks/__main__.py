@@ -12,6 +12,7 @@ from benchmarks.errors import UsageError
 # name: (module, one line of help). The module provides `add_arguments(parser)` and `run(args)`.
 COMMANDS = {
     "train": ("benchmarks.train.cli", "train with SGD, SAM and K-SAM: accuracy, time, step cost"),
+    "study": ("benchmarks.train.study", "methods x seeds in parallel processes, resumable"),
     "kernels": ("benchmarks.kernels.cli", "time every operation against plain PyTorch"),
     "gpu": ("benchmarks.gpu.cli", "all checks and measurements that need a GPU, in nine minutes"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import select_device
-from benchmarks.train.config import BASES, DATA, METHODS, parse_k, resolve
+from benchmarks.train.config import BASES, DATA, DEFAULT_METHODS, METHODS, parse_k, resolve
 from benchmarks.train.run import run_benchmark
 
 
@@ -27,23 +27,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--model",
         metavar="NAME",
-        help="cnn, resnet8, resnet20 or resnet18 (default: cnn for digits, resnet8 for cifar10); "
+        help="cnn, resnet8, resnet20, resnet18 or vit (default: cnn for digits, resnet8 for "
+        "cifar10; a vit wants --base adamw); "
         "text: the folder of a transformers model",
     )
     data.add_argument(
         "--train-samples",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="train on the first N samples of a fixed permutation (default: all)",
     )
+    data.add_argument(
+        "--label-noise",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="give this share of the training samples a wrong label, always the same; default: 0",
+    )
     _add_optimizer_arguments(parser)
+    _add_method_arguments(parser)
     run_group = parser.add_argument_group("run")
     run_group.add_argument(
-        "--seeds", type=_positive_int, default=3, metavar="N", help="use seeds 0 .. N-1; default: 3"
+        "--seeds", type=positive_int, default=3, metavar="N", help="use seeds 0 .. N-1; default: 3"
     )
     run_group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run_group.add_argument(
-        "--threads", type=_positive_int, metavar="N", help="CPU threads (default: PyTorch's)"
+        "--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's)"
     )
     run_group.add_argument(
         "--timing-rounds",
@@ -62,16 +71,17 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--methods",
         type=_parse_methods,
-        default=METHODS,
+        default=DEFAULT_METHODS,
         metavar="LIST",
-        help="comma-separated: sgd (the base optimizer alone), sam, ksam; default: all",
+        help=f"comma-separated, of {', '.join(METHODS)}; sgd is the base optimizer alone; "
+        f"default: {','.join(DEFAULT_METHODS)}",
     )
     group.add_argument(
         "--base", choices=BASES, help="base optimizer (default: sgd for images, adamw for text)"
     )
-    group.add_argument("--epochs", type=_positive_int, metavar="N")
-    group.add_argument("--batch-size", type=_positive_int, metavar="M")
-    group.add_argument("--lr", type=_positive_float, help="peak learning rate")
+    group.add_argument("--epochs", type=positive_int, metavar="N")
+    group.add_argument("--batch-size", type=positive_int, metavar="M")
+    group.add_argument("--lr", type=positive_float, help="peak learning rate")
     group.add_argument("--weight-decay", type=_non_negative_float)
     group.add_argument(
         "--k",
@@ -87,6 +97,40 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
         default=0.0,
         help="default: 0",
+    )
+
+
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("single methods")
+    for name, default in (("asam", 0.5), ("msam", 0.3)):
+        group.add_argument(
+            f"--{name}-rho",
+            type=_non_negative_float,
+            default=default,
+            metavar="RHO",
+            help=f"radius of {name.upper()}; default: {default}",
+        )
+    group.add_argument(
+        "--late",
+        type=_share,
+        default=0.2,
+        metavar="SHARE",
+        help="the last part of the training, in which late-sam and late-ksam are; default: 0.2",
+    )
+    group.add_argument(
+        "--threshold",
+        type=_share,
+        default=0.6,
+        metavar="SHARE",
+        help="ksam-auto: of the gradient bound, that the selection must carry; default: 0.6",
+    )
+    group.add_argument(
+        "--budget",
+        type=_non_negative_float,
+        default=1.0,
+        metavar="COST",
+        help="ksam-auto: mean cost of its steps in units of the base optimizer's, 0 for no limit; "
+        "default: 1",
     )
 
 
@@ -126,6 +170,7 @@ def _number(
     return parse
 
 
-_positive_int = _number(int, lambda n: n >= 1, "a count >= 1")
-_positive_float = _number(float, lambda x: 0 < x < float("inf"), "a positive number")
+positive_int = _number(int, lambda n: n >= 1, "a count >= 1")
+positive_float = _number(float, lambda x: 0 < x < float("inf"), "a positive number")
+_share = _number(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
 _non_negative_float = _number(float, lambda x: 0 <= x < float("inf"), "a number >= 0")

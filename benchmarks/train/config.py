@@ -10,9 +10,17 @@ from pathlib import Path
 from benchmarks.errors import UsageError
 from ksam.selection import check_k
 
-METHODS = ("sgd", "sam", "ksam")
+DEFAULT_METHODS = ("sgd", "sam", "ksam")
+METHODS = (
+    *DEFAULT_METHODS,
+    *("ksam-auto", "ksam-auto-share", "late-ksam", "late-sam", "nth-sam", "asam", "esam"),
+    *("random-sam", "ordered", "ordered-half", "msam", "ausam", "stale-ksam"),
+    # Parts of K-SAM in isolation.
+    *("importance-ksam", "random-ksam", "mixed-ksam", "ksam-batch", "ksam-share"),
+    *("ksam-full", "ksam-running"),
+)
 BASES = ("sgd", "adamw")
-IMAGE_MODELS = ("cnn", "resnet8", "resnet20", "resnet18")
+IMAGE_MODELS = ("cnn", "resnet8", "resnet20", "resnet18", "vit")
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,16 @@ class TrainConfig:
     weight_decay: float
     k: float | int  # float: fraction of the batch; int: count
     rho: float
+    asam_rho: float
+    msam_rho: float
+    late: float  # share of the training, the last, that late-sam and late-ksam are sharp in
+    threshold: float  # of K-SAM's policy
+    budget: float | None  # of K-SAM's policy; None: no limit
     base: str
     model: str
     train_samples: int | None  # None: all of them
     label_smoothing: float
+    label_noise: float  # share of the training labels that are wrong
     timing_rounds: int | None  # None: as many as fit in the time box
     out: Path
 
@@ -97,10 +111,16 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
         weight_decay=weight_decay if args.weight_decay is None else args.weight_decay,
         k=args.k,
         rho=args.rho,
+        asam_rho=args.asam_rho,
+        msam_rho=args.msam_rho,
+        late=args.late,
+        threshold=args.threshold,
+        budget=args.budget or None,
         base=base,
         model=_resolve_model(args, defaults),
         train_samples=args.train_samples,
         label_smoothing=args.label_smoothing,
+        label_noise=args.label_noise,
         timing_rounds=args.timing_rounds,
         out=args.out or Path("runs") / f"train-{args.data}",
     )

@@ -14,11 +14,12 @@ from benchmarks.train.workload import Workload
 
 def load_workload(config: TrainConfig, device: torch.device) -> Workload:
     """Read the data set, and a pretrained model's folder; UsageError if something is missing."""
+    options = config.train_samples, config.label_noise
     if config.data == "digits":
-        return ImageWorkload(load_digits(), config.model, device, config.train_samples)
+        return ImageWorkload(load_digits(), config.model, device, *options)
     root = config.data_root
     assert root is not None  # resolve() demands it for every other data set
     if config.data == "cifar10":
-        return ImageWorkload(load_cifar10(root), config.model, device, config.train_samples)
+        return ImageWorkload(load_cifar10(root), config.model, device, *options)
     train, dev = (load_glue(root, config.data, split) for split in ("train", "dev"))
-    return TextWorkload(train, dev, config.model, device, config.train_samples)
+    return TextWorkload(train, dev, config.model, device, *options)

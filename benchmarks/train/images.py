@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.errors import import_optional
 from benchmarks.train.models import build_image_model
-from benchmarks.train.workload import LABEL, Batch, Workload, subset_rows
+from benchmarks.train.workload import INDEX, LABEL, Batch, Workload, subset_rows, with_noise
 
 _TEST_BATCH = 500
 
@@ -66,16 +66,23 @@ class ImageWorkload(Workload):
     """Images with a convolutional network; the whole data set lives on the device."""
 
     def __init__(
-        self, data: ImageData, model: str, device: torch.device, train_samples: int | None = None
+        self,
+        data: ImageData,
+        model: str,
+        device: torch.device,
+        train_samples: int | None = None,
+        label_noise: float = 0.0,
     ) -> None:
         train = data.train
         if train_samples is not None:
             train = train.take(subset_rows(len(train.labels), train_samples))
+        classes = int(data.train.labels.max()) + 1
+        train = ImageSplit(train.images, with_noise(train.labels, label_noise, classes))
         self.device = device
         self.train_size, self.test_size = len(train.labels), len(data.test.labels)
         self._train, self._test = train.to(device), data.test.to(device)
         self._model = model
-        self._classes = int(data.train.labels.max()) + 1
+        self._classes = classes
         self._shift, self._flip = data.shift, data.flip
         mean, std = channel_statistics(train.images)
         # x -> x * scale + offset is (x - mean) / std
@@ -84,7 +91,8 @@ class ImageWorkload(Workload):
 
     def build_model(self) -> nn.Module:
         channels = self._train.images.shape[-1]
-        model = build_image_model(self._model, channels, self._classes)
+        side = self._train.images.shape[1]
+        model = build_image_model(self._model, channels, self._classes, side)
         # The images are stored channels last, and convolutions are faster in that format.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self.device)
@@ -107,7 +115,8 @@ class ImageWorkload(Workload):
             images = shift_and_flip(
                 self._train.images[rows], shifts[part], flips[part], self._shift
             )
-            yield {"image": self._normalize(images), LABEL: self._train.labels[rows]}
+            labels = self._train.labels[rows]
+            yield {"image": self._normalize(images), LABEL: labels, INDEX: rows}
 
     def test_batches(self) -> Iterator[Batch]:
         for start in range(0, self.test_size, _TEST_BATCH):

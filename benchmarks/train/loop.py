@@ -28,6 +28,7 @@ class EpochResult:
     train_seconds: float  # since the start of the run; loading and evaluation do not count
     train_loss: float  # mean over the epoch's steps, each before its update
     test_accuracy: float  # share of the test set, 0 to 1
+    gradient_cost: float = 1.0  # mean of the steps so far by count, in units of the base's
 
     @property
     def finite(self) -> bool:
@@ -49,7 +50,7 @@ def train(
     from it than SGD's one.
     """
     model = seeded_model(workload, seed)
-    optimizer, step = make_step(method, workload, model, config)
+    optimizer, step = make_step(method, workload, model, config, seed)
     steps = workload.steps_per_epoch(config.batch_size)
     scheduler = warmup_cosine(optimizer, steps * config.epochs)
     generator = data_generator(seed)
@@ -62,6 +63,7 @@ def train(
             loss_sum += step(batch)
             scheduler.step()
             on_step()
+        step.end_epoch()
         synchronize(workload.device)
         seconds += time.perf_counter() - start
         yield EpochResult(
@@ -71,6 +73,7 @@ def train(
             train_seconds=seconds,
             train_loss=loss_sum.item() / steps,
             test_accuracy=evaluate(workload, model),
+            gradient_cost=step.spent / (steps * epoch),
         )
 
 

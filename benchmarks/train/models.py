@@ -1,13 +1,20 @@
-"""Convolutional networks for small images, all with BatchNorm."""
+"""Networks for small images: convolutional ones with BatchNorm, and a vision transformer."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def build_image_model(name: str, channels: int, classes: int) -> nn.Module:
-    """Return the network `name` for images of `channels` channels, randomly initialized."""
+def build_image_model(name: str, channels: int, classes: int, side: int = 32) -> nn.Module:
+    """Return the network `name` for images of `channels` channels, randomly initialized.
+
+    Args:
+        side: height and width in pixels; the convolutional networks take any.
+    """
+    if name == "vit":
+        return VisionTransformer(channels, classes, side)
     if name == "cnn":
         return SmallCNN(channels, classes)
     blocks, widths = _RESNETS[name]
@@ -82,3 +89,49 @@ def _conv_bn_relu(in_width: int, width: int, stride: int = 1) -> tuple[nn.Module
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
     )
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a two-layer perceptron, each after LayerNorm and with a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, tokens, width] to the same shape."""
+        batch, tokens, width = x.shape
+        heads = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).transpose(1, 3)
+        query, key, value = heads.unbind(2)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        x = x + self.out(attended.reshape(batch, tokens, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """A small ViT (Dosovitskiy et al. 2021): 8 x 8 patches as tokens, the mean of which classifies.
+
+    No BatchNorm anywhere, so a subset of a batch is normalized as the batch is.
+    """
+
+    def __init__(
+        self, channels: int, classes: int, side: int, width: int = 128, depth: int = 6
+    ) -> None:
+        super().__init__()
+        patch = side // 8
+        self.embed = nn.Conv2d(channels, width, patch, patch)
+        self.position = nn.Parameter(torch.empty(1, 64, width))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads=4) for _ in range(depth)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, channels, side, side] to [B, classes]."""
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        logits: Tensor = self.head(self.blocks(tokens).mean(1))
+        return logits

@@ -14,6 +14,14 @@ from benchmarks.train.methods import BASE_LABELS, Method
 
 # Okabe and Ito's colors, told apart with any color vision; the markers serve black and white.
 _STYLES = {"sgd": ("#0072B2", "o"), "sam": ("#D55E00", "s"), "ksam": ("#009E73", "^")}
+_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_MARKERS = "vD<>ph*X"
+
+
+def _style(name: str, number: int) -> tuple[str, str]:
+    """Color and marker of the `number`-th method of a plot; the best known keep theirs."""
+    other = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+    return _STYLES.get(name, other)
 
 
 def require_matplotlib() -> None:
@@ -30,9 +38,9 @@ def plot_accuracy(
 
     figure = Figure(figsize=(7.0, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for method in methods:
+    for number, method in enumerate(methods):
         seconds, mean, sd = accuracy_curve(method, results)
-        color, marker = _STYLES[method.name]
+        color, marker = _style(method.name, number)
         axes.plot(seconds, 100 * mean, color=color, marker=marker, ms=4, label=method.label)
         if sd is not None:
             axes.fill_between(

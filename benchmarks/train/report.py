@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ from ksam.selection import subset_size
 
 COLUMNS = (
     "data", "model", "base", "method", "k", "rho", "batch_size", "lr", "weight_decay", "seed",
-    "epoch", "train_seconds", "train_loss", "test_accuracy", "torch", "device", "timestamp",
+    "epoch", "train_seconds", "gradient_cost", "train_loss", "test_accuracy", "torch", "device",
+    "timestamp",
 )  # fmt: skip
 
 
@@ -26,7 +28,7 @@ class TrainResults(ResultsFile):
     """results.csv, a row per method, seed and epoch, written as the runs go.
 
     `train_seconds` counts from the start of a run, `test_accuracy` is a share from 0 to 1; `k` and
-    `rho` are empty where the method has none.
+    `rho` are empty where the method has none; `gradient_cost` is the mean cost of a step by count.
     """
 
     def __init__(self, path: Path, config: TrainConfig, device: str) -> None:
@@ -41,14 +43,12 @@ class TrainResults(ResultsFile):
             "device": device,
         }
         super().__init__(path, COLUMNS, constant)
-        self._rho = config.rho
 
     def write(self, method: Method, result: EpochResult) -> None:
         """Append a row; it is on disk when this returns."""
-        perturbs = method.k is not None
         method_figures = {
-            "k": method.k if perturbs else "",
-            "rho": self._rho if perturbs else "",
+            "k": "" if method.k is None else method.k,
+            "rho": "" if method.rho is None else method.rho,
         }
         self.append({**dataclasses.asdict(result), **method_figures})
 
@@ -57,12 +57,14 @@ def write_summary(
     path: Path, config: TrainConfig, summaries: Sequence[MethodSummary], device: str
 ) -> None:
     """Write the table's figures with the settings behind them as JSON."""
-    content = {
+    content: dict[str, Any] = {
         "settings": dataclasses.asdict(config),
         "torch": torch.__version__,
         "device": device,
         "methods": [dataclasses.asdict(summary) for summary in summaries],
     }
+    for entry in content["methods"]:
+        del entry["method"]["config"]  # the settings above
     # Paths as strings. No figure can be NaN or infinite, which JSON lacks.
     text = json.dumps(content, indent=2, default=str, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
@@ -117,7 +119,7 @@ def _format_cost(summary: MethodSummary) -> str:
     if summary.cost is None:
         return "-"
     median = f"{summary.cost.median:.2f}"
-    if summary.method.k is None:  # the yardstick itself
+    if summary.method.is_base:  # the yardstick itself
         return median
     return f"{median} [{summary.cost.q1:.2f}-{summary.cost.q3:.2f}]"
 

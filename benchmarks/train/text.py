@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.errors import UsageError, import_optional
 from benchmarks.train.glue import GlueSplit
-from benchmarks.train.workload import LABEL, Batch, Workload, subset_rows
+from benchmarks.train.workload import INDEX, LABEL, Batch, Workload, subset_rows, with_noise
 
 _MAX_TOKENS = 128
 _TEST_BATCH = 64
@@ -28,6 +28,7 @@ class TextWorkload(Workload):
         model: str,
         device: torch.device,
         train_samples: int | None = None,
+        label_noise: float = 0.0,
     ) -> None:
         self.device = device
         self._transformers = _import_transformers()
@@ -38,7 +39,8 @@ class TextWorkload(Workload):
                 "(there is no config.json in it)"
             )
         tokenizer = self._load("AutoTokenizer")
-        self._train = _Tokens(train, tokenizer, device)
+        noisy = with_noise(torch.tensor(train.labels), label_noise, _CLASSES).tolist()
+        self._train = _Tokens(GlueSplit(train.sentences, noisy), tokenizer, device)
         self._test = _Tokens(test, tokenizer, device)
         self._rows = subset_rows(len(train.labels), train_samples)
         self.train_size, self.test_size = len(self._rows), len(test.labels)
@@ -49,7 +51,7 @@ class TextWorkload(Workload):
         return model.to(self.device).train()
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        inputs = {name: tensor for name, tensor in batch.items() if name != LABEL}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in (LABEL, INDEX)}
         logits: Tensor = model(**inputs).logits
         return logits
 
@@ -57,7 +59,7 @@ class TextWorkload(Workload):
         order = torch.randperm(self.train_size, generator=generator)
         for step in range(self.steps_per_epoch(batch_size)):
             rows = order[step * batch_size : (step + 1) * batch_size]
-            yield self._train.batch(self._rows[rows])
+            yield {**self._train.batch(self._rows[rows]), INDEX: rows.to(self.device)}
 
     def test_batches(self) -> Iterator[Batch]:
         # Sentences of like length together: less padding to compute.

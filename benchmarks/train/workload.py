@@ -14,10 +14,16 @@ from benchmarks.errors import UsageError
 # indices, int64 [B], are under LABEL.
 Batch = dict[str, Tensor]
 LABEL = "label"
+# The samples' rows in the training set, int64 [B]; test batches have none.
+INDEX = "index"
 
 # Seeds the permutation behind --train-samples. It is not a run's seed: every seed trains on the
 # same samples.
 _SUBSET_SEED = 0
+
+
+# Seeds the wrong labels: the same for every seed of a run.
+_NOISE_SEED = 1
 
 
 class Workload(ABC):
@@ -63,3 +69,13 @@ def subset_rows(size: int, samples: int | None) -> Tensor:
     if samples > size:
         raise UsageError(f"--train-samples {samples}: the training set has {size}")
     return torch.randperm(size, generator=torch.Generator().manual_seed(_SUBSET_SEED))[:samples]
+
+
+def with_noise(labels: Tensor, share: float, classes: int) -> Tensor:
+    """Return labels, int64 [N], of which round(share * N) are another class, uniformly drawn."""
+    generator = torch.Generator().manual_seed(_NOISE_SEED)
+    wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    shifts = torch.randint(1, classes, (len(wrong),), generator=generator)
+    noisy = labels.clone()
+    noisy[wrong] = (labels[wrong] + shifts) % classes
+    return noisy

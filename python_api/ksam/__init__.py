@@ -1,7 +1,50 @@
-"""K-SAM: sharpness-aware minimization on the k highest-loss samples of each batch."""
+"""K-SAM, sharpness-aware minimization on the k highest-loss samples, and its family."""
 
-from ksam.optimizer import KSAM, StepResult
+from ksam.diagnostics import Diagnostics, Sharpness, alignment, sharpness
+from ksam.methods import (
+    ASAM,
+    AUSAM,
+    ESAM,
+    KSAM,
+    MSAM,
+    SAM,
+    ImportanceKSAM,
+    OrderedSGD,
+    RandomSubsetSAM,
+    StaleKSAM,
+)
+from ksam.optimizer import SharpnessAware, StepResult
+from ksam.samplers import AccuracySchedule
 from ksam.selection import cross_entropy
+from ksam.when import EveryNth, From, Policy, Representative
+from ksam.writers import CSVWriter, TensorBoardWriter
 from ksam_kernels import binary_cross_entropy_with_logits, mse
 
-__all__ = ["KSAM", "StepResult", "binary_cross_entropy_with_logits", "cross_entropy", "mse"]
+__all__ = [
+    "ASAM",
+    "AUSAM",
+    "ESAM",
+    "KSAM",
+    "MSAM",
+    "SAM",
+    "AccuracySchedule",
+    "CSVWriter",
+    "Diagnostics",
+    "EveryNth",
+    "From",
+    "ImportanceKSAM",
+    "OrderedSGD",
+    "Policy",
+    "RandomSubsetSAM",
+    "Representative",
+    "Sharpness",
+    "SharpnessAware",
+    "StaleKSAM",
+    "StepResult",
+    "TensorBoardWriter",
+    "alignment",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "mse",
+    "sharpness",
+]

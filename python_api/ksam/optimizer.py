@@ -1,12 +1,9 @@
-"""The K-SAM optimizer: two gradients on the k highest-loss samples, one base-optimizer update."""
+"""The engine: a sharpness-aware step made of parts, over any base optimizer."""
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +11,42 @@ from torch.optim import Optimizer
 
 import ksam_kernels
 from ksam import batchnorm, interrupts
-from ksam.selection import K, Schedule, check_k, check_rho, selection_pass, subset_size
+from ksam.base import (
+    build_base,
+    check_no_overlap,
+    check_takes_no_closure,
+    parameter_names,
+    parameters,
+)
+from ksam.geometry import Geometry, Moving
+from ksam.momentum import Momentum
+from ksam.parts import Part, Sampler
+from ksam.passes import Passes, PerSampleLoss
+from ksam.samplers import All
+from ksam.selection import Schedule, check_rho
 from ksam.update import restore_and_update
+from ksam.when import Policy
 
-PerSampleLoss = Callable[[Any], Any]
+SCALES = ("mean", "batch", "share")
+STATISTICS = ("subset", "full", "running")
 
 
 class StepResult(NamedTuple):
     """What a step computed, as device tensors: reading one waits for the device, the step does not.
 
     Attributes:
-        loss: mean loss over the batch at the weights before the step, a scalar.
-        losses: loss of every sample, ``[B]``, of the same pass.
-        indices: the selected samples, int64 ``[k]``, ascending.
-        grad_norm: norm of the ascent gradient, float32 scalar; 0, inf or NaN mean that the descent
+        loss: mean of ``losses``, a scalar.
+        losses: of the step's first pass over the whole batch, ``[B]``, at the weights before the
+            step if the method has a pass there; of its first pass if none is over the whole batch.
+        indices: the samples that the ascent gradient was taken on (the descent's, where there is
+            none or it was taken on all), int64, ascending.
+        grad_norm: norm of the ascent direction, float32 scalar; 0, inf or NaN mean that the descent
             gradient was taken at the unperturbed weights.
-        aux: the second value of the loss function's first call, if it returns two; else None.
+        aux: the second value of the loss function in the pass of ``losses``, if it returns two;
+            else None.
+        sharp: whether it was a sharpness-aware step (True) or a plain one of the base optimizer.
+        share: the share of the batch's gradient bounds that the selection carries, if the step
+            computed it (see :class:`ksam.Representative`); else None.
     """
 
     loss: Tensor
@@ -37,47 +54,28 @@ class StepResult(NamedTuple):
     indices: Tensor
     grad_norm: Tensor
     aux: Any
+    sharp: bool = True
+    share: Tensor | None = None
 
 
-def _per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
-    """Split ``losses`` or ``(losses, aux)`` and check the losses."""
-    losses, aux = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-    if not isinstance(losses, Tensor):
-        raise TypeError(
-            f"per_sample_loss must return a tensor of losses, got {type(losses).__name__}"
-        )
-    if tuple(losses.shape) != (samples,):
-        raise ValueError(
-            f"per_sample_loss must return one loss per sample, shape ({samples},), got "
-            f"{tuple(losses.shape)}; a scalar is a mean: use reduction='none'"
-        )
-    if not losses.is_floating_point():
-        raise TypeError(f"per_sample_loss must return floating losses, got {losses.dtype}")
-    return losses, aux
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return str(value)
 
 
-def _check_no_overlap(params: Sequence[Tensor]) -> None:
-    """Two parameters on the same memory would be perturbed twice and restored once."""
-    spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.itemsize, i)
-        for i, p in enumerate(params)
-        if p.numel() > 0
-    )
-    for (_, end, i), (start, _, j) in pairwise(spans):
-        if start < end:
-            raise ValueError(
-                f"params {min(i, j)} and {max(i, j)} share memory; tie them as one Parameter"
-            )
+def _check_when(when: Any) -> Any:
+    if when is not None and not callable(when) and not isinstance(when, Policy):
+        raise TypeError(f"when must be a function of the step or a policy, got {when!r}")
+    return when
 
 
-class KSAM(Optimizer):
-    r"""Sharpness-aware minimization on the k highest-loss samples of each batch (Ni et al. 2022).
+class SharpnessAware(Optimizer):
+    r"""The engine under every method of the family; the methods are in :mod:`ksam.methods`.
 
-    A step selects the k samples S with the highest loss, climbs to
-    :math:`\hat w = w + \rho\, g / \lVert g \rVert_2` along their gradient :math:`g`, takes the
-    gradient of the same samples there, returns to w bit for bit and lets the base optimizer update
-    it. In units of a forward pass over one sample it costs M + 6k, SGD costs 3M: the same at
-    k = M/3. With k = 1.0 it is SAM (Foret et al. 2020), with ``adaptive`` ASAM (Kwon et al. 2021).
+    A step perturbs the weights along an **ascent** direction in a **geometry**, takes the
+    **descent** gradient there, returns to the weights bit for bit and lets the base optimizer
+    update them; **when** it does not, it takes the base optimizer's plain step on the whole batch.
 
     Args:
         params: as for any optimizer; groups may have a ``rho`` of their own. May be None if
@@ -86,15 +84,26 @@ class KSAM(Optimizer):
             same parameters. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` are updated by the fused
             kernels, every other base (and these with ``foreach`` or ``fused``, hooks on them, ...)
             by its own ``step()`` on the restored weights.
+        ascent: the samples whose gradient is climbed, or :class:`~ksam.momentum.Momentum`; None:
+            weights are not perturbed.
+        descent: the samples whose gradient is descended; None: those of the ascent.
+        geometry: of the perturbation; default: Euclidean.
         rho: radius of the perturbation, >= 0, or a function of the step (from 0). It stands in
             ``param_groups``; the norm is one over all groups.
-        k: samples selected: a fraction of the batch in (0, 1] (float), a count (int), or a function
-            of the step that returns either.
-        adaptive: weight the perturbation by :math:`T = |w| + \eta`.
-        eta: the floor of T, >= 0.
         model: the module whose BatchNorm statistics a step updates exactly once, in the pass over
             the whole batch. Without it every pass updates them.
+        when: a function of the step (:class:`ksam.From`, :class:`ksam.EveryNth`, ...) or a policy
+            (:class:`ksam.Representative`) that says which steps are sharpness-aware; None: all.
+        scale: of the descent loss over n selected of M samples: ``"mean"`` over the n, their sum
+            divided by M (``"batch"``), or by M times their share of the gradient bounds
+            (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
+        statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
+            statistics, the ``"full"`` batch's, or the ``"running"`` ones. Needs ``model``.
+        seed: of methods that draw samples or weights; the same in a resumed run.
         base_kwargs: for the class of the base optimizer.
+
+    Attributes:
+        report_share: compute ``share`` for the result of every step; False at first.
 
     Raises:
         TypeError, ValueError: an argument out of its range, by name.
@@ -105,34 +114,44 @@ class KSAM(Optimizer):
         params: Iterable[Any] | None,
         base: type[Optimizer] | Optimizer,
         *,
+        ascent: Sampler | Momentum | None,
+        descent: Sampler | None = None,
+        geometry: Geometry | None = None,
         rho: float | Schedule = 0.05,
-        k: K | Schedule = 1 / 3,
-        adaptive: bool = False,
-        eta: float = 0.0,
         model: nn.Module | None = None,
+        when: Callable[[int], bool] | Policy | None = None,
+        scale: Literal["mean", "batch", "share"] = "mean",
+        statistics: Literal["subset", "full", "running"] = "subset",
+        seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
-        self.k = k if callable(k) else check_k(k)
-        self.adaptive = adaptive
-        self.eta = check_rho(eta, "eta")
+        self.ascent, self.descent = ascent, descent
+        self.geometry = geometry or Geometry()
+        self.when = _check_when(when)
+        self.scale = _check_choice("scale", scale, SCALES)
+        self.statistics = _check_choice("statistics", statistics, STATISTICS)
+        self.seed = seed
         self.model = model
         self.steps_done = 0
+        self.report_share = False
         self._rho = rho if callable(rho) else check_rho(rho)
         self._rho_schedules: list[Schedule | None] = []
         self._looked_for_batchnorm = False
         self._scratch()
-        self.base = _build_base(params, base, base_kwargs)
-        _check_takes_no_closure(self.base)
-        _check_no_overlap(_parameters(self.base.param_groups))
+        self.base = build_base(params, base, base_kwargs)
+        check_takes_no_closure(self.base)
+        check_no_overlap(parameters(self.base.param_groups))
         super().__init__(self.base.param_groups, dict(self.base.defaults))
-        self._share()
+        self._share_groups()
+        if isinstance(ascent, Momentum):
+            ascent.check(self.base)
 
     def _scratch(self) -> None:
         """Working memory: part of no checkpoint and no copy."""
         self._backup: dict[Tensor, Tensor] = {}
-        self._statistics = batchnorm.Snapshot()
+        self._snapshot = batchnorm.Snapshot()
 
-    def _share(self) -> None:
+    def _share_groups(self) -> None:
         """One list of groups and one state, whoever looks: schedulers, the base, checkpoints."""
         self.param_groups = self.base.param_groups
         self.state = self.base.state
@@ -144,42 +163,76 @@ class KSAM(Optimizer):
         if not any(param_group is group for group in self.base.param_groups):
             if not isinstance(param_group["params"], Tensor):
                 param_group["params"] = list(param_group["params"])
-            _check_no_overlap(_parameters([*self.base.param_groups, param_group]))
+            check_no_overlap(parameters([*self.base.param_groups, param_group]))
             self.base.add_param_group(param_group)
         param_group["rho"] = value
         self._rho_schedules.append(rho if callable(rho) else None)
 
+    def _parts(self) -> dict[str, Part]:
+        parts = {
+            "ascent": self.ascent,
+            "descent": self.descent,
+            "geometry": self.geometry,
+            "when": self.when,
+        }
+        return {name: part for name, part in parts.items() if isinstance(part, Part)}
+
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups, and under ``"ksam"`` the number of steps done."""
-        return {**self.base.state_dict(), "ksam": {"steps_done": self.steps_done}}
+        """The base optimizer's state and groups; under ``"ksam"`` the steps done and the parts'."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        own = {name: state for name, state in parts.items() if state}
+        return {**self.base.state_dict(), "ksam": {"steps_done": self.steps_done, **own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; a plain base optimizer's is taken too, as step 0."""
         rhos = [group["rho"] for group in self.param_groups]
-        own = {name: value for name, value in state_dict.items() if name != "ksam"}
-        self.base.load_state_dict(own)
-        self._share()
+        own = state_dict.get("ksam", {})
+        self.base.load_state_dict({n: v for n, v in state_dict.items() if n != "ksam"})
+        self._share_groups()
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
-        self.steps_done = int(state_dict.get("ksam", {}).get("steps_done", 0))
+        for name, part in self._parts().items():
+            if name in own:
+                part.load_state_dict(own[name])
+        self.steps_done = int(own.get("steps_done", 0))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "k", "adaptive", "eta", "model", "steps_done")
-        private = ("_rho", "_rho_schedules", "_looked_for_batchnorm")
+        own = ("base", "ascent", "descent", "geometry", "when", "scale", "statistics", "seed")
+        private = (
+            "model",
+            "steps_done",
+            "report_share",
+            "_rho",
+            "_rho_schedules",
+            "_looked_for_batchnorm",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own + private}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._scratch()
-        self._share()
+        self._share_groups()
+
+    def cost(self, samples: int, step: int | None = None) -> float:
+        """Cost of a sharpness-aware step on a batch of ``samples``, in units of a plain one.
+
+        Counted: a forward pass over one sample is 1, a backward pass 2, so a plain step is 3M.
+        """
+        step = self.steps_done if step is None else step
+        ascent = self.ascent.cost(samples, step) if isinstance(self.ascent, Sampler) else 0
+        if self.descent is not None:
+            return (ascent + self.descent.cost(samples, step)) / (3 * samples)
+        assert isinstance(self.ascent, Sampler)
+        return (ascent + 3 * self.ascent.size(samples, step)) / (3 * samples)
 
     def step(self, per_sample_loss: PerSampleLoss, batch: Any) -> StepResult:  # type: ignore[override]
-        """One K-SAM step.
+        """One step.
 
         Args:
-            per_sample_loss: ``f(batch) -> losses [B]`` or ``(losses, aux)``. Called three times in
-                the model's current mode: on the batch without gradients, then twice on the selected
-                samples. Twice in all, on the batch, where every sample is selected.
+            per_sample_loss: ``f(batch) -> losses [B]`` or ``(losses, aux)``; called once for every
+                pass, in the model's current mode, on the batch or on the selected samples. K-SAM
+                calls it three times: on the batch without gradients, then twice on the selection
+                (twice in all, on the batch, where every sample is selected).
             batch: any tree of tensors with the samples in dimension 0; what else is in it is
                 passed on (see :func:`ksam_kernels.compact_batch`).
 
@@ -194,24 +247,48 @@ class KSAM(Optimizer):
         samples = ksam_kernels.batch_size(batch)
         if samples == 0:
             raise ValueError("batch must hold at least one sample, got 0")
-        k = subset_size(check_k(self.k(self.steps_done) if callable(self.k) else self.k), samples)
+        cost = self.cost(samples)
+        sharp = self._is_sharp(cost)
+        passes = self._passes(per_sample_loss, batch, samples, sharp)
         self._schedule_rho()
         self.zero_grad()
-        self._statistics.take(self.model)
+        self._snapshot.take(self.model)
         perturbed: dict[Tensor, Tensor] = {}
         try:
             with torch.enable_grad():
-                result = self._descent_gradient(per_sample_loss, batch, samples, k, perturbed)
+                result = self._descent_gradient(passes, sharp, perturbed)
             with interrupts.deferred():
                 restore_and_update(self.base, perturbed)
                 perturbed.clear()
-                self.steps_done += 1
+                self._finish(passes, sharp, cost if sharp else 1.0, result.share)
         except BaseException:
             with interrupts.deferred():
                 ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
-                self._statistics.put_back()
+                self._snapshot.put_back()
             raise
         return result
+
+    def _is_sharp(self, cost: float) -> bool:
+        if self.when is None:
+            return True
+        if isinstance(self.when, Policy):
+            return self.when.decide(self.steps_done, cost)
+        return bool(self.when(self.steps_done))
+
+    def _passes(self, function: PerSampleLoss, batch: Any, samples: int, sharp: bool) -> Passes:
+        step = self.steps_done
+        samplers = [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]
+        return Passes(
+            function,
+            batch,
+            samples,
+            step=step,
+            seed=self.seed,
+            whole=not sharp or any(sampler.whole(step) for sampler in samplers),
+            norms=batchnorm.Norms(self.model, self.statistics),
+            trainable=any(p.requires_grad for p in parameters(self.param_groups)),
+            watch=self.model is None and not self._looked_for_batchnorm,
+        )
 
     def _schedule_rho(self) -> None:
         schedules = self._rho_schedules
@@ -223,77 +300,78 @@ class KSAM(Optimizer):
             group["rho"] = value
 
     def _descent_gradient(
-        self,
-        per_sample_loss: PerSampleLoss,
-        batch: Any,
-        samples: int,
-        k: int,
-        perturbed: dict[Tensor, Tensor],
+        self, passes: Passes, sharp: bool, perturbed: dict[Tensor, Tensor]
     ) -> StepResult:
-        """Select, climb, and leave the descent gradient in ``.grad``; fills ``perturbed``."""
-        if k < samples:
-            losses, aux, indices = self._select(per_sample_loss, batch, samples, k)
-            batch = ksam_kernels.compact_batch(batch, indices)
-            with batchnorm.frozen(self.model):
-                self._gradient(per_sample_loss, batch, k)
-        else:
-            losses, aux = self._gradient(per_sample_loss, batch, samples)
-            indices = torch.arange(samples, device=losses.device)
-        norm = self._perturb(perturbed, losses.device)
-        self.zero_grad()
-        with batchnorm.frozen(self.model):
-            self._gradient(per_sample_loss, batch, k)
-        return StepResult(losses.mean(), losses, indices, norm, aux)
-
-    def _select(
-        self, per_sample_loss: PerSampleLoss, batch: Any, samples: int, k: int
-    ) -> tuple[Tensor, Any, Tensor]:
-        """The pass over the whole batch without gradients, and the indices of its k largest."""
-        watch = self.model is None and not self._looked_for_batchnorm
-        with selection_pass(samples, k) as selection, batchnorm.detector(watch) as seen:
-            losses, aux = _per_sample(per_sample_loss(batch), samples)
-            indices = selection.indices(losses)
-        if seen:
-            warnings.warn(
-                "the model has BatchNorm whose running statistics every pass of a step updates; "
-                "pass model= to KSAM to update them once, from the whole batch",
-                stacklevel=5,
-            )
+        """Climb, and leave the descent gradient in ``.grad``; fills ``perturbed``."""
+        ascent, descent = (self.ascent, self.descent) if sharp else (None, All())
+        norm: Tensor | None = None
+        if isinstance(ascent, Sampler):
+            passes.subset = ascent.choose(passes)
+            passes.before = passes.gradient(passes.subset)
+        if ascent is not None:
+            norm = self._perturb(ascent, perturbed)
+            self.zero_grad()
+        subset = passes.subset if descent is None else descent.choose(passes)
+        assert subset is not None
+        if passes.subset is None or passes.subset.indices is None:
+            passes.subset = subset
+        share = self._share(passes, sharp)
+        factor: Tensor | float | None = None
+        if subset.indices is not None and self.scale != "mean":
+            factor = subset.samples / passes.samples
+            factor = factor / share if self.scale == "share" and share is not None else factor
+        passes.after = passes.gradient(subset, factor)
+        if share is None:
+            share = self._share(passes, sharp)
         self._looked_for_batchnorm = True
-        return losses, aux, indices
+        losses = passes.losses
+        if norm is None:
+            norm = torch.zeros((), device=losses.device)
+        return StepResult(losses.mean(), losses, passes.indices(), norm, passes.aux, sharp, share)
 
-    def _gradient(
-        self, per_sample_loss: PerSampleLoss, batch: Any, samples: int
-    ) -> tuple[Tensor, Any]:
-        """``.grad`` of the mean loss; the losses without their graph."""
-        losses, aux = _per_sample(per_sample_loss(batch), samples)
-        if losses.requires_grad:
-            losses.mean().backward()  # type: ignore[no-untyped-call]
-        elif any(p.requires_grad for p in _parameters(self.param_groups)):
-            raise RuntimeError(
-                "per_sample_loss returned losses without a graph although parameters require grad; "
-                "do not detach them and do not compute them under no_grad"
-            )
-        return losses.detach(), aux
+    def _share(self, passes: Passes, sharp: bool) -> Tensor | None:
+        """What the selection carries, where somebody asks and a pass over the batch tells."""
+        wanted = self.report_share or (sharp and self.scale == "share")
+        probed = isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
+        if not (wanted or probed) or not passes.knows_the_batch:
+            return None
+        sampler = self.ascent if isinstance(self.ascent, Sampler) else self.descent
+        assert sampler is not None
+        return passes.share(sampler.size(passes.samples, self.steps_done))
 
-    def _perturb(self, perturbed: dict[Tensor, Tensor], device: torch.device) -> Tensor:
-        """Climb along ``.grad``; every moved parameter stands in ``perturbed`` with its backup."""
-        moving = [
-            (p, p.grad, group["rho"])
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        if not moving:
-            return torch.zeros((), device=device)
-        params, grads, radii = map(list, zip(*moving, strict=True))
-        backup = [self._backup_of(p) for p in params]
+    def _perturb(
+        self, ascent: Sampler | Momentum, perturbed: dict[Tensor, Tensor]
+    ) -> Tensor | None:
+        """Climb; every moved parameter stands in ``perturbed`` with its backup."""
+        params = parameters(self.param_groups)
+        along: list[Tensor | None] = [p.grad for p in params]
+        if isinstance(ascent, Momentum):
+            along = ascent.directions(self.base, params)
+        radii = [group["rho"] for group in self.param_groups for _ in group["params"]]
+        moving = Moving([], [], [], [], [])
+        for p, direction, radius in zip(params, along, radii, strict=True):
+            if direction is not None:
+                moving.params.append(p)
+                moving.directions.append(direction)
+                moving.backup.append(self._backup_of(p))
+                moving.radii.append(radius)
+        if not moving.params:
+            return None
+        if self.geometry.needs_names:
+            names = parameter_names(self.param_groups, self.model)
+            moving.names = [names[p] for p in moving.params if p in names]
         with interrupts.deferred():
-            norm = ksam_kernels.perturb_(
-                params, grads, backup, rho=radii, adaptive=self.adaptive, eta=self.eta
-            )
-            perturbed.update(zip(params, backup, strict=True))
-        return norm
+            return self.geometry.perturb(moving, perturbed, f"{self.seed}/{self.steps_done}")
+
+    def _finish(self, passes: Passes, sharp: bool, cost: float, share: Tensor | None) -> None:
+        """The weights are updated: now what the parts learn from the step is final too."""
+        step = self.steps_done
+        self.steps_done += 1
+        for part in (self.ascent, self.descent):
+            if isinstance(part, Sampler):
+                part.observe(passes)
+        if isinstance(self.when, Policy):
+            self.when.observe(step, cost, share if self.when.wants_share(step) else None)
 
     def _backup_of(self, param: Tensor) -> Tensor:
         """Kept between steps: stable addresses, and no allocation in the loop."""
@@ -306,40 +384,3 @@ class KSAM(Optimizer):
         ):
             backup = self._backup[param] = torch.empty_like(param, requires_grad=False)
         return backup
-
-
-def _build_base(
-    params: Iterable[Any] | None, base: type[Optimizer] | Optimizer, base_kwargs: dict[str, Any]
-) -> Optimizer:
-    """The base optimizer, built here or given."""
-    if isinstance(base, type) and issubclass(base, Optimizer):
-        if params is None:
-            raise ValueError("params must be given when base is a class, got None")
-        return base(params, **base_kwargs)
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be an optimizer or the class of one, got {base!r}")
-    if base_kwargs:
-        raise TypeError(f"base is already built, but got arguments for it: {sorted(base_kwargs)}")
-    own = _parameters(base.param_groups)
-    given = own if params is None else _parameters(params)
-    if set(map(id, given)) != set(map(id, own)):
-        raise ValueError("params must be those of the base optimizer instance, or None")
-    return base
-
-
-def _parameters(entries: Iterable[Any]) -> list[Tensor]:
-    """The tensors of what an optimizer takes: tensors, (name, tensor) pairs, or groups of them."""
-    found: list[Tensor] = []
-    for entry in entries:
-        if isinstance(entry, dict):
-            params = entry["params"]
-            found += [params] if isinstance(params, Tensor) else _parameters(params)
-        else:
-            found.append(entry[1] if isinstance(entry, tuple) else entry)
-    return found
-
-
-def _check_takes_no_closure(base: Optimizer) -> None:
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(f"base {type(base).__name__} needs a closure, which a K-SAM step has not")

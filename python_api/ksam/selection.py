@@ -1,4 +1,4 @@
-"""How many samples a step selects, and the losses of the selection pass with their indices."""
+"""How many samples a step selects, and what the loss of a whole batch leaves for selecting them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from torch import Tensor
 
 import ksam_kernels
+from ksam.parts import Part
 from ksam_kernels.checks import check_range
 
 K = float | int
 Schedule = Callable[[int], float | int]
 
 
-def check_k(k: object) -> K:
+def check_k(k: object, name: str = "k") -> K:
     """A fraction in (0, 1] (float) or a count >= 1 (int)."""
     if isinstance(k, bool) or not isinstance(k, Real):
-        raise TypeError(f"k must be a float in (0, 1] or an int >= 1, got {k!r}")
+        raise TypeError(f"{name} must be a float in (0, 1] or an int >= 1, got {k!r}")
     if isinstance(k, Integral):
         if k < 1:
-            raise ValueError(f"k as a count must be >= 1, got {k!r}")
+            raise ValueError(f"{name} as a count must be >= 1, got {k!r}")
         return int(k)
     if not 0.0 < float(k) <= 1.0:
-        raise ValueError(f"k as a fraction must be in (0, 1], got {k!r}")
+        raise ValueError(f"{name} as a fraction must be in (0, 1], got {k!r}")
     return float(k)
 
 
@@ -37,6 +38,27 @@ def subset_size(k: K, batch_size: int) -> int:
     return min(k, batch_size)
 
 
+class Amount(Part):
+    """A number of samples: a fraction of the batch, a count, or a function of the step."""
+
+    def __init__(self, value: K | Schedule, name: str = "k") -> None:
+        self.name = name
+        self.value = value if callable(value) else check_k(value, name)
+
+    def of(self, samples: int, step: int) -> int:
+        """Of a batch of ``samples``, at a step."""
+        value = self.value(step) if callable(self.value) else self.value
+        return subset_size(check_k(value, self.name), samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of a schedule that remembers something, such as :class:`AccuracySchedule`."""
+        return self.value.state_dict() if isinstance(self.value, Part) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.value, Part):
+            self.value.load_state_dict(state)
+
+
 def check_rho(value: object, name: str = "rho") -> float:
     """A finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -45,39 +67,69 @@ def check_rho(value: object, name: str = "rho") -> float:
     return float(value)
 
 
-class _Selection:
-    """The fused loss-and-top-k call of a selection pass, if the loss function made one."""
+class Recording:
+    """The fused loss of a whole batch, if the loss function made one: its top k and its logits."""
 
-    def __init__(self, batch_size: int, k: int) -> None:
+    def __init__(self, batch_size: int, k: int | None) -> None:
         self.batch_size = batch_size
-        self.k = k
-        self._fused: tuple[Tensor, int, Tensor] | None = None
+        self._k = k
+        self._losses: Tensor | None = None
+        self._version = 0
+        self._indices: Tensor | None = None
+        self._inputs: tuple[Tensor, Tensor, dict[str, Any]] | None = None
 
     def cross_entropy(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        losses, indices = ksam_kernels.select_cross_entropy(logits, target, self.k, **options)
-        self._fused = losses, losses._version, indices
+        if self._k is None:
+            losses = ksam_kernels.cross_entropy(logits, target, **options)
+        else:
+            select = ksam_kernels.select_cross_entropy
+            losses, self._indices = select(logits, target, self._k, **options)
+        self._losses, self._version = losses, losses._version
+        self._inputs = logits.detach(), target, options
         return losses
 
+    def _made(self, losses: Tensor) -> bool:
+        """Whether these are the losses of the fused call, and nobody wrote to them since."""
+        return losses is self._losses and losses._version == self._version
+
     def indices(self, losses: Tensor) -> Tensor:
-        """Those of the fused call, if these are its losses and nobody wrote to them since."""
-        if self._fused is not None:
-            fused_losses, version, indices = self._fused
-            if losses is fused_losses and losses._version == version:
-                return indices
-        return ksam_kernels.topk_indices(losses, self.k)
+        """The k largest."""
+        assert self._k is not None
+        if self._indices is not None and self._made(losses):
+            return self._indices
+        return ksam_kernels.topk_indices(losses.detach(), self._k)
+
+    def scores(self, losses: Tensor) -> Callable[[], Tensor]:
+        """How to get the bound of every sample's gradient norm, float32 ``[B]``, if it is needed.
+
+        With :func:`cross_entropy` the norm of the loss's gradient with respect to the logits,
+        ``||softmax(x) - onehot(y)||_2`` (Katharopoulos & Fleuret 2018); else the loss itself.
+        """
+        if self._inputs is None or not self._made(losses):
+            return losses.detach().float
+        logits, target, options = self._inputs
+
+        def bounds() -> Tensor:
+            with torch.enable_grad():
+                x = logits.requires_grad_()
+                total = ksam_kernels.cross_entropy(x, target, **options).sum()
+                (gradient,) = torch.autograd.grad(total, x)
+            norms: Tensor = torch.linalg.vector_norm(gradient.float(), dim=1)
+            return norms
+
+        return bounds
 
 
-_active: _Selection | None = None
+_active: Recording | None = None
 
 
 @contextmanager
-def selection_pass(batch_size: int, k: int) -> Iterator[_Selection]:
-    """Within, :func:`cross_entropy` of a whole batch also selects its k largest losses."""
+def recording(batch_size: int, k: int | None = None) -> Iterator[Recording]:
+    """Within, :func:`cross_entropy` of a whole batch is recorded, and selects its k largest."""
     global _active
-    previous, _active = _active, _Selection(batch_size, k)
+    previous, _active = _active, Recording(batch_size, k)
     try:
-        with torch.no_grad():
-            yield _active
+        yield _active
     finally:
         _active = previous
 
@@ -93,20 +145,20 @@ def cross_entropy(
     """Per-sample cross-entropy in float32: :func:`ksam_kernels.cross_entropy`, same arguments.
 
     In the selection pass of :meth:`ksam.KSAM.step` the loss and the top-k selection are one
-    operator call.
+    operator call, and policies read the gradient's bound from the logits.
     """
     options: dict[str, Any] = {
         "weight": weight,
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
     }
-    selection = _active
+    active = _active
     # A compiled function would bake this step's selection into its graph.
     if (
-        selection is not None
+        active is not None
         and not torch.compiler.is_compiling()
         and logits.dim() == 2
-        and logits.shape[0] == selection.batch_size
+        and logits.shape[0] == active.batch_size
     ):
-        return selection.cross_entropy(logits, target, **options)
+        return active.cross_entropy(logits, target, **options)
     return ksam_kernels.cross_entropy(logits, target, **options)

@@ -33,12 +33,12 @@ class CliResult:
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., CliResult]:
-    """Run ``python -m benchmarks train`` with the given arguments, in this process."""
+    """Run ``python -m benchmarks train`` (or another) with these arguments, in this process."""
 
-    def run(*arguments: object) -> CliResult:
+    def run(*arguments: object, command: str = "train") -> CliResult:
         capfd.readouterr()
         try:
-            status = main(["train", *map(str, arguments)])
+            status = main([command, *map(str, arguments)])
         except SystemExit as error:  # argparse
             status = int(error.code or 0)
         captured = capfd.readouterr()

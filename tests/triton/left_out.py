@@ -9,12 +9,14 @@ import re
 from collections.abc import Mapping
 
 LARGE = "its programs take 1 to 4 ms each"
+STEPS = "hundreds of steps, 0.2 s each"
 
 #: Room -> pattern of test ids, looked for after the backend's name is cut out -> reason.
 LEFT_OUT: dict[str, Mapping[str, str]] = {
     "loss": {"the_number_of_threads|bit_for_bit.*-1000-": LARGE},
     "topk": {},
     "compact": {"any_number_of_threads": LARGE},
+    "ksam": {"is_unbiased|recorded_change|budget_is_kept": STEPS},
     "perturb": {"large|hundreds.*one dtype|any_number_of_threads": LARGE},
 }
 

@@ -1,0 +1,72 @@
+"""The base optimizer under a sharpness-aware one, and the parameters of both."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def build_base(
+    params: Iterable[Any] | None, base: type[Optimizer] | Optimizer, base_kwargs: dict[str, Any]
+) -> Optimizer:
+    """The base optimizer, built here or given."""
+    if isinstance(base, type) and issubclass(base, Optimizer):
+        if params is None:
+            raise ValueError("params must be given when base is a class, got None")
+        return base(params, **base_kwargs)
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base must be an optimizer or the class of one, got {base!r}")
+    if base_kwargs:
+        raise TypeError(f"base is already built, but got arguments for it: {sorted(base_kwargs)}")
+    own = parameters(base.param_groups)
+    given = own if params is None else parameters(params)
+    if set(map(id, given)) != set(map(id, own)):
+        raise ValueError("params must be those of the base optimizer instance, or None")
+    return base
+
+
+def parameters(entries: Iterable[Any]) -> list[Tensor]:
+    """The tensors of what an optimizer takes: tensors, (name, tensor) pairs, or groups of them."""
+    found: list[Tensor] = []
+    for entry in entries:
+        if isinstance(entry, dict):
+            params = entry["params"]
+            found += [params] if isinstance(params, Tensor) else parameters(params)
+        else:
+            found.append(entry[1] if isinstance(entry, tuple) else entry)
+    return found
+
+
+def parameter_names(groups: Sequence[dict[str, Any]], model: nn.Module | None) -> dict[Tensor, str]:
+    """Names of the parameters: those the groups were built with, else the model's."""
+    names: dict[Tensor, str] = {}
+    if model is not None:
+        names.update((p, name) for name, p in model.named_parameters())
+    for group in groups:
+        names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+    return names
+
+
+def check_takes_no_closure(base: Optimizer) -> None:
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(f"base {type(base).__name__} needs a closure, which a K-SAM step has not")
+
+
+def check_no_overlap(params: Sequence[Tensor]) -> None:
+    """Two parameters on the same memory would be perturbed twice and restored once."""
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.itemsize, i)
+        for i, p in enumerate(params)
+        if p.numel() > 0
+    )
+    for (_, end, i), (start, _, j) in pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"params {min(i, j)} and {max(i, j)} share memory; tie them as one Parameter"
+            )

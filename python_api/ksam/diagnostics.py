@@ -1,0 +1,282 @@
+"""What a run of sharpness-aware training does, and how flat the solution is."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import ksam_kernels
+from ksam import batchnorm, interrupts
+from ksam.base import parameters
+from ksam.optimizer import SharpnessAware, StepResult
+from ksam.passes import PerSampleLoss
+from ksam.selection import check_rho
+from ksam.tables import Index, sample_rows
+from ksam.when import check_count
+from ksam.writers import Row, Writer
+
+
+class Diagnostics:
+    """Counts and averages over the steps of a run, and writes a row every so many.
+
+    Call it after every step::
+
+        diagnostics = Diagnostics(optimizer, writers=[CSVWriter("run.csv")])
+        result = optimizer.step(loss, batch)
+        diagnostics(result, loss, batch)
+
+    A row has ``step``, ``loss`` and ``grad_norm`` of its own step, and over the steps since the row
+    before: ``sharp``, the fraction of sharpness-aware steps; ``cost``, the mean cost of a step in
+    units of a plain one; ``share``, the mean share of the batch's gradient bounds that the
+    selection carries (see :class:`ksam.Representative`; NaN where no step knows it); and, of its
+    own batch, ``alignment`` (:func:`alignment`; NaN if turned off). Between rows nothing waits for
+    the device.
+
+    Args:
+        optimizer: any of the family. Its steps report their share from now on.
+        writers: called with every row.
+        every: steps between rows, >= 1.
+        measure_alignment: costs a forward and two backward passes over the batch for every row.
+        size: samples in the data set, to count how often each is selected; None: not counted.
+        index: where a batch has the indices of its samples: a key or a function.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, by name.
+    """
+
+    def __init__(
+        self,
+        optimizer: SharpnessAware,
+        *,
+        writers: Sequence[Writer] = (),
+        every: int = 100,
+        measure_alignment: bool = True,
+        size: int | None = None,
+        index: Index = "index",
+    ) -> None:
+        check_count("every", every, 1)
+        if size is not None:
+            check_count("size", size, 1)
+        self._optimizer = optimizer
+        self._writers = list(writers)
+        self._every = every
+        self._measure_alignment = measure_alignment
+        self._index = index
+        self._size = size
+        self._counts: Tensor | None = None
+        self.rows: list[Row] = []
+        optimizer.report_share = True
+        self._start()
+
+    def _start(self) -> None:
+        self._steps, self._sharp, self._cost = 0, 0, 0.0
+        self._shares: list[Tensor] = []
+
+    def __call__(self, result: StepResult, per_sample_loss: PerSampleLoss, batch: Any) -> None:
+        """Take in a step; writes a row where it is time.
+
+        Args:
+            result: what the step returned.
+            per_sample_loss, batch: what the step was given.
+        """
+        samples = ksam_kernels.batch_size(batch)
+        step = self._optimizer.steps_done - 1
+        self._steps += 1
+        self._sharp += result.sharp
+        self._cost += self._optimizer.cost(samples, step) if result.sharp else 1.0
+        if result.share is not None:
+            self._shares.append(result.share)
+        if self._size is not None:
+            self._count(result, batch)
+        if self._steps == self._every:
+            self._write(step, result, per_sample_loss, batch)
+            self._start()
+
+    def _count(self, result: StepResult, batch: Any) -> None:
+        rows = sample_rows(batch, self._index)
+        if self._counts is None:
+            self._counts = torch.zeros(2, self._size or 0, dtype=torch.int64, device=rows.device)
+        seen, selected = self._counts
+        seen.index_add_(0, rows, torch.ones_like(rows))
+        if result.sharp:
+            chosen = rows[result.indices]
+            selected.index_add_(0, chosen, torch.ones_like(chosen))
+
+    def _write(
+        self, step: int, result: StepResult, per_sample_loss: PerSampleLoss, batch: Any
+    ) -> None:
+        cosine = math.nan
+        if self._measure_alignment:
+            k = result.indices.shape[0]
+            cosine = float(alignment(self._optimizer, per_sample_loss, batch, k))
+        row = {
+            "step": step,
+            "loss": float(result.loss),
+            "grad_norm": float(result.grad_norm),
+            "sharp": self._sharp / self._steps,
+            "cost": self._cost / self._steps,
+            "share": float(torch.stack(self._shares).mean()) if self._shares else math.nan,
+            "alignment": cosine,
+        }
+        self.rows.append(row)
+        for writer in self._writers:
+            writer(row)
+
+    @property
+    def seen(self) -> Tensor:
+        """How often each sample of the data set was in a batch, int64 ``[size]``."""
+        return self._counted()[0]
+
+    @property
+    def selected(self) -> Tensor:
+        """How often each sample was selected in a sharpness-aware step, int64 ``[size]``.
+
+        Mislabelled samples stand out: their loss stays high.
+        """
+        return self._counted()[1]
+
+    def _counted(self) -> Tensor:
+        if self._size is None:
+            raise ValueError("size must be given to count samples, got None")
+        if self._counts is None:
+            return torch.zeros(2, self._size, dtype=torch.int64)
+        return self._counts
+
+    def save_counts(self, path: str | Path) -> None:
+        """Write a CSV file with the columns index, seen and selected."""
+        seen, selected = self._counted().tolist()
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("index", "seen", "selected"))
+            writer.writerows(zip(range(len(seen)), seen, selected, strict=True))
+
+
+def alignment(
+    optimizer: SharpnessAware, per_sample_loss: PerSampleLoss, batch: Any, k: int
+) -> Tensor:
+    r"""Cosine of the k highest-loss samples' gradient with the batch's, a float32 scalar.
+
+    Both from one forward pass over the batch at the present weights. ``.grad`` and BatchNorm's
+    running statistics are left alone.
+
+    Raises:
+        TypeError, ValueError: k outside [1, M].
+    """
+    params = [p for p in parameters(optimizer.param_groups) if p.requires_grad]
+    with torch.enable_grad(), batchnorm.Norms(optimizer.model).frozen():
+        losses = _losses(per_sample_loss, batch)
+        top = ksam_kernels.topk_indices(losses.detach(), k)
+        of_batch = _gradient(losses.mean(), params)
+        of_top = _gradient(losses.index_select(0, top).mean(), params)
+    dots = [(a * b).sum() for a, b in zip(of_batch, of_top, strict=True)]
+    norms = ksam_kernels.grad_norm(of_batch) * ksam_kernels.grad_norm(of_top)
+    return torch.stack([d.float() for d in dots]).sum() / norms
+
+
+def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
+    output = per_sample_loss(batch)
+    losses: Tensor = output[0] if isinstance(output, tuple) else output
+    return losses
+
+
+def _gradient(loss: Tensor, params: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+
+class Sharpness(NamedTuple):
+    """How the mean loss rises around a solution.
+
+    Attributes:
+        loss: at the weights.
+        random: mean rise at random perturbations of norm rho.
+        adversarial: rise at :math:`\\rho\\, g / \\lVert g \\rVert_2`, g the gradient: to first
+            order the worst perturbation of norm rho.
+    """
+
+    loss: float
+    random: float
+    adversarial: float
+
+
+def sharpness(
+    model: nn.Module,
+    per_sample_loss: PerSampleLoss,
+    batches: Iterable[Any],
+    *,
+    rho: float = 0.05,
+    directions: int = 5,
+    seed: int = 0,
+) -> Sharpness:
+    """Measure the sharpness of a solution on some batches.
+
+    The model's mode is the caller's choice: ``model.eval()`` measures the network that is tested.
+    Its running statistics are left alone and its weights come back bit for bit, also where the
+    function raises. The model's gradients are discarded.
+
+    Args:
+        per_sample_loss: as for a step.
+        batches: gone through ``directions + 2`` times, so they are kept in a list.
+        rho: norm of the perturbations, over all parameters that require a gradient, >= 0.
+        directions: random directions, >= 1.
+        seed: of the random directions.
+
+    Raises:
+        TypeError, ValueError: no batch, or an argument out of its range.
+    """
+    check_rho(rho)
+    check_count("directions", directions, 1)
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches must hold at least one batch, got none")
+    params = [p for p in model.parameters() if p.requires_grad]
+    with batchnorm.Norms(model).frozen():
+        model.zero_grad()
+        loss = _mean_loss(per_sample_loss, batches, backward=True)
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(seed)
+        rises = []
+        for _ in range(directions):
+            # Drawn on the CPU: the same directions on every device.
+            noise = [torch.randn(p.shape, generator=generator).to(p) for p in params]
+            with _perturbed(params, noise, rho):
+                rises.append(_mean_loss(per_sample_loss, batches) - loss)
+        with _perturbed(params, gradient, rho):
+            adversarial = _mean_loss(per_sample_loss, batches) - loss
+    return Sharpness(loss, sum(rises) / directions, adversarial)
+
+
+def _mean_loss(per_sample_loss: PerSampleLoss, batches: list[Any], backward: bool = False) -> float:
+    """Mean over all samples; with ``backward`` its gradient in ``.grad``."""
+    total = sum(ksam_kernels.batch_size(batch) for batch in batches)
+    means = []
+    for batch in batches:
+        with torch.set_grad_enabled(backward):
+            mean = _losses(per_sample_loss, batch).sum() / total
+        if backward:
+            mean.backward()  # type: ignore[no-untyped-call]
+        means.append(mean.detach().double())
+    return float(torch.stack(means).sum())
+
+
+@contextmanager
+def _perturbed(params: Sequence[Tensor], direction: Sequence[Tensor], rho: float) -> Iterator[None]:
+    backup = [torch.empty_like(p) for p in params]
+    moved = False
+    try:
+        with interrupts.deferred():
+            ksam_kernels.perturb_(params, direction, backup, rho=rho)
+            moved = True
+        yield
+    finally:
+        if moved:
+            with interrupts.deferred():
+                ksam_kernels.restore_(params, backup)

@@ -1,0 +1,174 @@
+"""How far a direction moves which weights: the geometry of the perturbation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+import ksam_kernels
+from ksam.parts import Part
+from ksam.selection import check_rho
+from ksam_kernels.checks import check_range
+
+T = TypeVar("T")
+
+
+@dataclass
+class Moving:
+    """Parameters with a direction, one entry of every list for each of them.
+
+    Attributes:
+        params: the weights w.
+        directions: the ascent direction g.
+        backup: receives w.
+        radii: rho, that of the parameter's group.
+        names: of the parameters; empty where nobody gave them.
+    """
+
+    params: list[Tensor]
+    directions: list[Tensor]
+    backup: list[Tensor]
+    radii: list[float]
+    names: list[str]
+
+    def take(self, chosen: list[bool]) -> Moving:
+        """Those that are chosen."""
+
+        def kept(values: list[T]) -> list[T]:
+            return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
+
+        names = kept(self.names) if self.names else []
+        return Moving(
+            kept(self.params), kept(self.directions), kept(self.backup), kept(self.radii), names
+        )
+
+
+class Geometry(Part):
+    r"""Perturbs by :math:`\rho\, g / \lVert g \rVert_2`, or ASAM's form with one T for all.
+
+    Args:
+        adaptive: :math:`\rho\, T^2 g / \lVert T g \rVert_2` with :math:`T = |w| + \eta` for every
+            parameter. With eta = 0 it is the form of the PyTorch implementation by davda54.
+        eta: the floor of T, >= 0.
+
+    Raises:
+        TypeError, ValueError: a negative, non-finite or non-numeric eta.
+    """
+
+    needs_names = False
+
+    def __init__(self, adaptive: bool = False, eta: float = 0.0) -> None:
+        self.adaptive = adaptive
+        self.eta = check_rho(eta, "eta")
+
+    def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:
+        """Perturb; every moved parameter stands in ``moved`` with its backup, also on a failure.
+
+        Args:
+            seed: what random choices depend on.
+
+        Returns:
+            The norm of the ascent direction in this geometry, a float32 scalar.
+        """
+        return self._climb(moving, moved, self.adaptive)
+
+    def _climb(
+        self,
+        moving: Moving,
+        moved: dict[Tensor, Tensor],
+        adaptive: bool,
+        norm_of_others: Tensor | None = None,
+    ) -> Tensor:
+        """``ksam_kernels.perturb_``; the norm may include that of others, given in ``T g``."""
+        params, directions = list(moving.params), list(moving.directions)
+        backup, radii = list(moving.backup), list(moving.radii)
+        if norm_of_others is not None:
+            # One more parameter, w = 1, that has the others' share of the norm and does not move.
+            one = torch.ones_like(norm_of_others)
+            params.append(one)
+            directions.append(norm_of_others / (1 + self.eta) if adaptive else norm_of_others)
+            backup.append(torch.empty_like(one))
+            radii.append(0.0)
+        norm = ksam_kernels.perturb_(
+            params, directions, backup, rho=radii, adaptive=adaptive, eta=self.eta
+        )
+        moved.update(zip(moving.params, moving.backup, strict=True))
+        return norm
+
+
+def named_weight(name: str) -> bool:
+    """The rule of the authors' ASAM: the name contains "weight" (BatchNorm's scale does too)."""
+    return "weight" in name
+
+
+class NamedAdaptive(Geometry):
+    r"""ASAM as its authors run it (Kwon et al. 2021): T = |w| + eta for some, 1 for the others.
+
+    .. math:: \epsilon = \rho\, T^2 g / \lVert T g \rVert_2
+
+    with one norm over all. Biases, whose T is 1, are perturbed too.
+
+    Args:
+        eta: the floor of T, >= 0.
+        scaled: which parameters have T = |w| + eta, by name; default: :func:`named_weight`.
+    """
+
+    needs_names = True
+
+    def __init__(self, eta: float = 0.01, scaled: Callable[[str], bool] = named_weight) -> None:
+        super().__init__(True, eta)
+        self.scaled = scaled
+
+    def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:
+        if len(moving.names) < len(moving.params):
+            raise ValueError(
+                f"names of {len(moving.params)} parameters are needed to tell weights from others, "
+                f"got {len(moving.names)}; pass model.named_parameters() as params, or model="
+            )
+        is_scaled = [self.scaled(name) for name in moving.names]
+        others = moving.take([not scaled for scaled in is_scaled])
+        weights = moving.take(is_scaled)
+        norm_of_others = ksam_kernels.grad_norm(others.directions)
+        if not weights.params:
+            return self._climb(others, moved, adaptive=False)
+        if not others.params:
+            return self._climb(weights, moved, adaptive=True)
+        norm = self._climb(weights, moved, adaptive=True, norm_of_others=norm_of_others)
+        # NaN where the norm is 0, inf or NaN, of which nothing moves.
+        cosine = norm_of_others / norm
+        norm_of_weights = norm * (1 - cosine * cosine).clamp_min(0).sqrt()
+        self._climb(others, moved, adaptive=False, norm_of_others=norm_of_weights)
+        return norm
+
+
+class StochasticWeights(Geometry):
+    r"""ESAM's stochastic weight perturbation (Du et al. 2022, section 3.1), by whole tensors.
+
+    Every tensor is perturbed with probability :math:`\beta`, by
+    :math:`\frac{\rho}{\beta} g / \lVert g \rVert_2` with the norm of those that are (the paper
+    draws coordinates, its authors' code tensors). If none is drawn, none moves.
+
+    Args:
+        beta: in (0, 1].
+        adaptive, eta: as in :class:`Geometry`.
+    """
+
+    def __init__(self, beta: float = 0.5, adaptive: bool = False, eta: float = 0.0) -> None:
+        super().__init__(adaptive, eta)
+        check_range("beta", beta, 0.0, 1.0)
+        if beta == 0:
+            raise ValueError(f"beta must be in (0, 1], got {beta!r}")
+        self.beta = beta
+
+    def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:
+        drawn = random.Random(seed)
+        chosen = moving.take([drawn.random() < self.beta for _ in moving.params])
+        if not chosen.params:
+            return torch.zeros((), device=moving.params[0].device)
+        chosen.radii = [radius / self.beta for radius in chosen.radii]
+        return self._climb(chosen, moved, self.adaptive)

@@ -1,0 +1,291 @@
+"""The methods of the family: each is a choice of parts for the one engine.
+
+All take the arguments of :class:`ksam.optimizer.SharpnessAware` too: ``params``, ``base``,
+``model``, ``when``, ``seed`` and the base optimizer's own. M is the batch size; costs are in units
+of the base optimizer's step, a forward pass over a sample counted as 1 and a backward pass as 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ksam.geometry import Geometry, NamedAdaptive, StochasticWeights, named_weight
+from ksam.momentum import Momentum
+from ksam.optimizer import SharpnessAware
+from ksam.samplers import AccuracySchedule, All, Importance, LossIncrease, Ordered, Random, TopK
+from ksam.selection import Amount, K, Schedule
+from ksam.tables import SharpnessSample, StaleTopK
+
+Params = Iterable[Any] | None
+Base = type[Optimizer] | Optimizer
+
+
+class KSAM(SharpnessAware):
+    r"""Sharpness-aware minimization on the k highest-loss samples of each batch (Ni et al. 2022).
+
+    A step selects the k samples S with the highest loss, climbs to
+    :math:`\hat w = w + \rho\, g / \lVert g \rVert_2` along their gradient :math:`g`, takes the
+    gradient of the same samples there, returns to w bit for bit and lets the base optimizer update
+    it. In units of a forward pass over one sample it costs M + 6k, SGD costs 3M: the same at
+    k = M/3. With k = 1.0 it is SAM (Foret et al. 2020), with ``adaptive`` ASAM (Kwon et al. 2021).
+
+    Args:
+        rho: radius of the perturbation, >= 0, or a function of the step (from 0). It stands in
+            ``param_groups``; the norm is one over all groups.
+        k: samples selected: a fraction of the batch in (0, 1] (float), a count (int), or a function
+            of the step that returns either.
+        adaptive: weight the perturbation by :math:`T = |w| + \eta`.
+        eta: the floor of T, >= 0.
+        random: share of the k that is drawn from the other samples instead, in [0, 1].
+        options: those of :class:`~ksam.optimizer.SharpnessAware`, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range, by name.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Base,
+        *,
+        rho: float | Schedule = 0.05,
+        k: K | Schedule = 1 / 3,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        random: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            base,
+            ascent=TopK(k, random),
+            geometry=Geometry(adaptive, eta),
+            rho=rho,
+            **options,
+        )
+
+    @property
+    def k(self) -> K | Schedule:
+        """What was given as ``k``; may be set anew."""
+        assert isinstance(self.ascent, TopK)
+        return self.ascent.amount.value
+
+    @k.setter
+    def k(self, value: K | Schedule) -> None:
+        assert isinstance(self.ascent, TopK)
+        self.ascent.amount = Amount(value)
+
+
+class ImportanceKSAM(SharpnessAware):
+    r"""K-SAM with k samples drawn by their gradient bound, weighted to be unbiased; M + 6k.
+
+    See :class:`~ksam.samplers.Importance` (Katharopoulos & Fleuret 2018) for the distribution.
+
+    Args:
+        k, rho: as in :class:`KSAM`.
+        uniform: share of the uniform distribution, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Base,
+        *,
+        k: K | Schedule = 1 / 3,
+        uniform: float = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, base, ascent=Importance(k, uniform), **options)
+
+
+class SAM(SharpnessAware):
+    r"""Sharpness-aware minimization (Foret et al. 2020): both gradients on the batch; 2.
+
+    :math:`\epsilon = \rho\, g / \lVert g \rVert_2`, all parameters, one norm. Weight decay is the
+    base optimizer's and not part of g (in the authors' JAX code it is).
+    """
+
+    def __init__(self, params: Params, base: Base, **options: Any) -> None:
+        super().__init__(params, base, ascent=All(), **options)
+
+
+class ASAM(SharpnessAware):
+    r"""Adaptive SAM (Kwon et al. 2021): :math:`\epsilon = \rho\, T^2 g / \lVert T g \rVert_2`; 2.
+
+    Args:
+        rho: radius; the authors use 0.5 for CIFAR-10 and 1.0 for CIFAR-100.
+        eta: :math:`T = |w| + \eta`.
+        scaled: which parameters have that T, by name; the others have T = 1. Default: those with
+            "weight" in their name, as the authors' code. None: all of them, which with ``eta=0`` is
+            the form of the PyTorch implementation by davda54. Names come from
+            ``params=model.named_parameters()`` or from ``model``.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Base,
+        *,
+        rho: float | Schedule = 0.5,
+        eta: float = 0.01,
+        scaled: Callable[[str], bool] | None = named_weight,
+        **options: Any,
+    ) -> None:
+        geometry = Geometry(True, eta) if scaled is None else NamedAdaptive(eta, scaled)
+        super().__init__(params, base, ascent=All(), geometry=geometry, rho=rho, **options)
+
+
+class ESAM(SharpnessAware):
+    r"""Efficient SAM (Du et al. 2022): random tensors perturbed, descent where the loss rose most.
+
+    Ascent on the whole batch, a forward pass at :math:`\hat w`, descent on :math:`\gamma M`
+    samples: (4 + 3γ) / 3, 1.83 at γ = 0.5; nothing is saved by perturbing fewer tensors.
+
+    Args:
+        beta: probability of a tensor to be perturbed (:class:`~ksam.geometry.StochasticWeights`).
+        gamma: samples that descend (:class:`~ksam.samplers.LossIncrease`).
+        adaptive, eta: as in :class:`KSAM`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Base,
+        *,
+        beta: float = 0.5,
+        gamma: K | Schedule = 0.5,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            base,
+            ascent=All(),
+            descent=LossIncrease(gamma),
+            geometry=StochasticWeights(beta, adaptive, eta),
+            **options,
+        )
+
+
+class RandomSubsetSAM(SharpnessAware):
+    """SAM whose ascent sees a random part of the batch (Bahri et al. 2021); 1 + ``share``.
+
+    Args:
+        share: the part, as ``k`` in :class:`KSAM`. The descent gradient is that of the whole batch,
+            in the only pass over it, whose losses (at the perturbed weights) the step reports.
+    """
+
+    def __init__(
+        self, params: Params, base: Base, *, share: K | Schedule = 0.25, **options: Any
+    ) -> None:
+        super().__init__(params, base, ascent=Random(share), descent=All(), **options)
+
+
+class OrderedSGD(SharpnessAware):
+    """Descent on the mean of the q highest losses, no perturbation (Kawaguchi & Lu 2020); 1.
+
+    Args:
+        q: as ``k`` in :class:`KSAM`, or :class:`~ksam.samplers.AccuracySchedule` (the default),
+            whose ``accuracy`` the training loop sets once an epoch. A constant q is the average
+            top-k loss of Fan et al. (2017).
+    """
+
+    def __init__(
+        self, params: Params, base: Base, *, q: K | Schedule | None = None, **options: Any
+    ) -> None:
+        self.q = AccuracySchedule() if q is None else q
+        super().__init__(params, base, ascent=None, descent=Ordered(self.q), rho=0.0, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "q": self.q}
+
+
+class MSAM(SharpnessAware):
+    r"""Momentum-SAM (Becker et al. 2024): :math:`\hat w = w - \rho\, v / \lVert v \rVert_2`; 1.
+
+    v is the base optimizer's momentum before the step, so the descent gradient is the only one.
+    Between steps the weights are the unperturbed ones: evaluate them as they are.
+
+    Args:
+        rho: radius; the authors use 0.3 to 3, larger than SAM's.
+        adaptive, eta: as in :class:`KSAM`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Base,
+        *,
+        rho: float | Schedule = 0.3,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            base,
+            ascent=Momentum(),
+            descent=All(),
+            geometry=Geometry(adaptive, eta),
+            rho=rho,
+            **options,
+        )
+
+
+class StaleKSAM(SharpnessAware):
+    """K-SAM that selects by the last known losses: no selection pass in most steps; 2k/M.
+
+    Plus 1 / (3 ``refresh``). See :class:`~ksam.tables.StaleTopK`.
+
+    Args:
+        k: as in :class:`KSAM`; M/2 costs what SGD does.
+        size: samples in the data set.
+        index: where a batch has the indices of its samples in the data set: a key or a function.
+        refresh: every how many steps there is a selection pass.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Base,
+        *,
+        size: int,
+        index: Any,
+        k: K | Schedule = 0.5,
+        refresh: int = 10,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, base, ascent=StaleTopK(k, size, index, refresh), **options)
+
+
+class AUSAM(SharpnessAware):
+    r"""SAM on samples drawn by their recorded loss increase (Deng et al. 2025); 2α.
+
+    See :class:`~ksam.tables.SharpnessSample`. The first epoch is SAM.
+
+    Args:
+        alpha: the part of the batch, as ``k`` in :class:`KSAM`; 1/2 costs what SGD does.
+        size, index: as in :class:`StaleKSAM`.
+        low, high, ramp: as in :class:`~ksam.tables.SharpnessSample`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Base,
+        *,
+        size: int,
+        index: Any,
+        alpha: K | Schedule = 0.5,
+        rho: float | Schedule = 0.1,
+        low: float = 0.1,
+        high: float = 0.5,
+        ramp: int = 30,
+        **options: Any,
+    ) -> None:
+        ascent = SharpnessSample(alpha, size, index, low=low, high=high, ramp=ramp)
+        super().__init__(params, base, ascent=ascent, rho=rho, **options)

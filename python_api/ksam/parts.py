@@ -1,0 +1,68 @@
+"""What the parts of a method share: state for checkpoints, and what a part may see of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ksam.passes import Passes
+
+
+class Part:
+    """A piece of a method. Most have no state; those that do override both methods.
+
+    What a part remembers changes in ``observe`` methods only, which the engine calls once the
+    weights are updated: a step that fails leaves no trace in it.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: tensors, numbers and strings."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` gave."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Samples to take a gradient on.
+
+    Attributes:
+        batch: their rows of every tensor of the batch.
+        samples: how many they are, n.
+        indices: where they stand in the whole batch, int64 ``[n]``; None: it is the whole batch.
+        weights: factors of their losses before the mean, ``[n]``; None: 1.
+        keep: the gradient is that of the ``keep`` highest losses among them; None: of all.
+    """
+
+    batch: Any
+    samples: int
+    indices: Tensor | None = None
+    weights: Tensor | None = None
+    keep: int | None = None
+
+
+class Sampler(Part):
+    """Which samples a gradient is taken on."""
+
+    def whole(self, step: int) -> bool:
+        """Whether choosing them, or their gradient, evaluates the whole batch."""
+        return True
+
+    def size(self, samples: int, step: int) -> int:
+        """How many of ``samples`` it chooses."""
+        return samples
+
+    def choose(self, passes: Passes) -> Subset:
+        """The samples of this step."""
+        raise NotImplementedError
+
+    def cost(self, samples: int, step: int) -> int:
+        """Of choosing and of the gradient: a forward pass over one sample is 1, a backward 2."""
+        return 3 * self.size(samples, step)
+
+    def observe(self, passes: Passes) -> None:
+        """Remember what a completed step found out."""

@@ -1,0 +1,194 @@
+"""The forward and backward passes of one step, over the batch or a part of it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ksam_kernels
+from ksam import batchnorm
+from ksam.parts import Subset
+from ksam.selection import recording
+from ksam_kernels.compact.tree import batched_tensors
+
+PerSampleLoss = Callable[[Any], Any]
+
+
+def _per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
+    """Split ``losses`` or ``(losses, aux)`` and check the losses."""
+    losses, aux = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            f"per_sample_loss must return a tensor of losses, got {type(losses).__name__}"
+        )
+    if tuple(losses.shape) != (samples,):
+        raise ValueError(
+            f"per_sample_loss must return one loss per sample, shape ({samples},), got "
+            f"{tuple(losses.shape)}; a scalar is a mean: use reduction='none'"
+        )
+    if not losses.is_floating_point():
+        raise TypeError(f"per_sample_loss must return floating losses, got {losses.dtype}")
+    return losses, aux
+
+
+class Passes:
+    """Runs the passes that a method asks for, and keeps what they found.
+
+    The first pass over the whole batch is the one that updates BatchNorm's running statistics and
+    whose losses are reported; in a step without such a pass it is the first pass of all.
+
+    Attributes:
+        batch, samples, step: the whole batch, its size M, the number of steps before this one.
+        losses, aux: those of the reported pass.
+        top: indices of the highest losses of the pass that was asked for them.
+        subset: the samples of the ascent gradient, or where it has none, of the descent.
+        before, after: the losses of the ascent's and of the descent's gradient pass.
+    """
+
+    losses: Tensor
+
+    def __init__(
+        self,
+        function: PerSampleLoss,
+        batch: Any,
+        samples: int,
+        *,
+        step: int,
+        seed: int,
+        whole: bool,
+        norms: batchnorm.Norms,
+        trainable: bool,
+        watch: bool,
+    ) -> None:
+        self.batch, self.samples, self.step = batch, samples, step
+        self.aux: Any = None
+        self.top: Tensor | None = None
+        self.subset: Subset | None = None
+        self.before: Tensor | None = None
+        self.after: Tensor | None = None
+        self._function = function
+        self._whole = whole
+        self._norms = norms
+        self._trainable = trainable
+        self._watch = watch
+        self._reported = False
+        self._seed = (seed << 32) + step
+        self._generator: torch.Generator | None = None
+
+    def everything(self, keep: int | None = None) -> Subset:
+        """The whole batch."""
+        return Subset(self.batch, self.samples, keep=keep)
+
+    def select(self, indices: Tensor, weights: Tensor | None = None) -> Subset:
+        """The samples at ``indices``, gathered."""
+        batch = ksam_kernels.compact_batch(self.batch, indices)
+        return Subset(batch, indices.shape[0], indices, weights)
+
+    def random(self) -> Tensor:
+        """Uniform float32 ``[M]`` in [0, 1); the seed and the step decide them.
+
+        Drawn on the device, from a generator of its own: no wait, and a failed step draws the same
+        numbers again.
+        """
+        device = batched_tensors(self.batch)[0].device
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self._seed)
+        return torch.rand(self.samples, generator=self._generator, device=device)
+
+    def draw(self, size: int) -> Tensor:
+        """``size`` random samples without replacement, ascending."""
+        return ksam_kernels.topk_indices(self.random(), size)
+
+    def forward(self, k: int | None = None) -> Tensor:
+        """Losses of the whole batch ``[M]`` without gradients; with k also :attr:`top`."""
+        with torch.no_grad():
+            return self._evaluate(self.everything(keep=k))
+
+    def gradient(self, subset: Subset, factor: Tensor | float | None = None) -> Tensor:
+        """``.grad`` of the subset's mean loss, times ``factor``; its losses without their graph."""
+        losses = self._evaluate(subset)
+        if losses.requires_grad:
+            self._objective(losses, subset, factor).backward()  # type: ignore[no-untyped-call]
+        elif self._trainable:
+            raise RuntimeError(
+                "per_sample_loss returned losses without a graph although parameters require grad; "
+                "do not detach them and do not compute them under no_grad"
+            )
+        return losses.detach()
+
+    def _objective(self, losses: Tensor, subset: Subset, factor: Tensor | float | None) -> Tensor:
+        if subset.keep is not None:
+            assert self.top is not None
+            losses = losses.index_select(0, self.top)
+        if subset.weights is not None:
+            losses = losses * subset.weights
+        mean = losses.mean()
+        return mean if factor is None else mean * factor
+
+    def _evaluate(self, subset: Subset) -> Tensor:
+        """Losses of the samples, and what is to be kept of them."""
+        is_whole = subset.indices is None
+        reports = not self._reported and (is_whole or not self._whole)
+        if reports:
+            context = self._norms.updating()
+        elif is_whole:
+            context = self._norms.frozen()
+        else:
+            context = self._norms.of_subset()
+        with (
+            context,
+            batchnorm.detector(self._watch and not self._reported) as seen,
+            recording(self.samples if is_whole else -1, subset.keep) as recorded,
+        ):
+            losses, aux = _per_sample(self._function(subset.batch), subset.samples)
+            if subset.keep is not None:
+                self.top = recorded.indices(losses)
+        if seen:
+            _warn_of_batchnorm()
+        if reports:
+            self.losses, self.aux = losses.detach(), aux
+            self.scores = recorded.scores(losses)
+            self._reported = True
+        return losses
+
+    @property
+    def knows_the_batch(self) -> bool:
+        """Whether the reported losses are there, and are those of the whole batch."""
+        return self._reported and self.losses.shape[0] == self.samples
+
+    def share(self, size: int) -> Tensor:
+        """Share of the reported losses' gradient bounds that the ``size`` highest losses carry.
+
+        A float32 scalar on the device; NaN where no sample has a gradient.
+        """
+        if self.top is None or self.top.shape[0] != size:
+            self.top = ksam_kernels.topk_indices(self.losses, size)
+        scores = self.scores()
+        return scores[self.top].sum() / scores.sum()
+
+    def indices(self) -> Tensor:
+        """The selected samples, int64, ascending."""
+        subset = self.subset
+        if subset is not None and subset.indices is not None:
+            return subset.indices
+        if subset is not None and subset.keep is not None:
+            assert self.top is not None
+            return self.top
+        return torch.arange(self.samples, device=self.losses.device)
+
+
+def _warn_of_batchnorm() -> None:
+    """Once, at the line of the user's that called the step."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith(("ksam.", "torch.")):
+        level += 1
+    warnings.warn(
+        "the model has BatchNorm whose running statistics every pass of a step updates; "
+        "pass model= to the optimizer to update them once, from the whole batch",
+        stacklevel=level + 1,
+    )

@@ -1,0 +1,194 @@
+"""Which samples a gradient is taken on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import ksam_kernels
+from ksam.parts import Part, Sampler, Subset
+from ksam.passes import Passes
+from ksam.selection import Amount, K, Schedule
+from ksam_kernels.checks import check_range
+
+
+class All(Sampler):
+    """Every sample of the batch."""
+
+    def choose(self, passes: Passes) -> Subset:
+        return passes.everything()
+
+
+class _Some(Sampler):
+    """An amount of the batch; the whole batch, without choosing, where it is all of it."""
+
+    def __init__(self, amount: Amount) -> None:
+        self.amount = amount
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.amount.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.amount.load_state_dict(state)
+
+    def size(self, samples: int, step: int) -> int:
+        return self.amount.of(samples, step)
+
+    def choose(self, passes: Passes) -> Subset:
+        size = self.size(passes.samples, passes.step)
+        return passes.everything() if size == passes.samples else self._some(passes, size)
+
+    def _some(self, passes: Passes, size: int) -> Subset:
+        raise NotImplementedError
+
+
+class _AfterForward(_Some):
+    """Chosen by a forward pass over the whole batch, without gradients."""
+
+    def cost(self, samples: int, step: int) -> int:
+        size = self.size(samples, step)
+        return 3 * size + (samples if size < samples else 0)
+
+
+class TopK(_AfterForward):
+    """The k highest losses of a forward pass over the batch (Ni et al. 2022).
+
+    Args:
+        k: fraction of the batch (float), count (int), or a function of the step.
+        random: share of the k that is drawn from the rest of the batch at random instead, in
+            [0, 1]: 0 is K-SAM, 1 a random subset.
+    """
+
+    def __init__(self, k: K | Schedule, random: float = 0.0) -> None:
+        super().__init__(Amount(k))
+        check_range("random", random, 0.0, 1.0)
+        self.random = random
+
+    def _some(self, passes: Passes, size: int) -> Subset:
+        drawn = round(self.random * size)
+        if drawn == size:  # no loss decides, but the pass is the one that sees the whole batch
+            passes.forward()
+            return passes.select(passes.draw(size))
+        passes.forward(size - drawn)
+        assert passes.top is not None
+        if drawn == 0:
+            return passes.select(passes.top)
+        keys = passes.random().index_fill(0, passes.top, -1.0)
+        others = ksam_kernels.topk_indices(keys, drawn)
+        return passes.select(torch.cat([passes.top, others]).sort().values)
+
+
+class Random(_Some):
+    """A random subset, without replacement and without looking at the losses."""
+
+    def __init__(self, share: K | Schedule) -> None:
+        super().__init__(Amount(share, "share"))
+
+    def whole(self, step: int) -> bool:
+        return False
+
+    def _some(self, passes: Passes, size: int) -> Subset:
+        return passes.select(passes.draw(size))
+
+
+class Importance(_AfterForward):
+    r"""k samples drawn with replacement, :math:`p_i \propto` gradient bound, weighted by 1 / (M p).
+
+    :math:`\frac{1}{k} \sum_j \frac{1}{M p_{i_j}} \nabla L_{i_j}` is an unbiased estimate of the
+    batch's gradient (Katharopoulos & Fleuret 2018), unlike that of the highest losses. The bound is
+    that of :meth:`ksam.selection.Recording.scores`.
+
+    Args:
+        k: as in :class:`TopK`.
+        uniform: share of the uniform distribution mixed into p, in (0, 1]: no weight exceeds
+            1 / uniform.
+    """
+
+    def __init__(self, k: K | Schedule, uniform: float = 0.1) -> None:
+        super().__init__(Amount(k))
+        check_range("uniform", uniform, 1e-6, 1.0)
+        self.uniform = uniform
+
+    def _some(self, passes: Passes, size: int) -> Subset:
+        passes.forward()
+        scores = passes.scores()
+        share = scores / scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)
+        p = (1 - self.uniform) * share + self.uniform / passes.samples
+        p = p / p.sum()
+        # Not torch.multinomial, which waits for the device to check its input.
+        points = passes.random()[:size]
+        indices = torch.searchsorted(p.cumsum(0), points).clamp_max(passes.samples - 1)
+        indices = indices.sort().values
+        return passes.select(indices, 1 / (passes.samples * p[indices]))
+
+
+class LossIncrease(_AfterForward):
+    r"""The samples whose loss the perturbation raised most (ESAM's SDS, Du et al. 2022, sec. 3.2).
+
+    For the descent only: a forward pass at :math:`\hat w`, without gradients, gives
+    :math:`L_i(\hat w) - L_i(w)`; exactly :math:`\gamma M` samples are chosen, equal differences by
+    the lowest index. (The authors' code keeps those *above* the last of them: one less, and none
+    where all are equal.) The ascent must have taken its gradient on the whole batch.
+    """
+
+    def __init__(self, gamma: K | Schedule) -> None:
+        super().__init__(Amount(gamma, "gamma"))
+
+    def _some(self, passes: Passes, size: int) -> Subset:
+        before = passes.losses
+        increase = passes.forward() - before
+        return passes.select(ksam_kernels.topk_indices(increase, size))
+
+
+class Ordered(Sampler):
+    """The q highest losses of the descent's own forward pass over the batch.
+
+    The mean of the q largest losses is differentiated (average top-k: Fan et al. 2017; Ordered SGD:
+    Kawaguchi & Lu 2020): one forward, no selection pass, and a backward pass through the whole
+    batch, since autograd skips no sample. It costs what SGD does.
+    """
+
+    def __init__(self, q: K | Schedule) -> None:
+        self.amount = Amount(q, "q")
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.amount.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.amount.load_state_dict(state)
+
+    def choose(self, passes: Passes) -> Subset:
+        return passes.everything(keep=self.amount.of(passes.samples, passes.step))
+
+
+class AccuracySchedule(Part):
+    """Ordered SGD's fraction q by training accuracy: 1, then 1/2, 1/4, 1/8, 1/16.
+
+    From 80, 90, 95 and 99.5 % on, the rule of the authors' repository. Set :attr:`accuracy` once an
+    epoch.
+    """
+
+    LEVELS = ((0.995, 1 / 16), (0.95, 1 / 8), (0.9, 1 / 4), (0.8, 1 / 2))
+
+    def __init__(self) -> None:
+        self._accuracy = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Training accuracy, a share in [0, 1]."""
+        return self._accuracy
+
+    @accuracy.setter
+    def accuracy(self, value: float) -> None:
+        check_range("accuracy", value, 0.0, 1.0)
+        self._accuracy = float(value)
+
+    def __call__(self, step: int) -> float:
+        return next((q for level, q in self.LEVELS if self._accuracy >= level), 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracy": self._accuracy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.accuracy = state["accuracy"]

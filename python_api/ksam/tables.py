@@ -1,0 +1,197 @@
+"""Selection by what earlier steps found out about a sample: a table, no forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ksam_kernels
+from ksam.parts import Sampler, Subset
+from ksam.passes import Passes
+from ksam.selection import Amount, K, Schedule
+from ksam.when import check_count
+from ksam_kernels.checks import INDEX, check_dtype, check_range
+
+Index = Any  # a key of the batch, or Callable[[Any], Tensor]
+
+
+def sample_rows(batch: Any, index: Index) -> Tensor:
+    """The indices of a batch's samples in the data set, int64 ``[B]``."""
+    rows = index(batch) if callable(index) else batch[index]
+    check_dtype("the batch's sample index", rows, INDEX)
+    if rows.dim() != 1:
+        raise ValueError(
+            f"the batch's sample index must be one-dimensional, got shape {tuple(rows.shape)}"
+        )
+    return rows.long()  # type: ignore[no-any-return]
+
+
+class _Table(Sampler):
+    """Figures of every sample of the data set, float32, found by the sample's index.
+
+    Args:
+        amount: how many samples of a batch are chosen.
+        size: samples in the data set.
+        index: the key of the batch under which the samples' indices stand, int64 ``[B]``, or a
+            function that gets them from the batch.
+    """
+
+    #: name -> what it begins with
+    COLUMNS: dict[str, float]
+
+    def __init__(self, amount: Amount, size: int, index: Index) -> None:
+        check_count("size", size, 1)
+        self.amount, self.entries, self.index = amount, size, index
+        self._columns = {n: torch.full((size,), v) for n, v in self.COLUMNS.items()}
+
+    def size(self, samples: int, step: int) -> int:
+        return self.amount.of(samples, step)
+
+    def rows(self, batch: Any) -> Tensor:
+        """The indices of the batch's samples, int64 ``[B]``; the table moves to their device."""
+        rows = sample_rows(batch, self.index)
+        self._columns = {name: c.to(rows.device) for name, c in self._columns.items()}
+        return rows
+
+    def column(self, name: str) -> Tensor:
+        """A column of the table, float32 ``[size]``."""
+        return self._columns[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._columns, "amount": self.amount.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        columns = {name: state[name] for name in self.COLUMNS}
+        for name, column in columns.items():
+            if tuple(column.shape) != (self.entries,):
+                raise ValueError(
+                    f"{name} must have an entry for each of {self.entries} samples, "
+                    f"got shape {tuple(column.shape)}"
+                )
+        self._columns = {name: column.clone() for name, column in columns.items()}
+        self.amount.load_state_dict(state["amount"])
+
+    def seen(self, passes: Passes) -> Tensor:
+        """The indices of the samples that the step took its ascent gradient on."""
+        rows = self.rows(passes.batch)
+        chosen = None if passes.subset is None else passes.subset.indices
+        return rows if chosen is None else rows[chosen]
+
+
+class StaleTopK(_Table):
+    """The k samples whose loss was highest when it was last computed (Jiang et al. 2019, stale).
+
+    No selection pass: both gradients cost 6k, as much as SGD at k = M/2. Samples never seen count
+    as infinite and come first. A sample that is not selected keeps its old loss, so every
+    ``refresh``-th step makes the selection pass and notes the loss of every sample of the batch.
+
+    Args:
+        k: as in :class:`ksam.samplers.TopK`.
+        size, index: size of the data set, and where a batch has the indices of its samples.
+        refresh: every how many steps a selection pass is made; 1 is K-SAM.
+    """
+
+    COLUMNS = {"loss": float("inf")}  # noqa: RUF012
+
+    def __init__(self, k: K | Schedule, size: int, index: Index, refresh: int = 10) -> None:
+        super().__init__(Amount(k), size, index)
+        check_count("refresh", refresh, 1)
+        self.refresh = refresh
+
+    def whole(self, step: int) -> bool:
+        return step % self.refresh == 0
+
+    def cost(self, samples: int, step: int) -> int:
+        size = self.size(samples, step)
+        return 3 * size + (samples if self.whole(step) and size < samples else 0)
+
+    def choose(self, passes: Passes) -> Subset:
+        size = self.size(passes.samples, passes.step)
+        if size == passes.samples:
+            return passes.everything()
+        if self.whole(passes.step):
+            passes.forward(size)
+            assert passes.top is not None
+            return passes.select(passes.top)
+        stale = self._columns["loss"][self.rows(passes.batch)]
+        return passes.select(ksam_kernels.topk_indices(stale, size))
+
+    def observe(self, passes: Passes) -> None:
+        losses = passes.losses.float()
+        everything = losses.shape[0] == passes.samples
+        rows = self.rows(passes.batch) if everything else self.seen(passes)
+        self._columns["loss"].index_copy_(0, rows, losses)
+
+
+class SharpnessSample(_Table):
+    r"""AUSAM's samples: drawn by what perturbations did to their loss so far (Deng et al. 2025).
+
+    The score of a sample is the mean of :math:`|L_i(\hat w) - L_i(w)|` over the steps that selected
+    it. Within a batch scores are mapped linearly to [``low``, f], normalized to probabilities, and
+    :math:`\alpha M` samples are drawn without replacement. f rises from ``low`` to ``high`` over
+    the first ``ramp`` epochs; the first epoch takes every sample. Epochs are counted by
+    ``size`` / M steps. Settings and rule are those of the authors' code; they give probabilities
+    proportional to the scaled scores within the batch.
+
+    Args:
+        alpha: fraction of the batch (float), count (int), or a function of the step.
+        size, index: size of the data set, and where a batch has the indices of its samples.
+        low, high: bounds of the scaled scores, 0 < low <= high <= 1.
+        ramp: epochs, >= 1.
+    """
+
+    COLUMNS = {"total": 0.0, "count": 0.0}  # noqa: RUF012
+
+    def __init__(
+        self,
+        alpha: K | Schedule,
+        size: int,
+        index: Index,
+        *,
+        low: float = 0.1,
+        high: float = 0.5,
+        ramp: int = 30,
+    ) -> None:
+        super().__init__(Amount(alpha, "alpha"), size, index)
+        check_range("high", high, 0.0, 1.0)
+        check_range("low", low, 1e-6, high)
+        check_count("ramp", ramp, 1)
+        self.low, self.high, self.ramp = low, high, ramp
+
+    def _epoch(self, samples: int, step: int) -> int:
+        return step // max(1, self.entries // samples)
+
+    def whole(self, step: int) -> bool:
+        return False
+
+    def size(self, samples: int, step: int) -> int:
+        return samples if self._epoch(samples, step) == 0 else self.amount.of(samples, step)
+
+    def choose(self, passes: Passes) -> Subset:
+        size = self.size(passes.samples, passes.step)
+        if size == passes.samples:
+            return passes.everything()
+        # The sum of logarithm and Gumbel noise: its top k is a draw without replacement.
+        noise = -passes.random().clamp_min(1e-20).log()
+        keys = self.probabilities(passes).log() - noise.clamp_min(1e-20).log()
+        return passes.select(ksam_kernels.topk_indices(keys, size))
+
+    def probabilities(self, passes: Passes) -> Tensor:
+        """Of every sample of the batch, float32 ``[M]``, before any is drawn."""
+        rows = self.rows(passes.batch)
+        score = self._columns["total"][rows] / self._columns["count"][rows].clamp_min(1)
+        risen = min(1.0, self._epoch(passes.samples, passes.step) / self.ramp)
+        top = self.low + risen * (self.high - self.low)
+        spread = (score.max() - score.min()).clamp_min(torch.finfo(score.dtype).tiny)
+        scaled = (score - score.min()) / spread * (top - self.low) + self.low
+        return scaled / scaled.sum()
+
+    def observe(self, passes: Passes) -> None:
+        if passes.before is None or passes.after is None:  # a plain step
+            return
+        rows = self.seen(passes)
+        change = (passes.after - passes.before).abs().float()
+        self._columns["total"].index_add_(0, rows, change)
+        self._columns["count"].index_add_(0, rows, torch.ones_like(change))

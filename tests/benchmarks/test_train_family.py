@@ -1,0 +1,186 @@
+"""Every method on the command line, label noise, and the study that runs them in processes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.__main__ import build_parser
+from benchmarks.train.config import DEFAULT_METHODS, METHODS, TrainConfig, resolve
+from benchmarks.train.images import ImageWorkload, load_digits
+from benchmarks.train.loop import seeded_model, train
+from benchmarks.train.methods import SPECS, make_method, make_step
+from benchmarks.train.workload import INDEX, LABEL, with_noise
+from ksam import From, OrderedSGD, Representative, SharpnessAware
+
+CPU = torch.device("cpu")
+
+
+def config(*arguments: str) -> TrainConfig:
+    defaults = ["train", "--epochs", "2", "--batch-size", "32", "--train-samples", "128"]
+    return resolve(build_parser(["train"]).parse_args([*defaults, *arguments]))
+
+
+@pytest.fixture(scope="module")
+def workload() -> ImageWorkload:
+    return ImageWorkload(load_digits(), "cnn", CPU, 128)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_name_has_a_method() -> None:
+    assert set(METHODS) == {"sgd", *SPECS}
+    assert METHODS[:3] == DEFAULT_METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(workload: ImageWorkload, name: str) -> None:
+    settings = config()
+    method = make_method(name, settings)
+    results = list(train(workload, method, settings, 0, lambda: None))
+    assert [result.epoch for result in results] == [1, 2]
+    assert all(result.finite for result in results)
+    assert results[-1].train_loss < 1.2 * results[0].train_loss
+    assert 0 < results[-1].gradient_cost <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "cost"),
+    [
+        ("sam", 2.0), ("asam", 2.0), ("esam", (4 * 96 + 3 * 48) / 288), ("random-sam", 1.25),
+        ("ordered", 1.0), ("msam", 1.0), ("ausam", 1.0), ("ksam", 1.0), ("ksam-auto", 1.0),
+        ("late-sam", 1.2), ("late-ksam", 1.0), ("nth-sam", 1.2), ("stale-ksam", 1 + 1 / 30),
+    ],
+)  # fmt: skip
+def test_theoretical_costs(name: str, cost: float) -> None:
+    assert make_method(name, config()).theoretical_cost(96) == pytest.approx(cost, abs=0.02)
+
+
+def test_options_reach_their_methods(workload: ImageWorkload) -> None:
+    settings = config(
+        "--asam-rho", "0.7", "--msam-rho", "0.4", "--late", "0.25", "--threshold", "0.5",
+        "--budget", "0", "--rho", "0.1",
+    )  # fmt: skip
+
+    def build(name: str) -> SharpnessAware:
+        model = seeded_model(workload, 0)
+        optimizer, _ = make_step(make_method(name, settings), workload, model, settings, seed=3)
+        assert isinstance(optimizer, SharpnessAware)
+        assert optimizer.seed == 3
+        return optimizer
+
+    rho = {name: build(name).param_groups[0]["rho"] for name in ("asam", "msam", "esam")}
+    assert rho == {"asam": 0.7, "msam": 0.4, "esam": 0.1}
+    assert build("late-sam").when == From(6)  # of 2 x 4 steps
+    policy = build("ksam-auto").when
+    assert isinstance(policy, Representative)
+    assert (policy.threshold, policy.budget) == (0.5, None)
+    assert make_method("msam", settings).rho == 0.4
+    assert make_method("ordered", settings).rho is None
+
+
+def test_ordered_sgd_hears_of_the_accuracy(workload: ImageWorkload) -> None:
+    settings = config()
+    model = seeded_model(workload, 0)
+    optimizer, step = make_step(make_method("ordered", settings), workload, model, settings)
+    for batch in workload.train_batches(32, torch.Generator().manual_seed(0)):
+        step(batch)
+    step.end_epoch()
+    assert isinstance(optimizer, OrderedSGD)
+    assert 0 < optimizer.q.accuracy < 1  # type: ignore[union-attr]
+
+
+def test_batches_carry_the_rows_of_their_samples() -> None:
+    workload = ImageWorkload(load_digits(), "cnn", CPU)
+    labels = torch.full((workload.train_size,), -1)
+    for batch in workload.train_batches(64, torch.Generator().manual_seed(0)):
+        labels[batch[INDEX]] = batch[LABEL]
+    seen = labels >= 0
+    assert seen.sum() == 64 * (workload.train_size // 64)
+    assert torch.equal(labels[seen], load_digits().train.labels[seen])
+
+
+def test_label_noise_is_exact_and_leaves_the_test_set_alone() -> None:
+    labels = torch.arange(1000) % 10
+    noisy = with_noise(labels, 0.2, 10)
+    assert int((noisy != labels).sum()) == 200
+    assert torch.equal(noisy, with_noise(labels, 0.2, 10))
+    assert noisy.min() >= 0
+    assert noisy.max() <= 9
+    assert torch.equal(with_noise(labels, 0.0, 10), labels)
+    clean = ImageWorkload(load_digits(), "cnn", CPU)
+    dirty = ImageWorkload(load_digits(), "cnn", CPU, label_noise=0.5)
+    for one, other in zip(clean.test_batches(), dirty.test_batches(), strict=True):
+        assert torch.equal(one[LABEL], other[LABEL])
+
+
+def test_a_vit_trains_from_the_command_line(cli: Callable[..., Any], tmp_path: Path) -> None:
+    result = cli(
+        "--model", "vit", "--base", "adamw", "--seeds", 1, "--epochs", 1, "--train-samples", 96,
+        "--batch-size", 32, "--methods", "sgd,ksam-auto,msam", "--timing-rounds", 1,
+        "--label-noise", 0.2, "--out", tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    rows = read_rows(tmp_path / "results.csv")
+    assert [(row["method"], row["rho"]) for row in rows] == [
+        ("sgd", ""), ("ksam-auto", "0.05"), ("msam", "0.3"),
+    ]  # fmt: skip
+    assert "K-SAM, auto, k=1/3" in result.out
+
+
+def test_the_study_goes_on_where_it_stopped(cli: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = (
+        "--epochs", 2, "--train-samples", 96, "--batch-size", 32, "--methods", "sgd,ksam",
+        "--processes", 2, "--out", tmp_path,
+    )  # fmt: skip
+    result = cli(*arguments, "--seeds", 1, command="study")
+    assert result.status == 0, result.err
+    assert "0 runs complete, 2 to do" in result.out
+    assert "K-SAM, k=1/3" in result.out
+    path = tmp_path / "study.csv"
+    first = read_rows(path)
+    assert {(row["method"], row["epoch"]) for row in first} == {
+        (method, epoch) for method in ("sgd", "ksam") for epoch in "12"
+    }
+    # The last epoch of a run is lost, as if it had been cut off.
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = [line for line in lines if ",ksam," not in line or ",2," not in line]
+    path.write_text("".join(cut), encoding="utf-8")
+    result = cli(*arguments, "--seeds", 2, command="study")
+    assert result.status == 0, result.err
+    assert "1 runs complete, 3 to do" in result.out
+    rows = read_rows(path)
+    assert len(rows) == 8
+
+    def accuracy(table: list[dict[str, str]]) -> dict[tuple[str, str], str]:
+        return {(r["method"], r["epoch"]): r["test_accuracy"] for r in table if r["seed"] == "0"}
+
+    assert accuracy(rows) == accuracy(first)
+    result = cli(*arguments[2:], "--epochs", 3, command="study")
+    assert result.status == 2
+    assert "holds runs with epochs 2, not 3" in result.err
+
+
+def test_the_study_stops_when_time_is_up(cli: Callable[..., Any], tmp_path: Path) -> None:
+    result = cli(
+        "--epochs", 500, "--train-samples", 96, "--batch-size", 32, "--methods", "sgd",
+        "--seeds", 1, "--minutes", 0.001, "--out", tmp_path, command="study",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert len(read_rows(tmp_path / "study.csv")) < 500
+
+
+def test_a_mistake_in_a_study_is_one_sentence(cli: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = ("--train-samples", 5000, "--seeds", 1, "--methods", "sgd", "--out", tmp_path)
+    result = cli(*arguments, command="study")
+    assert result.status == 2
+    assert "--train-samples 5000: the training set has 1347" in result.err
+    assert "Traceback" not in result.err

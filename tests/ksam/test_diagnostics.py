@@ -1,0 +1,205 @@
+"""Diagnostics: what they report, what they leave alone, and where they write."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ksam
+from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter
+from tests.helpers import all_same_bits
+from tests.ksam import plain
+from tests.ksam.models import batch, loss_of, network, weights
+
+
+def run(
+    optimizer: Any, diagnostics: Diagnostics, model: nn.Module, steps: int
+) -> list[ksam.StepResult]:
+    results = []
+    for step in range(steps):
+        data = {**batch(step % 2), "index": torch.arange(24) + 24 * (step % 2)}
+        results.append(optimizer.step(loss_of(model), data))
+        diagnostics(results[-1], loss_of(model), data)
+    return results
+
+
+def test_rows_describe_the_steps_between_them(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=12, when=EveryNth(4))
+    written: list[dict[str, float]] = []
+    diagnostics = Diagnostics(optimizer, writers=[written.append], every=6)
+    results = run(optimizer, diagnostics, model, 14)
+    assert diagnostics.rows == written
+    assert [row["step"] for row in written] == [5, 11]
+    assert [row["sharp"] for row in written] == [2 / 6, 1 / 6]  # steps 0, 4 and 8
+    for row, part in zip(written, (results[:6], results[6:12]), strict=True):
+        assert row["loss"] == float(part[-1].loss)
+        sharp = sum(result.sharp for result in part)
+        assert row["cost"] == pytest.approx((sharp * 4 / 3 + 6 - sharp) / 6)
+        shares = [float(result.share) for result in part]
+        assert row["share"] == pytest.approx(sum(shares) / 6)
+        assert 0.5 < row["share"] < 1
+
+
+def test_shares_of_every_step_leave_the_policy_alone(backend: str) -> None:
+    decided = []
+    for watched in (False, True):
+        model = network()
+        policy = Representative(threshold=0.354, every=3)
+        optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.5, k=8, when=policy)
+        if watched:
+            Diagnostics(optimizer)
+        decided.append([optimizer.step(loss_of(model), batch(i)).sharp for i in range(40)])
+    assert decided[0] == decided[1]
+    assert 0 < sum(decided[0]) < 40
+
+
+def test_alignment_is_the_cosine_of_two_gradients(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    data = batch(dtype=torch.float64)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    found = ksam.alignment(
+        optimizer, lambda b: F.cross_entropy(model(b["x"]), b["y"], reduction="none"), data, 8
+    )
+    top = plain.largest(plain.losses_of(model, data).detach(), 8)
+    a, b = (
+        torch.cat([g.flatten() for g in plain.gradient(model, part)])
+        for part in (data, plain.rows(data, top))
+    )
+    torch.testing.assert_close(found.double(), F.cosine_similarity(a, b, 0), rtol=1e-5, atol=0)
+
+
+def test_alignment_leaves_gradients_and_statistics_alone(backend: str) -> None:
+    model = network(batchnorm=True)
+    unused = nn.Parameter(torch.ones(2))
+    optimizer = KSAM([*model.parameters(), unused], torch.optim.SGD, lr=0.1, model=model)
+    optimizer.step(loss_of(model), batch())
+    grads = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    before = [b.clone() for b in model.buffers()]
+    assert float(ksam.alignment(optimizer, loss_of(model), batch(1), 24)) == pytest.approx(1)
+    assert all_same_bits([p.grad for p in model.parameters()], grads)  # type: ignore[misc]
+    assert all_same_bits(list(model.buffers()), before)
+
+
+def test_selections_are_counted_by_sample(backend: str, tmp_path: Path) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=EveryNth(3))
+    diagnostics = Diagnostics(optimizer, size=50, measure_alignment=False, every=3)
+    results = run(optimizer, diagnostics, model, 9)
+    expected = torch.zeros(50, dtype=torch.int64)
+    for step in (0, 3, 6):
+        expected[results[step].indices + 24 * (step % 2)] += 1
+    assert torch.equal(diagnostics.selected, expected)
+    assert diagnostics.seen.tolist() == [5] * 24 + [4] * 24 + [0] * 2
+    assert math.isnan(diagnostics.rows[0]["alignment"])
+    diagnostics.save_counts(tmp_path / "counts.csv")
+    with (tmp_path / "counts.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["selected"]) for row in rows] == expected.tolist()
+    assert [int(row["index"]) for row in rows] == list(range(50))
+    with pytest.raises(ValueError, match=r"size must be given .*None"):
+        _ = Diagnostics(optimizer).selected
+
+
+def test_sharpness_against_plain_torch(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    data = [batch(seed, size, dtype=torch.float64) for seed, size in ((0, 24), (1, 10))]
+
+    def function(b: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(b["x"]), b["y"], reduction="none")
+
+    def mean() -> Tensor:
+        return torch.cat([function(b) for b in data]).mean()
+
+    before = weights(model)
+    found = ksam.sharpness(model, function, data, rho=0.3, directions=2, seed=4)
+    assert all_same_bits(weights(model), before)
+    loss = mean()
+    assert found.loss == pytest.approx(loss.item())
+    params = list(model.parameters())
+    g = list(torch.autograd.grad(loss, params))
+
+    def rise(direction: list[Tensor]) -> float:
+        shifts = plain.euclidean(direction, 0.3)
+        return float(plain.moved_by(model, shifts, lambda: [mean().detach()])[0] - loss.detach())
+
+    assert found.adversarial == pytest.approx(rise(g), rel=1e-6)
+    generator = torch.Generator().manual_seed(4)
+    with torch.device("cpu"):
+        noise = [[torch.randn(p.shape, generator=generator) for p in params] for _ in range(2)]
+    rises = [rise([n.to(p) for n, p in zip(ns, params, strict=True)]) for ns in noise]
+    assert found.random == pytest.approx(sum(rises) / 2, rel=1e-6)
+    assert found.adversarial > found.random
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_sharpness_gives_the_weights_back_if_the_function_raises(backend: str, call: int) -> None:
+    model = network(batchnorm=True)
+    before = weights(model), [b.clone() for b in model.buffers()]
+    calls = iter(range(1, 9))
+
+    def fails(b: dict[str, Tensor]) -> Tensor:
+        if next(calls) == call:
+            raise RuntimeError("boom")
+        return loss_of(model)(b)
+
+    with pytest.raises(RuntimeError, match="boom"):
+        ksam.sharpness(model, fails, [batch()], directions=1)
+    assert all_same_bits(weights(model), before[0])
+    assert all_same_bits(list(model.buffers()), before[1])
+
+
+def test_csv_goes_on_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    CSVWriter(path)({"step": 0, "loss": 1.5})
+    CSVWriter(path)({"step": 1, "loss": math.nan})
+    assert path.read_text(encoding="utf-8").split() == ["step,loss", "0,1.5", "1,nan"]
+    with pytest.raises(ValueError, match=r"columns \['step', 'loss'\], a row has \['step'\]"):
+        CSVWriter(path)({"step": 2})
+
+
+def test_tensorboard_gets_scalars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scalars: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            scalars.append((name, value, step))
+
+        def flush(self) -> None:
+            pass
+
+    module: Any = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    TensorBoardWriter(tmp_path)({"step": 7, "loss": 1.5, "share": 0.5})
+    assert scalars == [("ksam/loss", 1.5, 7), ("ksam/share", 0.5, 7)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        TensorBoardWriter(tmp_path)
+
+
+def test_arguments_out_of_range_are_named() -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"every .*0"):
+        Diagnostics(optimizer, every=0)
+    with pytest.raises(ValueError, match=r"size .*-1"):
+        Diagnostics(optimizer, size=-1)
+    with pytest.raises(ValueError, match=r"rho .*-1\.0"):
+        ksam.sharpness(model, loss_of(model), [batch()], rho=-1.0)
+    with pytest.raises(ValueError, match=r"batches .*none"):
+        ksam.sharpness(model, loss_of(model), [])
+    with pytest.raises(ValueError, match=r"directions .*0"):
+        ksam.sharpness(model, loss_of(model), [batch()], directions=0)

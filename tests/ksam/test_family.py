@@ -1,0 +1,324 @@
+"""Every method of the family against an independent version in plain torch."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ksam
+from ksam import SharpnessAware
+from tests.ksam import plain
+from tests.ksam.models import batch, network
+
+SIZE = 48  # samples in the data set that the methods with tables know
+STEPS = 6
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+
+Plain = Callable[[nn.Module, torch.optim.Optimizer, dict[str, Tensor], ksam.StepResult], None]
+
+
+def data_of(step: int) -> dict[str, Tensor]:
+    """24 of 48 samples; the halves take turns."""
+    data = batch(step % 2, dtype=torch.float64)
+    return {**data, "index": torch.arange(24) + 24 * (step % 2)}
+
+
+def losses(model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda b: F.cross_entropy(model(b["x"]), b["y"], reduction="none")
+
+
+def build(name: str, model: nn.Module, **more: Any) -> SharpnessAware:
+    """A method with arguments that are not its defaults."""
+    arguments: dict[str, dict[str, Any]] = {
+        "SAM": {},
+        "ASAM": {"rho": 0.5, "eta": 0.02},
+        "ESAM": {"beta": 0.6, "gamma": 10, "seed": 1},
+        "RandomSubsetSAM": {"share": 0.25},
+        "OrderedSGD": {"q": 9},
+        "MSAM": {"rho": 0.2},
+        "StaleKSAM": {"k": 8, "size": SIZE, "index": "index", "refresh": 4},
+        "AUSAM": {"alpha": 9, "size": SIZE, "index": "index", "ramp": 2},
+        "ImportanceKSAM": {"k": 8},
+        "KSAM": {"k": 8, "random": 0.5},
+    }
+    method = getattr(ksam, name)
+    return method(
+        model.named_parameters(),
+        torch.optim.SGD,
+        **{**SGD, **arguments[name], "model": model, **more},
+    )
+
+
+NAMES = [
+    *("KSAM", "SAM", "ASAM", "ESAM", "RandomSubsetSAM", "OrderedSGD", "MSAM", "StaleKSAM"),
+    *("AUSAM", "ImportanceKSAM"),
+]
+
+
+def same_samples(rho: float = 0.05) -> Plain:
+    """SAM on the samples that the step says it took."""
+    return lambda model, base, data, result: plain.sam(
+        model, plain.rows(data, result.indices), plain.rows(data, result.indices), rho
+    )
+
+
+def is_drawn(step: int, count: int) -> list[bool]:
+    drawn = random.Random(f"1/{step}")
+    return [drawn.random() < 0.6 for _ in range(count)]
+
+
+def plain_esam() -> Plain:
+    steps = iter(range(STEPS))
+
+    def step(model: nn.Module, base: Any, data: Any, result: Any) -> None:
+        plain.esam(model, data, 0.05, 0.6, 10, is_drawn(next(steps), len([*model.parameters()])))
+
+    return step
+
+
+PLAIN: dict[str, Callable[[], Plain]] = {
+    "KSAM": same_samples,
+    "SAM": lambda: lambda model, base, data, result: plain.sam(model, data, data, 0.05),
+    "ASAM": lambda: (
+        lambda model, base, data, result: plain.asam(
+            model, data, 0.5, 0.02, ["weight" in name for name, _ in model.named_parameters()]
+        )
+    ),
+    "ESAM": plain_esam,
+    "RandomSubsetSAM": lambda: (
+        lambda model, base, data, result: plain.sam(
+            model, plain.rows(data, result.indices), data, 0.05
+        )
+    ),
+    "OrderedSGD": lambda: lambda model, base, data, result: plain.ordered(model, data, 9),
+    "MSAM": lambda: (
+        lambda model, base, data, result: plain.msam(model, base, data, 0.2, "momentum_buffer")
+    ),
+    "StaleKSAM": same_samples,
+    "AUSAM": lambda: same_samples(0.1),
+}
+
+
+@pytest.mark.parametrize("batchnorm", [False, True], ids=["plain", "batchnorm"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_steps_are_those_of_an_independent_version(
+    backend: str, name: str, batchnorm: bool
+) -> None:
+    model = network(dtype=torch.float64, batchnorm=batchnorm)
+    other = copy.deepcopy(model)
+    optimizer = build(name, model)
+    base = torch.optim.SGD(other.parameters(), **SGD)
+    reference = PLAIN[name]()
+    for step in range(STEPS):
+        data = data_of(step)
+        result = optimizer.step(losses(model), data)
+        reference(other, base, data, result)
+        base.step()
+    # ASAM hands the norm of the other parameters on as a float32 number.
+    tolerance = {"rtol": 1e-5, "atol": 1e-8} if name == "ASAM" else {"rtol": 1e-9, "atol": 1e-11}
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, **tolerance)
+
+
+def test_asam_of_all_parameters_is_the_other_popular_form(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    other = copy.deepcopy(model)
+    optimizer = build("ASAM", model, eta=0.0, scaled=None)
+    base = torch.optim.SGD(other.parameters(), **SGD)
+    for step in range(STEPS):
+        optimizer.step(losses(model), data_of(step))
+        plain.asam(other, data_of(step), 0.5, 0.0, [True] * 4)
+        base.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_asam_of_named_weights_moves_nothing_without_a_norm(backend: str, bad: float) -> None:
+    model = network(dtype=torch.float64)
+    seen: list[list[Tensor]] = []
+
+    def function(b: dict[str, Tensor]) -> Tensor:
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return losses(model)(b) * (bad if len(seen) == 1 else 1)
+
+    build("ASAM", model).step(function, data_of(0))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("base", "name"), [(torch.optim.AdamW, "exp_avg"), (torch.optim.NAdam, "exp_avg")]
+)
+def test_msam_climbs_along_adams_momentum(
+    backend: str, base: type[torch.optim.Optimizer], name: str
+) -> None:
+    model = network(dtype=torch.float64)
+    other = copy.deepcopy(model)
+    optimizer = ksam.MSAM(model.parameters(), base, lr=1e-2, rho=0.2)
+    plain_base = base(other.parameters(), lr=1e-2)  # type: ignore[call-arg]
+    for step in range(STEPS):
+        optimizer.step(losses(model), data_of(step))
+        plain.msam(other, plain_base, data_of(step), 0.2, name)
+        plain_base.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+def test_msam_takes_one_gradient_and_needs_momentum(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    calls: list[int] = []
+    ksam.MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9).step(
+        lambda b: (calls.append(1), losses(model)(b))[1], data_of(0)
+    )
+    assert calls == [1]
+    with pytest.raises(ValueError, match=r"momentum .*got momentum=0"):
+        ksam.MSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+
+
+def test_ordered_sgd_descends_with_accuracy() -> None:
+    model = network(dtype=torch.float64)
+    optimizer = ksam.OrderedSGD(model.parameters(), torch.optim.SGD, lr=0.1)
+    assert isinstance(optimizer.q, ksam.AccuracySchedule)
+    sizes = []
+    for accuracy in (0.0, 0.79, 0.8, 0.9, 0.95, 0.995):
+        optimizer.q.accuracy = accuracy
+        sizes.append(
+            len(optimizer.step(losses(model), batch(size=64, dtype=torch.float64)).indices)
+        )
+    assert sizes == [64, 64, 32, 16, 8, 4]
+    resumed = ksam.OrderedSGD(model.parameters(), torch.optim.SGD, lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.q.accuracy == 0.995  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"accuracy .*1.5"):
+        optimizer.q.accuracy = 1.5
+
+
+def test_esam_descends_on_exactly_gamma_samples_where_all_are_equal(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    data = {name: tensor[:1].expand(24, *tensor.shape[1:]) for name, tensor in data_of(0).items()}
+    assert build("ESAM", model).step(losses(model), data).indices.tolist() == list(range(10))
+
+
+def test_stale_selection_takes_the_highest_known_losses(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build("StaleKSAM", model, refresh=100)
+    known = torch.full((SIZE,), float("inf"))
+    for step in range(STEPS):
+        data = data_of(step)
+        now = losses(model)(data).detach().float()
+        expected = plain.largest(now if step == 0 else known[data["index"]], 8)
+        result = optimizer.step(losses(model), data)
+        assert torch.equal(result.indices, expected)
+        if step == 0:
+            known[data["index"]] = now
+        else:
+            known[data["index"][expected]] = now[expected]
+
+
+def test_ausam_draws_by_recorded_change(backend: str) -> None:
+    """The first epoch, two steps, is SAM; then high scores are drawn more often."""
+    model = network(dtype=torch.float64)
+    optimizer = build("AUSAM", model, ramp=1, low=0.001, high=1.0, lr=0.0)
+    sizes = [len(optimizer.step(losses(model), data_of(step)).indices) for step in range(2)]
+    assert sizes == [24, 24]
+    table: Any = optimizer.ascent
+    score = table.column("total") / table.column("count")
+    count = torch.zeros(SIZE)
+    for step in range(400):
+        data = data_of(step)
+        count[data["index"][optimizer.step(losses(model), data).indices]] += 1
+    for half in (slice(0, 24), slice(24, 48)):
+        assert torch.corrcoef(torch.stack([score[half], count[half]]))[0, 1] > 0.7
+
+
+@pytest.mark.parametrize("name", ["RandomSubsetSAM", "KSAM"])
+def test_random_samples_are_exactly_as_many_and_change(backend: str, name: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build(name, model)
+    drawn = [optimizer.step(losses(model), data_of(0)).indices for _ in range(3)]
+    size = {"RandomSubsetSAM": 6, "KSAM": 8}[name]
+    assert all(len(set(indices.tolist())) == size for indices in drawn)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+def test_half_of_the_mixed_selection_has_the_highest_losses(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    data = data_of(0)
+    highest = plain.largest(losses(model)(data).detach(), 4).tolist()
+    assert set(highest) < set(build("KSAM", model).step(losses(model), data).indices.tolist())
+
+
+def test_importance_sampling_is_unbiased(backend: str) -> None:
+    """The mean of many descent gradients is the batch's, at rho = 0."""
+    model = network(dtype=torch.float64)
+    optimizer = build("ImportanceKSAM", model, rho=0.0, lr=0.0)
+    data = data_of(0)
+    exact = torch.cat([g.flatten() for g in plain.gradient(model, data)])
+    total = torch.zeros_like(exact)
+    for _ in range(400):
+        optimizer.step(lambda b: ksam.cross_entropy(model(b["x"]), b["y"]), data)
+        total += torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    assert float((total / 400 - exact).norm() / exact.norm()) < 0.1
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("mean", 1.0), ("batch", 8 / 24), ("share", None)])
+def test_the_scale_of_the_subset_loss(backend: str, scale: str, factor: float | None) -> None:
+    grads = []
+    for how in ("mean", scale):
+        model = network(dtype=torch.float64)
+        optimizer = build("KSAM", model, random=0.0, scale=how)
+        result = optimizer.step(losses(model), data_of(0))
+        grads.append([p.grad for p in model.parameters()])
+    if factor is None:
+        share = result.losses[result.indices].sum() / result.losses.sum()
+        factor = 8 / 24 / float(share)
+    for mean, scaled in zip(*grads, strict=True):
+        torch.testing.assert_close(scaled, mean * factor, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_costs_are_counted(name: str) -> None:
+    expected = {
+        "KSAM": (24 + 48) / 72,
+        "SAM": 2.0,
+        "ASAM": 2.0,
+        "ESAM": (72 + 24 + 30) / 72,
+        "RandomSubsetSAM": 1.25,
+        "OrderedSGD": 1.0,
+        "MSAM": 1.0,
+        "StaleKSAM": (24 + 48) / 72,
+        "AUSAM": 2.0,
+        "ImportanceKSAM": (24 + 48) / 72,
+    }[name]
+    optimizer = build(name, network())
+    assert optimizer.cost(24) == pytest.approx(expected)
+    later = {"StaleKSAM": 48 / 72, "AUSAM": 54 / 72}.get(name, expected)
+    assert optimizer.cost(24, 3) == pytest.approx(later)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_function_is_called_as_often_as_the_method_says(backend: str, name: str) -> None:
+    model = network(batchnorm=True, dtype=torch.float64)
+    optimizer = build(name, model)
+    calls: list[tuple[int, bool]] = []
+
+    def function(b: dict[str, Tensor]) -> Tensor:
+        calls.append((len(b["y"]), torch.is_grad_enabled()))
+        return losses(model)(b)
+
+    spent = 0.0
+    for step in range(STEPS):
+        expected = optimizer.cost(24)
+        calls.clear()
+        optimizer.step(function, data_of(step))
+        spent = sum(size * (3 if grad else 1) for size, grad in calls) / 72
+        assert spent == pytest.approx(expected)
+    assert int(model[1].num_batches_tracked) == STEPS

@@ -1,0 +1,162 @@
+"""Every method of the family survives faults and resumes, and refuses bad arguments by name."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import ksam
+from tests.helpers import all_same_bits
+from tests.ksam.models import network, weights
+from tests.ksam.test_family import NAMES, build, data_of, losses
+
+CALLS = {"OrderedSGD": 1, "MSAM": 1, "SAM": 2, "ASAM": 2, "RandomSubsetSAM": 2, "AUSAM": 2}
+
+
+def state(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [*weights(model), *(b.clone() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("statistics", ["subset", "full", "running"])
+def test_a_fault_in_any_call_is_as_if_the_step_had_not_been(
+    backend: str, statistics: str, name: str, error: type[BaseException]
+) -> None:
+    model = network(batchnorm=True, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    optimizer = build(name, model, statistics=statistics)
+    other = build(name, twin, statistics=statistics)
+    for failing in range(1, CALLS.get(name, 3) + 1):
+        calls = iter(range(1, 10))
+
+        def fails(b: Any, failing: int = failing, calls: Any = calls) -> Any:
+            found = losses(model)(b)
+            if next(calls) == failing:
+                raise error("boom")
+            return found
+
+        step = 4 * failing  # where StaleKSAM has its selection pass
+        if name == "StaleKSAM":
+            optimizer.steps_done = other.steps_done = step
+        before = state(model)
+        with pytest.raises(error, match="boom"):
+            optimizer.step(fails, data_of(failing))
+        assert all_same_bits(state(model), before)
+        assert model[1].training
+        assert model[1].track_running_stats
+        for turn in range(2):
+            optimizer.step(losses(model), data_of(turn))
+            other.step(losses(twin), data_of(turn))
+        assert all_same_bits(state(model), state(twin))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("done", [1, 3])
+def test_a_resumed_run_is_the_uninterrupted_one(backend: str, name: str, done: int) -> None:
+    model = network(batchnorm=True)
+    optimizer = build(name, model)
+    data = [{**data_of(i), "x": data_of(i)["x"].float()} for i in range(7)]
+    for step in range(done):
+        optimizer.step(losses(model), data[step])
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    twin = network(batchnorm=True)
+    twin.load_state_dict(saved["model"])
+    resumed = build(name, twin)
+    resumed.load_state_dict(saved["optimizer"])
+    for step in range(done, 7):
+        optimizer.step(losses(model), data[step])
+        resumed.step(losses(twin), data[step])
+    assert all_same_bits(state(model), state(twin))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_are_independent_and_whole(backend: str, name: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build(name, model)
+    optimizer.step(losses(model), data_of(0))
+    before = weights(model)
+    for clone in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(clone) is type(optimizer)
+        clone.step(losses(clone.model), data_of(1))
+        assert all_same_bits(weights(model), before)
+    twin = copy.deepcopy(optimizer)
+    optimizer.step(losses(model), data_of(1))
+    twin.step(losses(twin.model), data_of(1))
+    assert all_same_bits(weights(model), weights(twin.model))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error", "message"),
+    [
+        ("KSAM", {"random": 1.5}, ValueError, r"random .*1\.5"),
+        ("KSAM", {"scale": "sum"}, ValueError, r"scale must be one of mean, batch, share.*'sum'"),
+        ("KSAM", {"statistics": "none"}, ValueError, r"statistics must be one of .*'none'"),
+        ("SAM", {"rho": -1.0}, ValueError, r"rho .*-1\.0"),
+        ("ASAM", {"eta": -0.1}, ValueError, r"eta .*-0\.1"),
+        ("ESAM", {"beta": 0.0}, ValueError, r"beta .*0\.0"),
+        ("ESAM", {"gamma": 1.5}, ValueError, r"gamma .*1\.5"),
+        ("RandomSubsetSAM", {"share": 0}, ValueError, r"share .*0"),
+        ("OrderedSGD", {"q": -3}, ValueError, r"q .*-3"),
+        ("ImportanceKSAM", {"uniform": 0.0}, ValueError, r"uniform .*0\.0"),
+        ("StaleKSAM", {"refresh": 0}, ValueError, r"refresh .*0"),
+        ("StaleKSAM", {"size": 0}, ValueError, r"size .*0"),
+        ("AUSAM", {"alpha": 2.0}, ValueError, r"alpha .*2\.0"),
+        ("AUSAM", {"low": 0.6}, ValueError, r"low .*0\.6"),
+        ("AUSAM", {"ramp": True}, TypeError, r"ramp .*True"),
+    ],
+)
+def test_arguments_out_of_range_are_named(
+    name: str, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build(name, network(), **arguments)
+
+
+def test_asam_needs_names() -> None:
+    model = network(dtype=torch.float64)
+    optimizer = ksam.ASAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"names of 4 parameters are needed .*got 0"):
+        optimizer.step(losses(model), data_of(0))
+    assert all_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("name", ["StaleKSAM", "AUSAM"])
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (torch.arange(24.0), TypeError, "sample index must be int64, int32, got torch.float32"),
+        (
+            torch.zeros(24, 1, dtype=torch.int64),
+            ValueError,
+            r"one-dimensional, got shape \(24, 1\)",
+        ),
+        (torch.arange(24) + 30, IndexError, "out of range|out of bounds"),
+    ],
+)
+def test_a_bad_sample_index_changes_nothing(
+    backend: str, name: str, index: Any, error: type[Exception], message: str
+) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build(name, model, refresh=100) if name == "StaleKSAM" else build(name, model)
+    optimizer.steps_done = 2
+    before = weights(model)
+    with pytest.raises(error, match=message):
+        optimizer.step(losses(model), {**data_of(0), "index": index})
+    assert all_same_bits(weights(model), before)
+    assert optimizer.steps_done == 2
+
+
+def test_a_table_of_another_data_set_is_refused() -> None:
+    optimizer = build("StaleKSAM", network())
+    with pytest.raises(ValueError, match=r"loss must have an entry for each of 10 samples"):
+        build("StaleKSAM", network(), size=10).load_state_dict(optimizer.state_dict())

@@ -1,0 +1,198 @@
+"""When steps are sharpness-aware: schedules of the step, and the policy that reads the shares."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ksam
+from ksam import KSAM, SAM, EveryNth, From, Representative
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
+
+
+def sharp_steps(optimizer: Any, function: Callable[[Any], Any], steps: int = 12) -> list[bool]:
+    return [optimizer.step(function, batch(step)).sharp for step in range(steps)]
+
+
+def with_share(share: float, *, k: int = 8, size: int = 24) -> Callable[[Any], Tensor]:
+    """Losses whose k highest carry a share of the sum; a weight is there to have a gradient."""
+    high, low = share / k, (1 - share) / (size - k)
+
+    def function(b: dict[str, Tensor]) -> Tensor:
+        count = len(b["y"])
+        whole = torch.tensor([high] * k + [low] * (size - k))[:count]
+        return whole * b["w"][0] * PARAMETER
+
+    return function
+
+
+PARAMETER = torch.nn.Parameter(torch.ones(()))
+
+
+def of_shares(shares: list[float], **arguments: Any) -> tuple[list[bool], Representative]:
+    """Which steps are sharp where the steps' batches have these shares."""
+    policy = Representative(**{"every": 1, "budget": None, **arguments})
+    optimizer = KSAM([PARAMETER], torch.optim.SGD, lr=0.0, k=8, when=policy)
+    data = {**batch(), "w": torch.ones(24)}
+    return [optimizer.step(with_share(s), data).sharp for s in shares], policy
+
+
+def test_schedules_of_the_step(backend: str) -> None:
+    model = network()
+    late = SAM(model.parameters(), torch.optim.SGD, lr=0.1, when=From(9))
+    assert sharp_steps(late, loss_of(model)) == [False] * 9 + [True] * 3
+    nth = SAM(model.parameters(), torch.optim.SGD, lr=0.1, when=EveryNth(4))
+    assert sharp_steps(nth, loss_of(model)) == [True, False, False, False] * 3
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_plain_step_is_the_base_optimizers(
+    backend: str, base: type[torch.optim.Optimizer]
+) -> None:
+    model = network(dtype=torch.float64, batchnorm=True)
+    twin = copy.deepcopy(model)
+    optimizer = KSAM(model.parameters(), base, lr=0.01, model=model, when=lambda step: False)
+    plain = base(twin.parameters(), lr=0.01)  # type: ignore[call-arg]
+    for step in range(5):
+        data = batch(step, dtype=torch.float64)
+        result = optimizer.step(
+            lambda b: F.cross_entropy(model(b["x"]), b["y"], reduction="none"), data
+        )
+        plain.zero_grad()
+        loss = F.cross_entropy(twin(data["x"]), data["y"])
+        loss.backward()
+        plain.step()
+        torch.testing.assert_close(result.loss, loss.detach())
+        assert not result.sharp
+        assert len(result.indices) == 24
+        assert float(result.grad_norm) == 0
+    for p, q in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_it_is_on_from_the_step_after_a_representative_batch(backend: str) -> None:
+    sharp, _ = of_shares([0.5, 0.7, 0.7, 0.4, 0.4, 0.9, 0.9])
+    assert sharp == [False, False, True, True, False, False, True]
+
+
+def test_probes_decide_for_a_whole_block_one_block_later(backend: str) -> None:
+    sharp, _ = of_shares([0.7, 0.1, 0.1, 0.2, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1], every=3)
+    assert sharp == [False] * 3 + [True] * 3 + [False] * 3 + [True]
+
+
+def test_the_budget_is_kept(backend: str) -> None:
+    """A step at k = 8 of 24 costs 1, one at k = 12 costs 4/3."""
+    model = network()
+
+    def sharp_share(k: int, budget: float | None) -> float:
+        policy = Representative(threshold=0.0, every=1, budget=budget)
+        optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.0, k=k, when=policy)
+        steps = sharp_steps(optimizer, loss_of(model), 60)
+        assert policy.spent == pytest.approx(sum(optimizer.cost(24) if s else 1 for s in steps))
+        assert policy.steps == 60
+        return sum(steps) / 60
+
+    assert sharp_share(8, 1.0) == 59 / 60
+    assert sharp_share(12, None) == 59 / 60
+    assert sharp_share(12, 1.0) == pytest.approx(0.06, abs=0.02)  # the 2 % that are tolerated
+    assert sharp_share(12, 1.1) == pytest.approx(0.366, abs=0.02)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_share_is_that_of_the_gradient_bounds(backend: str, smoothing: float) -> None:
+    model, data = network(), batch()
+    with torch.no_grad():
+        logits = model(data["x"])
+        target = F.one_hot(data["y"], 5) * (1 - smoothing) + smoothing / 5
+        bounds = (logits.softmax(1) - target).norm(dim=1)
+        options: dict[str, Any] = {"label_smoothing": smoothing}
+        losses = ksam.cross_entropy(logits, data["y"], **options)
+    top = torch.sort(losses, stable=True, descending=True).indices[:8]
+    expected = bounds[top].sum() / bounds.sum()
+
+    def function(b: dict[str, Tensor]) -> Tensor:
+        return ksam.cross_entropy(model(b["x"]), b["y"], **options)
+
+    for threshold in (1.0, 0.0):  # of a plain step, then of a sharp one: the same weights
+        policy = Representative(threshold=threshold, every=1, budget=None)
+        optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.0, k=8, when=policy)
+        for _ in range(2):
+            result = optimizer.step(function, data)
+        assert result.sharp == (threshold == 0.0)
+        torch.testing.assert_close(result.share, expected, rtol=1e-5, atol=0)
+
+
+def test_a_share_costs_no_pass(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=Representative())
+    calls: list[int] = []
+    for step in range(10):
+        optimizer.step(lambda b: (calls.append(len(b["y"])), loss_of(model)(b))[1], batch(step))
+    assert calls == [24] * 10
+
+
+@pytest.mark.parametrize("done", [1, 4, 5])
+def test_decisions_survive_a_resume(backend: str, done: int) -> None:
+    def build(model: torch.nn.Module) -> KSAM:
+        policy = Representative(threshold=0.4, every=3, budget=1.1)
+        return KSAM(model.parameters(), torch.optim.SGD, lr=0.5, k=11, when=policy)
+
+    model = network()
+    optimizer = build(model)
+    sharp_steps(optimizer, loss_of(model), done)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    twin = network()
+    twin.load_state_dict(saved[0])
+    resumed = build(twin)
+    resumed.load_state_dict(saved[1])
+    copied = copy.deepcopy(optimizer)
+    expected = sharp_steps(optimizer, loss_of(model), 30)
+    assert sharp_steps(resumed, loss_of(twin), 30) == expected
+    assert 0 < sum(expected) < 30
+    assert all_same_bits(weights(model), weights(twin))
+    assert copied.state_dict()["ksam"] != optimizer.state_dict()["ksam"]
+
+
+def test_a_failed_step_does_not_count(backend: str) -> None:
+    model = network()
+    policy = Representative(threshold=0.0, every=1)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, when=policy)
+    optimizer.step(loss_of(model), batch())
+    before = policy.state_dict()
+    with pytest.raises(ValueError, match="one loss per sample"):
+        optimizer.step(lambda b: loss_of(model)(b).mean(), batch())
+    assert policy.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Representative(threshold=1.5), ValueError, r"threshold .*1\.5"),
+        (lambda: Representative(every=0), ValueError, r"every .*0"),
+        (lambda: Representative(every=2.0), TypeError, r"every .*2\.0"),
+        (lambda: Representative(budget=-1.0), ValueError, r"budget .*-1\.0"),
+        (lambda: From(-1), ValueError, r"start .*-1"),
+        (lambda: EveryNth(0), ValueError, r"n must be >= 1, got 0"),
+        (
+            lambda: SAM(network().parameters(), torch.optim.SGD, lr=0.1, when=3),
+            TypeError,
+            r"when .*3",
+        ),
+    ],
+)
+def test_arguments_out_of_range_are_named(
+    make: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make()
