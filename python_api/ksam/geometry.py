@@ -147,7 +147,7 @@ class NamedAdaptive(Geometry):
 
 
 class StochasticWeights(Geometry):
-    r"""ESAM's stochastic weight perturbation (Du et al. 2022, section 3.1), by whole tensors.
+    r"""ESAM's stochastic weight perturbation (Du et al. 2022), by whole tensors.
 
     Every tensor is perturbed with probability :math:`\beta`, by
     :math:`\frac{\rho}{\beta} g / \lVert g \rVert_2` with the norm of those that are (the paper

@@ -124,7 +124,7 @@ class Importance(_AfterForward):
 
 
 class LossIncrease(_AfterForward):
-    r"""The samples whose loss the perturbation raised most (ESAM's SDS, Du et al. 2022, sec. 3.2).
+    r"""The samples whose loss the perturbation raised most (ESAM's SDS, Du et al. 2022).
 
     For the descent only: a forward pass at :math:`\hat w`, without gradients, gives
     :math:`L_i(\hat w) - L_i(w)`; exactly :math:`\gamma M` samples are chosen, equal differences by

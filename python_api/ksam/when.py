@@ -88,7 +88,8 @@ class Representative(Policy):
     the loss is not :func:`ksam.cross_entropy`) that the k highest losses carry. It comes from the
     pass over the whole batch that the step makes anyway: a plain step has one too. The *next*
     ``every`` steps are sharpness-aware if it is at least ``threshold``. Training thus begins with
-    plain steps.
+    plain steps. Where a sharpness-aware step does not see the whole batch (AUSAM; StaleKSAM but for
+    every ``refresh``-th step), the last probe that there was decides.
 
     The share is copied to the host without waiting, and read ``every`` steps later whatever the
     timing: the same decisions on every device and in every run. The state is part of the
@@ -135,8 +136,8 @@ class Representative(Policy):
         return step % self.every == 0
 
     def observe(self, step: int, cost: float, share: Tensor | None) -> None:
+        self._on = self._is_on(step)
         if share is not None:
-            self._on = self._is_on(step)
             self._probe = _Later(share)
         self.steps += 1
         self.spent += cost

@@ -1,0 +1,34 @@
+"""No step of the family waits for the device. On a GPU a wait is an error; the CPU has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu.sync import waiting_is_an_error
+from ksam import Diagnostics, Representative, cross_entropy
+from tests.device import DEVICE
+from tests.ksam.models import network
+from tests.ksam.test_family import NAMES, build, data_of
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "policy and diagnostics"])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_do_not_wait(backend: str, name: str, watched: bool) -> None:
+    model = network(batchnorm=True)
+    policy = Representative(threshold=0.0, every=2, budget=None)
+    optimizer = build(name, model, **({"when": policy} if watched else {}))
+    diagnostics = Diagnostics(optimizer, every=1000, size=48)
+    optimizer.report_share = watched
+    batches = [{**data_of(i), "x": data_of(i)["x"].float()} for i in range(6)]
+
+    def loss(b: dict[str, torch.Tensor]) -> torch.Tensor:
+        return cross_entropy(model(b["x"]), b["y"])
+
+    for data in batches:  # buffers, tables and kernels come into being
+        diagnostics(optimizer.step(loss, data), loss, data)
+    for data in batches:
+        with waiting_is_an_error(DEVICE):
+            result = optimizer.step(loss, data)
+            diagnostics(result, loss, data)
+        assert result.sharp
