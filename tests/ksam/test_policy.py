@@ -74,8 +74,11 @@ def test_a_plain_step_is_the_base_optimizers(
         assert not result.sharp
         assert len(result.indices) == 24
         assert float(result.grad_norm) == 0
+    # The bias before BatchNorm has no gradient but what rounding leaves of some terms of 1e-2 that
+    # cancel, 1e-17 or so. AdamW divides it by 1e-8, so that in five steps of lr = 0.01 it moves by
+    # 5e-10 at most where the rounding is ten times that.
     for p, q in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
 def test_it_is_on_from_the_step_after_a_representative_batch(backend: str) -> None:
