@@ -1,4 +1,6 @@
-"""Builds the runner's extension: ``python -m tests.simt.build [--sanitize NAMES]``.
+"""Builds the runner's extension: ``python -m tests.simt.build [--sanitize NAMES] [--program]``.
+
+Or a program that runs every kernel, without Python: under MemorySanitizer there is nothing else.
 
 Needs clang++ 17 or later (g++ puts no static variable of a template into a section) and the headers
 of a CUDA toolkit; no nvcc, no GPU.
@@ -33,14 +35,10 @@ FLAGS = [
 ]
 
 
-def folder(sanitize: str) -> Path:
-    """Where the extension of a build lies."""
-    return ROOT / "build" / "simt" / (sanitize.replace(",", "-") or "plain")
-
-
-def output(sanitize: str) -> Path:
-    """The extension of a build, or the program for "memory"."""
-    return folder(sanitize) / ("memory_sanitizer" if sanitize == "memory" else "_simt.so")
+def output(sanitize: str, *, program: bool = False) -> Path:
+    """The extension, or the program."""
+    folder = ROOT / "build" / "simt" / (sanitize.replace(",", "-") or "plain")
+    return folder / ("every_kernel" if program else "_simt.so")
 
 
 def compiler() -> str | None:
@@ -78,12 +76,12 @@ def sources() -> list[Path]:
 
 
 def program_sources() -> list[Path]:
-    """The kernels, the runner, and the program that MemorySanitizer watches."""
-    runner = [HERE / "runner.cpp", HERE / "barriers.cpp", HERE / "memory_sanitizer" / "main.cpp"]
+    """The kernels, the runner, and what calls every kernel."""
+    runner = [HERE / "runner.cpp", HERE / "barriers.cpp", HERE / "every_kernel" / "main.cpp"]
     return sorted([*CSRC.rglob("*.cu"), *runner])
 
 
-def _ninja_file(target: Path, sanitize: str) -> str:
+def _ninja_file(target: Path, sanitize: str, *, program: bool) -> str:
     """Paths are relative, so that a copy of tree and build need not be compiled again."""
     import pybind11
 
@@ -97,8 +95,8 @@ def _ninja_file(target: Path, sanitize: str) -> str:
             "-fno-sanitize-recover=undefined",
             f"-fsanitize-ignorelist={seen(HERE)}/ignore.txt",
         ]
-        mode += [] if sanitize == "memory" else ["-shared-libsan"]
-    shared = "" if sanitize == "memory" else "-shared"
+        mode += [] if program else ["-shared-libsan"]
+    shared = "" if program else "-shared"
     system = (cuda_headers(), sysconfig.get_paths()["include"], pybind11.get_include())
     flags = [
         *FLAGS,
@@ -118,17 +116,19 @@ def _ninja_file(target: Path, sanitize: str) -> str:
         f"  command = $cxx {shared} {' '.join(mode)} $in -ldl -o $out",
     ]
     objects = []
-    for source in program_sources() if sanitize == "memory" else sources():
-        objects.append("-".join(source.relative_to(ROOT).parts) + ".o")
+    for source in program_sources() if program else sources():
+        own = "program-" if program else ""
+        objects.append(own + "-".join(source.relative_to(ROOT).parts) + ".o")
         lines.append(f"build {objects[-1]}: compile {seen(source)}")
     lines.append(f"build {target.name}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 
 
-def build(sanitize: str = "") -> Path:
-    """Compile what has changed; the path of the extension, or of the program for "memory".
+def build(sanitize: str = "", *, program: bool = False) -> Path:
+    """Compile what has changed; the path of the extension or of the program.
 
     Raises:
+        ValueError: MemorySanitizer is asked to watch the extension.
         RuntimeError: something is missing, or does not compile.
     """
     import ninja
@@ -136,10 +136,13 @@ def build(sanitize: str = "") -> Path:
     reason = missing()
     if reason is not None:
         raise RuntimeError(f"the runner cannot be built: {reason}")
-    target = output(sanitize)
+    if sanitize == "memory" and not program:
+        raise ValueError("MemorySanitizer watches the program only: Python is not instrumented")
+    target = output(sanitize, program=program)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (target.parent / "build.ninja").write_text(_ninja_file(target, sanitize))
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(target.parent)]
+    file = target.with_name("program.ninja" if program else "build.ninja")
+    file.write_text(_ninja_file(target, sanitize, program=program))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(target.parent), "-f", file.name]
     if subprocess.run(command, check=False).returncode != 0:
         raise RuntimeError("the runner does not compile, see the compiler's message above")
     return target
@@ -148,9 +151,11 @@ def build(sanitize: str = "") -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", default="", help="address,undefined, thread or memory")
+    parser.add_argument("--program", action="store_true", help="instead of the extension")
+    options = parser.parse_args()
     try:
-        print(build(parser.parse_args().sanitize))
-    except RuntimeError as error:
+        print(build(options.sanitize, program=options.program))
+    except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
 
 

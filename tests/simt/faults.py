@@ -13,8 +13,8 @@ class Mutation:
     file: str
     old: str
     new: str
-    tests: str  # pytest's arguments
-    sanitize: str = ""
+    tests: str = ""  # pytest's arguments
+    sanitize: str = ""  # ... or the sanitizer under which every kernel is run once
     nth: int = 0
 
     def apply(self, text: str) -> str:
@@ -39,16 +39,14 @@ _TOPK = (
         "topk/select.cuh",
         "1u);\n  });\n  __syncthreads();",
         "1u);\n  });",
-        TOPK,
-        "thread",
+        sanitize="thread",
     ),
     Mutation(
         "a plain store where an atomic one is needed",
         "topk/select.cuh",
         "atomicAdd(&shared.count[digit], 1u);",
         "shared.count[digit] += 1u;",
-        TOPK,
-        "thread",
+        sanitize="thread",
     ),
     Mutation(
         "ties to the highest index",
@@ -62,8 +60,7 @@ _TOPK = (
         "topk/select.cuh",
         "return index(r) < end_;",
         "return index(r) <= end_;",
-        TOPK,
-        "address,undefined",
+        sanitize="address,undefined",
     ),
     Mutation(
         "the last element left out",
@@ -110,8 +107,7 @@ _COMPACT = (
         "compact/compact.cu",
         "if (thread + i * kThreads < count)",
         "if (thread + i * kThreads <= count)",
-        COMPACT,
-        "address,undefined",
+        sanitize="address,undefined",
     ),
     Mutation(
         "the source's stride taken for the row's length",
@@ -125,8 +121,7 @@ _COMPACT = (
         "compact/compact.cu",
         "leaf.source_stride | leaf.row_bytes",
         "leaf.row_bytes",
-        COMPACT,
-        "address,undefined",
+        sanitize="address,undefined",
     ),
     Mutation(
         "the leaf before the tile's",
@@ -158,8 +153,7 @@ _LOSS = (
         "loss/row.cuh",
         "__syncthreads();  // the row before this one has been read",
         "",
-        LOSS,
-        "thread",
+        sanitize="thread",
     ),
     Mutation(
         "the maximum does not rise",
@@ -180,16 +174,14 @@ _LOSS = (
         "loss/pieces.cuh",
         "put(&to, j, piece.has(j) ? p[j] : fill);",
         "{ const T x = p[j]; put(&to, j, piece.has(j) ? x : fill); }",
-        LOSS,
-        "address,undefined",
+        sanitize="address,undefined",
     ),
     Mutation(
         "a vector that is not aligned in one of two arrays",
         "loss/cross_entropy_backward.cu",
         "offset_of(x, lead)",
         "offset_of(x)",
-        "tests/loss/test_cross_entropy_backward.py",
-        "address,undefined",
+        sanitize="address,undefined",
     ),
     Mutation(
         "a ticket that is not reset",
@@ -215,16 +207,14 @@ _PERTURB = (
         "perturb/elements.cuh",
         "if (reads<Formula>(i) && at < end)",
         "if (reads<Formula>(i))",
-        PERTURB,
-        "address,undefined",
+        sanitize="address,undefined",
     ),
     Mutation(
         "vectors whatever the alignment",
         "perturb/elements.cuh",
         "addresses % kVectorBytes == 0 ? ",
         "addresses % sizeof(T) == 0 ? ",
-        "tests/perturb",
-        "address,undefined",
+        sanitize="address,undefined",
     ),
     Mutation(
         "launches of one norm write to the same places",
@@ -245,8 +235,7 @@ _PERTURB = (
         "common/block.cuh",
         "if (lane_of_thread() == 0) of_warp[warp_of_thread()] = value;",
         "if (lane_of_thread() == 0 && threadIdx.x != 0) of_warp[warp_of_thread()] = value;",
-        "",
-        "memory",
+        sanitize="memory",
     ),
 )
 

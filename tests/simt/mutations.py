@@ -1,11 +1,13 @@
-"""Are the tests able to fail? ``python -m tests.simt.mutations [ROOM...]``.
+"""Are the tests able to fail? ``python -m tests.simt.mutations [--plain] [ROOM...]``.
 
 Puts one fault after the other into a copy of the kernels (a barrier left out, a bound off by one, a
-counter that is not reset), and runs the contract tests on it: each fault must make them fail.
+counter that is not reset), and runs the contract tests on it, or every kernel once under a
+sanitizer: each fault must make them fail. ``--plain`` leaves out those that need a sanitizer.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -44,11 +46,11 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _outcome(mutation: Mutation) -> str | None:
     """How the tests failed; None if they passed."""
-    arguments = ["tests.simt.run", "-x", *mutation.tests.split()]
+    arguments = ["-x", *mutation.tests.split()]
     if mutation.sanitize:
-        arguments += ["--sanitize", mutation.sanitize]
+        arguments = ["--program", "--sanitize", mutation.sanitize]
     try:
-        done = _python(*arguments)
+        done = _python("tests.simt.run", *arguments)
     except subprocess.TimeoutExpired:
         return "endless"
     if "does not compile" in done.stdout + done.stderr or done.returncode in (2, 3, 4, 5):
@@ -69,10 +71,18 @@ def _copy() -> None:
 
 
 def main() -> int:
-    rooms = sys.argv[1:]
-    chosen = [m for m in MUTATIONS if not rooms or m.file.split("/")[0] in rooms]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rooms", nargs="*", metavar="ROOM", help="folders of csrc; default: all")
+    parser.add_argument("--plain", action="store_true", help="none that needs a sanitizer")
+    options = parser.parse_args()
+    chosen = [
+        mutation
+        for mutation in MUTATIONS
+        if (not options.rooms or mutation.file.split("/")[0] in options.rooms)
+        and not (options.plain and mutation.sanitize)
+    ]
     for sanitize in sorted({mutation.sanitize for mutation in chosen}):
-        build.build(sanitize)
+        build.build(sanitize, program=bool(sanitize))
     _copy()
     survived = 0
     for mutation in chosen:

@@ -1,8 +1,8 @@
 """Runs contract tests on the runner: ``python -m tests.simt.run [--sanitize NAMES] [PYTEST]``.
 
 Builds it first. Races show with ``--sanitize thread``, bounds and alignment with
-``--sanitize address,undefined``; ``--sanitize memory`` runs a program of its own, not the tests
-(memory_sanitizer/main.cpp).
+``--sanitize address,undefined``. ``--program`` runs every kernel once instead of the tests
+(every_kernel/main.cpp), which is all that there is for ``--sanitize memory``.
 """
 
 from __future__ import annotations
@@ -19,46 +19,47 @@ _LIBRARIES = {"address,undefined": "asan", "thread": "tsan"}
 SANITIZERS = (*_LIBRARIES, "memory")
 
 
-def _environment(sanitize: str) -> dict[str, str]:
+def _environment(sanitize: str, *, program: bool) -> dict[str, str]:
     """Python itself is not instrumented: the sanitizer's library has to be there before it."""
-    environment = os.environ | {"KSAM_TEST_BACKENDS": "simt", "OMP_NUM_THREADS": "1"}
-    if sanitize not in _LIBRARIES:
+    environment = os.environ | {
+        "KSAM_TEST_BACKENDS": "simt",
+        "OMP_NUM_THREADS": "1",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
+    }
+    if program or sanitize not in _LIBRARIES:
         return environment
     name = f"libclang_rt.{_LIBRARIES[sanitize]}-x86_64.so"
     command = [str(build.compiler()), f"-print-file-name={name}"]
     library = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     if not Path(library).is_file():
         raise RuntimeError(f"{build.compiler()} has no {name}")
-    return environment | {
-        "KSAM_SIMT_SANITIZE": sanitize,
-        "LD_PRELOAD": library,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
-    }
+    return environment | {"KSAM_SIMT_SANITIZE": sanitize, "LD_PRELOAD": library}
 
 
-def command(sanitize: str, arguments: list[str]) -> list[str]:
-    """pytest on the runner's backend alone, or the program for "memory"."""
-    if sanitize == "memory":
-        return [str(build.output(sanitize))]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-k", "simt", *arguments]
+def command(sanitize: str, arguments: list[str], *, program: bool) -> list[str]:
+    """pytest on the runner's backend alone, or the program."""
+    run = [sys.executable, "-m", "pytest", "-q", "-k", "simt", *arguments]
+    if program:
+        run = [str(build.output(sanitize, program=True))]
     # ThreadSanitizer wants memory where the kernel's randomization may not leave it.
-    return ["setarch", "-R", *pytest] if sanitize == "thread" else pytest
+    return ["setarch", "-R", *run] if sanitize == "thread" else run
 
 
 def run(
     sanitize: str,
     arguments: list[str],
     *,
+    program: bool = False,
     seed: int = 1,
     timeout: float | None = None,
     **options: bool,
 ) -> subprocess.CompletedProcess[str]:
     """Run the tests on the runner as it is built; 66: ThreadSanitizer found a race."""
-    environment = _environment(sanitize) | {"KSAM_SIMT_SEED": str(seed)}
+    environment = _environment(sanitize, program=program) | {"KSAM_SIMT_SEED": str(seed)}
     return subprocess.run(
-        command(sanitize, arguments),
+        command(sanitize, arguments, program=program),
         check=False,
         cwd=build.ROOT,
         env=environment,
@@ -71,10 +72,12 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", default="", choices=("", *SANITIZERS))
+    parser.add_argument("--program", action="store_true", help="every kernel once, not the tests")
     parser.add_argument("--seed", type=int, default=1, help="of the order of threads")
     options, arguments = parser.parse_known_args()
-    build.build(options.sanitize)
-    return run(options.sanitize, arguments, seed=options.seed).returncode
+    build.build(options.sanitize, program=options.program)
+    ran = run(options.sanitize, arguments, program=options.program, seed=options.seed)
+    return ran.returncode
 
 
 if __name__ == "__main__":
