@@ -96,15 +96,18 @@ def _training(results: Results) -> list[str]:
     found = results.get("training", {}).get("workloads", {})
     if not found:
         return []
-    methods = list(next(iter(found.values())))
+    methods = list(dict.fromkeys(name for own in found.values() for name in own))
     lines = [f"| a training step, ms | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
     for label, own in found.items():
         cells = [
             f"{own[name]['milliseconds']['median']:.2f} ({own[name]['over SGD']['median']:.2f})"
+            if name in own
+            else "-"
             for name in methods
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    return [*lines, "", "In brackets: over SGD's, the median of rounds.", ""]
+    note = "In brackets: over SGD's (without a graph), the median of rounds."
+    return [*lines, "", note, ""]
 
 
 def _times(rows: list[dict[str, Any]]) -> list[str]:

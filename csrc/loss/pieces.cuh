@@ -84,21 +84,20 @@ __device__ __forceinline__ Packed<T, N> filled(T value) {
 }
 
 // Of each half of two words: the larger of the two numbers, of a number and NaN the number.
-__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b, bf16) {
-  __nv_bfloat162 x, y;
+template <class Pair>
+__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+  Pair x, y;
   memcpy(&x, &a, sizeof x);
   memcpy(&y, &b, sizeof y);
   x = __hmax2(x, y);
   memcpy(&a, &x, sizeof a);
   return a;
 }
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b, bf16) {
+  return larger_halves<__nv_bfloat162>(a, b);
+}
 __device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b, f16) {
-  __half2 x, y;
-  memcpy(&x, &a, sizeof x);
-  memcpy(&y, &b, sizeof y);
-  x = __hmax2(x, y);
-  memcpy(&a, &x, sizeof a);
-  return a;
+  return larger_halves<__half2>(a, b);
 }
 
 template <int N, class T>
