@@ -111,11 +111,13 @@ constexpr int kPerVector = kVectorBytes / static_cast<int>(sizeof(T));
 
 template <class T, int N>
 __device__ __forceinline__ Vector<T, N> load_vector(const T* p) {
+  KSAM_CHECK_ALIGNED(p, sizeof(Vector<T, N>));
   return *reinterpret_cast<const Vector<T, N>*>(p);
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T, N>& value) {
+  KSAM_CHECK_ALIGNED(p, sizeof(Vector<T, N>));
   *reinterpret_cast<Vector<T, N>*>(p) = value;
 }
 

@@ -18,13 +18,20 @@
 // A struct as a kernel's parameter, read where the launch has put it.
 // KSAM_DYNAMIC_SHARED(T, name): `name` points to the shared memory whose size the launch gives.
 // KSAM_DEVICE_ASSERT(condition): ends the kernel with an error that the host sees at its next wait.
+// KSAM_CHECK_ALIGNED(p, bytes): in the runner, what a GPU does where a vector's address is no
+// multiple of its size.
 #if defined(KSAM_SIMT)
 #define KSAM_PARAMETER(T) const T&
+#define KSAM_CHECK_ALIGNED(p, bytes)             \
+  (reinterpret_cast<uintptr_t>(p) % (bytes) == 0 \
+       ? (void)0                                 \
+       : simt::fail("misaligned address", {__FILE__, __LINE__}))
 #define KSAM_DEVICE_ASSERT(condition) \
   ((condition) ? (void)0 : simt::fail("device-side assert: " #condition, {__FILE__, __LINE__}))
 #else
 #define KSAM_PARAMETER(T) const __grid_constant__ T
-#define KSAM_DYNAMIC_SHARED(T, name)                          \
+#define KSAM_CHECK_ALIGNED(p, bytes) ((void)0)
+#define KSAM_DYNAMIC_SHARED(T, name)                           \
   extern __shared__ __align__(16) unsigned char ksam_shared[]; \
   T* name = reinterpret_cast<T*>(ksam_shared)
 #define KSAM_DEVICE_ASSERT(condition) \
@@ -33,7 +40,8 @@
 
 namespace ksam::gpu {
 
-// Bytes of parameters that one launch can carry (CUDA C++ Programming Guide, "Function Parameters").
+// Bytes of parameters that one launch can carry (CUDA C++ Programming Guide, "Function
+// Parameters").
 #if defined(KSAM_SIMT)
 constexpr int kParameterBytes = 2048;  // so that tests reach the next launch sooner
 #elif CUDART_VERSION >= 12010

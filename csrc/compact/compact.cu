@@ -9,7 +9,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLoads = 2;  // of a thread, all in flight at once
 constexpr int kTileVectors = kThreads * kLoads;
-constexpr int kBlocks = 6;  // of a multiprocessor, as many as there are registers for
+// Blocks of a multiprocessor, as many as there are registers for.
+[[maybe_unused]] constexpr int kBlocks = 6;
 
 // A leaf as it lies in the kernel's parameters.
 struct PackedLeaf {
@@ -97,7 +98,9 @@ __device__ __forceinline__ void copy_tile(const PackedLeaf& leaf, const IndexLis
   V vector[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    vector[i] = reinterpret_cast<const V*>(leaf.source + index[i] * leaf.source_stride)[column[i]];
+    const char* row = leaf.source + index[i] * leaf.source_stride;
+    KSAM_CHECK_ALIGNED(row, sizeof(V));
+    vector[i] = reinterpret_cast<const V*>(row)[column[i]];
   }
   V* out = reinterpret_cast<V*>(leaf.out) + begin + thread;
 #pragma unroll

@@ -190,6 +190,7 @@ __device__ __forceinline__ void store_piece(T* row, const Piece& piece,
       static_assert(sizeof(from) == kVectorBytes);
       memcpy(&words, &from, kVectorBytes);
     }
+    KSAM_CHECK_ALIGNED(p, kVectorBytes);
     __stcg(reinterpret_cast<uint4*>(p), words);  // a plain store nvcc takes apart
   }
 }

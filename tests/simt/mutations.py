@@ -1,4 +1,4 @@
-"""Are the tests able to fail? ``python -m tests.simt.mutations [--plain] [ROOM...]``.
+"""Are the tests able to fail? ``python -m tests.simt.mutations [--plain] [PATH...]``.
 
 Puts one fault after the other into a copy of the kernels (a barrier left out, a bound off by one, a
 counter that is not reset), and runs the contract tests on it, or every kernel once under a
@@ -72,13 +72,13 @@ def _copy() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rooms", nargs="*", metavar="ROOM", help="folders of csrc; default: all")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="how files begin; default: all")
     parser.add_argument("--plain", action="store_true", help="none that needs a sanitizer")
     options = parser.parse_args()
     chosen = [
         mutation
         for mutation in MUTATIONS
-        if (not options.rooms or mutation.file.split("/")[0] in options.rooms)
+        if (not options.paths or mutation.file.startswith(tuple(options.paths)))
         and not (options.plain and mutation.sanitize)
     ]
     for sanitize in sorted({mutation.sanitize for mutation in chosen}):
