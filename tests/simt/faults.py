@@ -207,7 +207,7 @@ _PERTURB = (
         "perturb/elements.cuh",
         "addresses % kVectorBytes == 0 ? ",
         "addresses % sizeof(T) == 0 ? ",
-        PERTURB,
+        "tests/perturb/test_exact.py",
     ),
     Mutation(
         "launches of one norm write to the same places",
