@@ -130,17 +130,12 @@ inline bool is_aligned(const void* p, int bytes) {
 __device__ __forceinline__ int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ __forceinline__ int lane_of_thread() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-// Over groups of kWidth lanes, every lane gets the result. Always in the same order.
-template <int kWidth, class T>
-__device__ __forceinline__ T group_sum(T value) {
-#pragma unroll
-  for (int by = kWidth / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAllLanes, value, by, kWidth);
-  return value;
-}
-
+// Over a warp, every lane gets the result. Always in the same order.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
-  return group_sum<kWarp>(value);
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAllLanes, value, by);
+  return value;
 }
 
 // Over a block of kThreads; thread 0 gets the result. Begins with a barrier, so that one call may
