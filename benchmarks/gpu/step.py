@@ -74,7 +74,7 @@ class Operations:
     def state(self) -> list[Tensor]:
         """Everything that a step leaves."""
         sam = self.sam
-        written = [*sam.params, *sam.kept, *sam.state["momentum_buffer"], *sam.steps]
+        written = [*sam.params, *sam.kept, *sam.state["momentum_buffer"]]
         return [*written, self.indices, *self.rows.values()]
 
 

@@ -134,8 +134,7 @@ class Ksam(SamStep):
             moments = (self.state["exp_avg"], self.state["exp_avg_sq"], self.steps)
             kk.restore_adam_(*restored, *moments, decoupled_weight_decay=True, **self.options)
         else:
-            buffers = self.state["momentum_buffer"]
-            kk.restore_sgd_(*restored, buffers, steps=self.steps, **self.options)
+            kk.restore_sgd_(*restored, self.state["momentum_buffer"], **self.options)
 
 
 class Loop(SamStep):

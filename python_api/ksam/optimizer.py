@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -286,7 +287,7 @@ class SharpnessAware(Optimizer):
             seed=self.seed,
             whole=not sharp or any(sampler.whole(step) for sampler in samplers),
             norms=batchnorm.Norms(self.model, self.statistics),
-            trainable=any(p.requires_grad for p in parameters(self.param_groups)),
+            trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
         )
 
@@ -343,20 +344,22 @@ class SharpnessAware(Optimizer):
         self, ascent: Sampler | Momentum, perturbed: dict[Tensor, Tensor]
     ) -> Tensor | None:
         """Climb; every moved parameter stands in ``perturbed`` with its backup."""
-        params = parameters(self.param_groups)
+        params = self._parameters()
         along: list[Tensor | None] = [p.grad for p in params]
         if isinstance(ascent, Momentum):
             along = ascent.directions(self.base, params)
         radii = [group["rho"] for group in self.param_groups for _ in group["params"]]
-        moving = Moving([], [], [], [], [])
-        for p, direction, radius in zip(params, along, radii, strict=True):
-            if direction is not None:
-                moving.params.append(p)
-                moving.directions.append(direction)
-                moving.backup.append(self._backup_of(p))
-                moving.radii.append(radius)
-        if not moving.params:
+        known = [direction is not None for direction in along]
+        if not any(known):
             return None
+        params = list(compress(params, known))
+        moving = Moving(
+            params=params,
+            directions=[direction for direction in along if direction is not None],
+            backup=self._backups_of(params),
+            radii=list(compress(radii, known)),
+            names=[],
+        )
         if self.geometry.needs_names:
             names = parameter_names(self.param_groups, self.model)
             moving.names = [names[p] for p in moving.params if p in names]
@@ -373,14 +376,20 @@ class SharpnessAware(Optimizer):
         if isinstance(self.when, Policy):
             self.when.observe(step, cost, share if self.when.wants_share(step) else None)
 
-    def _backup_of(self, param: Tensor) -> Tensor:
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _backups_of(self, params: list[Tensor]) -> list[Tensor]:
         """Kept between steps: stable addresses, and no allocation in the loop."""
-        backup = self._backup.get(param)
-        if (
-            backup is None
-            or backup.shape != param.shape
-            or backup.dtype != param.dtype
-            or backup.device != param.device
-        ):
-            backup = self._backup[param] = torch.empty_like(param, requires_grad=False)
-        return backup
+        backups = []
+        for p in params:
+            backup = self._backup.get(p)
+            if (
+                backup is None
+                or backup.shape != p.shape
+                or backup.dtype != p.dtype
+                or backup.device != p.device
+            ):
+                backup = self._backup[p] = torch.empty_like(p, requires_grad=False)
+            backups.append(backup)
+        return backups

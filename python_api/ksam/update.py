@@ -61,17 +61,23 @@ def _sgd(
     backup: list[Tensor],
     grads: list[Tensor],
 ) -> None:
-    buffers: list[Tensor] = []
-    steps: list[Tensor] = []
+    buffers, steps = [], []
+    # The first momentum is not dampened. Without dampening it follows from a buffer of zeros, and
+    # there is no need to know which steps are first.
+    counts = group["dampening"] != 0
     for p in params if group["momentum"] != 0 else []:
         state = base.state[p]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["step"] = _step_counter(p)
-        elif "step" not in state:  # written by torch's own SGD: the buffer is history
+        buffer = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["momentum_buffer"] = buffer
+            if counts:
+                state["step"] = _step_counter(p)
+        elif counts and "step" not in state:  # torch's own SGD counts none: the buffer is history
             state["step"] = _step_counter(p, 1.0)
-        buffers.append(state["momentum_buffer"])
-        steps.append(state["step"])
+        buffers.append(buffer)
+        if counts:
+            steps.append(state["step"])
     ksam_kernels.restore_sgd_(
         params,
         backup,
