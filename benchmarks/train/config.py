@@ -13,7 +13,8 @@ from ksam.selection import check_k
 DEFAULT_METHODS = ("sgd", "sam", "ksam")
 METHODS = (
     *DEFAULT_METHODS,
-    *("ksam-auto", "ksam-auto-share", "late-ksam", "late-sam", "nth-sam", "asam", "esam"),
+    *("ksam-auto", "ksam-auto-msam", "ksam-auto-share", "late-ksam", "late-sam", "nth-sam"),
+    *("asam", "esam"),
     *("random-sam", "ordered", "ordered-half", "msam", "ausam", "stale-ksam"),
     # Parts of K-SAM in isolation.
     *("importance-ksam", "random-ksam", "mixed-ksam", "ksam-batch", "ksam-share"),

@@ -78,6 +78,11 @@ SPECS: dict[str, Spec] = {
     "sam": Spec("SAM", lambda run: run.ksam(k=1.0), k="1.0"),
     "ksam": Spec("K-SAM, k={k}", lambda run: run.ksam(), k=_K),
     "ksam-auto": Spec("K-SAM, auto, k={k}", lambda run: run.ksam(when=run.policy), k=_K),
+    "ksam-auto-msam": Spec(
+        "K-SAM, auto, k={k}, else MSAM",
+        lambda run: run.ksam(when=run.policy, otherwise=ksam.Momentum(run.config.msam_rho)),
+        k=_K,
+    ),
     "ksam-auto-share": Spec(
         "K-SAM, auto, k={k}, loss by share",
         lambda run: run.ksam(when=run.policy, scale="share"),

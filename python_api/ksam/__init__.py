@@ -13,7 +13,9 @@ from ksam.methods import (
     RandomSubsetSAM,
     StaleKSAM,
 )
-from ksam.optimizer import SharpnessAware, StepResult
+from ksam.momentum import Momentum
+from ksam.optimizer import SharpnessAware
+from ksam.result import StepResult
 from ksam.samplers import AccuracySchedule
 from ksam.selection import cross_entropy
 from ksam.when import EveryNth, From, Policy, Representative
@@ -33,6 +35,7 @@ __all__ = [
     "EveryNth",
     "From",
     "ImportanceKSAM",
+    "Momentum",
     "OrderedSGD",
     "Policy",
     "RandomSubsetSAM",

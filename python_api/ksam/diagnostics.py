@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import ksam_kernels
 from ksam import batchnorm, interrupts
 from ksam.base import parameters
-from ksam.optimizer import SharpnessAware, StepResult
+from ksam.optimizer import SharpnessAware
 from ksam.passes import PerSampleLoss
+from ksam.result import StepResult
 from ksam.selection import check_rho
 from ksam.tables import Index, sample_rows
 from ksam.when import check_count

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ksam.parts import Part
+from ksam.selection import check_rho
 
 #: Where optimizers keep their momentum in ``state``: SGD and RMSprop; Adam, AdamW, NAdam and RAdam.
 _NAMES = ("momentum_buffer", "exp_avg")
@@ -19,7 +20,16 @@ class Momentum(Part):
 
     v points where the weights just came from, -v where they are going: beyond the next step, where
     a sharp valley rises again. At a parameter's first step there is no v, and it does not move.
+
+    Args:
+        rho: radius >= 0 of the perturbation; None: that of the parameter groups.
+
+    Raises:
+        TypeError, ValueError: a negative, non-finite or non-numeric rho.
     """
+
+    def __init__(self, rho: float | None = None) -> None:
+        self.rho = None if rho is None else check_rho(rho)
 
     def check(self, base: Optimizer) -> None:
         """A base that keeps no momentum would never be perturbed, in silence.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import compress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ksam.geometry import Geometry, Moving
 from ksam.momentum import Momentum
 from ksam.parts import Part, Sampler
 from ksam.passes import Passes, PerSampleLoss
+from ksam.result import StepResult
 from ksam.samplers import All
 from ksam.selection import Schedule, check_rho
 from ksam.update import restore_and_update
@@ -30,33 +31,6 @@ from ksam.when import Policy
 
 SCALES = ("mean", "batch", "share")
 STATISTICS = ("subset", "full", "running")
-
-
-class StepResult(NamedTuple):
-    """What a step computed, as device tensors: reading one waits for the device, the step does not.
-
-    Attributes:
-        loss: mean of ``losses``, a scalar.
-        losses: of the step's first pass over the whole batch, ``[B]``, at the weights before the
-            step if the method has a pass there; of its first pass if none is over the whole batch.
-        indices: the samples that the ascent gradient was taken on (the descent's, where there is
-            none or it was taken on all), int64, ascending.
-        grad_norm: norm of the ascent direction, float32 scalar; 0, inf or NaN mean that the descent
-            gradient was taken at the unperturbed weights.
-        aux: the second value of the loss function in the pass of ``losses``, if it returns two;
-            else None.
-        sharp: whether it was a sharpness-aware step (True) or a plain one of the base optimizer.
-        share: the share of the batch's gradient bounds that the selection carries, if the step
-            computed it (see :class:`ksam.Representative`); else None.
-    """
-
-    loss: Tensor
-    losses: Tensor
-    indices: Tensor
-    grad_norm: Tensor
-    aux: Any
-    sharp: bool = True
-    share: Tensor | None = None
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -71,12 +45,21 @@ def _check_when(when: Any) -> Any:
     return when
 
 
+def _check_otherwise(otherwise: object, when: object) -> Momentum | None:
+    if otherwise is not None and not isinstance(otherwise, Momentum):
+        raise TypeError(f"otherwise must be a Momentum or None, got {otherwise!r}")
+    if otherwise is not None and when is None:
+        raise ValueError(f"otherwise needs a when that leaves it steps, got {otherwise!r} alone")
+    return otherwise
+
+
 class SharpnessAware(Optimizer):
     r"""The engine under every method of the family; the methods are in :mod:`ksam.methods`.
 
     A step perturbs the weights along an **ascent** direction in a **geometry**, takes the
     **descent** gradient there, returns to the weights bit for bit and lets the base optimizer
-    update them; **when** it does not, it takes the base optimizer's plain step on the whole batch.
+    update them; **when** it does not, it takes the base optimizer's step on the whole batch, plain
+    or at weights perturbed along its momentum.
 
     Args:
         params: as for any optimizer; groups may have a ``rho`` of their own. May be None if
@@ -95,6 +78,8 @@ class SharpnessAware(Optimizer):
             the whole batch. Without it every pass updates them.
         when: a function of the step (:class:`ksam.From`, :class:`ksam.EveryNth`, ...) or a policy
             (:class:`ksam.Representative`) that says which steps are sharpness-aware; None: all.
+        otherwise: what the other steps climb along before the gradient of the whole batch is taken:
+            :class:`~ksam.momentum.Momentum`, which costs no pass; None: nothing, they are plain.
         scale: of the descent loss over n selected of M samples: ``"mean"`` over the n, their sum
             divided by M (``"batch"``), or by M times their share of the gradient bounds
             (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
@@ -121,6 +106,7 @@ class SharpnessAware(Optimizer):
         rho: float | Schedule = 0.05,
         model: nn.Module | None = None,
         when: Callable[[int], bool] | Policy | None = None,
+        otherwise: Momentum | None = None,
         scale: Literal["mean", "batch", "share"] = "mean",
         statistics: Literal["subset", "full", "running"] = "subset",
         seed: int = 0,
@@ -129,6 +115,7 @@ class SharpnessAware(Optimizer):
         self.ascent, self.descent = ascent, descent
         self.geometry = geometry or Geometry()
         self.when = _check_when(when)
+        self.otherwise = _check_otherwise(otherwise, when)
         self.scale = _check_choice("scale", scale, SCALES)
         self.statistics = _check_choice("statistics", statistics, STATISTICS)
         self.seed = seed
@@ -144,8 +131,9 @@ class SharpnessAware(Optimizer):
         check_no_overlap(parameters(self.base.param_groups))
         super().__init__(self.base.param_groups, dict(self.base.defaults))
         self._share_groups()
-        if isinstance(ascent, Momentum):
-            ascent.check(self.base)
+        for part in (ascent, otherwise):
+            if isinstance(part, Momentum):
+                part.check(self.base)
 
     def _scratch(self) -> None:
         """Working memory: part of no checkpoint and no copy."""
@@ -198,8 +186,9 @@ class SharpnessAware(Optimizer):
         self.steps_done = int(own.get("steps_done", 0))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "ascent", "descent", "geometry", "when", "scale", "statistics", "seed")
+        own = ("base", "ascent", "descent", "geometry", "when", "otherwise", "scale", "statistics")
         private = (
+            "seed",
             "model",
             "steps_done",
             "report_share",
@@ -304,7 +293,7 @@ class SharpnessAware(Optimizer):
         self, passes: Passes, sharp: bool, perturbed: dict[Tensor, Tensor]
     ) -> StepResult:
         """Climb, and leave the descent gradient in ``.grad``; fills ``perturbed``."""
-        ascent, descent = (self.ascent, self.descent) if sharp else (None, All())
+        ascent, descent = (self.ascent, self.descent) if sharp else (self.otherwise, All())
         norm: Tensor | None = None
         if isinstance(ascent, Sampler):
             passes.subset = ascent.choose(passes)
@@ -348,7 +337,12 @@ class SharpnessAware(Optimizer):
         along: list[Tensor | None] = [p.grad for p in params]
         if isinstance(ascent, Momentum):
             along = ascent.directions(self.base, params)
-        radii = [group["rho"] for group in self.param_groups for _ in group["params"]]
+        own = ascent.rho if isinstance(ascent, Momentum) else None
+        radii = [
+            group["rho"] if own is None else own
+            for group in self.param_groups
+            for _ in group["params"]
+        ]
         known = [direction is not None for direction in along]
         if not any(known):
             return None

@@ -57,7 +57,7 @@ def test_every_method_trains(workload: ImageWorkload, name: str) -> None:
     [
         ("sam", 2.0), ("asam", 2.0), ("esam", (4 * 96 + 3 * 48) / 288), ("random-sam", 1.25),
         ("ordered", 1.0), ("msam", 1.0), ("ausam", 1.0), ("ksam", 1.0), ("ksam-auto", 1.0),
-        ("late-sam", 1.2), ("late-ksam", 1.0), ("nth-sam", 1.2), ("stale-ksam", 1 + 1 / 30),
+        ("ksam-auto-msam", 1.0), ("late-sam", 1.2), ("late-ksam", 1.0), ("nth-sam", 1.2), ("stale-ksam", 1 + 1 / 30),
     ],
 )  # fmt: skip
 def test_theoretical_costs(name: str, cost: float) -> None:
@@ -84,6 +84,10 @@ def test_options_reach_their_methods(workload: ImageWorkload) -> None:
     assert isinstance(policy, Representative)
     assert (policy.threshold, policy.budget) == (0.5, None)
     assert make_method("msam", settings).rho == 0.4
+    hybrid = build("ksam-auto-msam")
+    assert isinstance(hybrid.when, Representative)
+    assert hybrid.otherwise is not None
+    assert hybrid.otherwise.rho == 0.4
     assert make_method("ordered", settings).rho is None
 
 

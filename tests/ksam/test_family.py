@@ -127,6 +127,22 @@ def test_steps_are_those_of_an_independent_version(
         torch.testing.assert_close(p, q, **tolerance)
 
 
+def test_other_steps_may_climb_along_the_momentum(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    other = copy.deepcopy(model)
+    optimizer = build("KSAM", model, when=ksam.EveryNth(3), otherwise=ksam.Momentum(0.2))
+    base = torch.optim.SGD(other.parameters(), **SGD)
+    references = [PLAIN["KSAM"](), PLAIN["MSAM"](), PLAIN["MSAM"]()]
+    for step in range(STEPS):
+        data = data_of(step)
+        result = optimizer.step(losses(model), data)
+        assert result.sharp == (step % 3 == 0)
+        references[step % 3](other, base, data, result)
+        base.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
 def test_asam_of_all_parameters_is_the_other_popular_form(backend: str) -> None:
     model = network(dtype=torch.float64)
     other = copy.deepcopy(model)

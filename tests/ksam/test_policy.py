@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ksam
-from ksam import KSAM, SAM, EveryNth, From, Representative
+from ksam import KSAM, SAM, EveryNth, From, Momentum, Representative
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
@@ -178,6 +178,11 @@ def test_a_failed_step_does_not_count(backend: str) -> None:
     assert policy.state_dict() == before
 
 
+def other_steps(otherwise: Any, **arguments: Any) -> KSAM:
+    options = {"lr": 0.1, "momentum": 0.9, "when": EveryNth(2), **arguments}
+    return KSAM(network().parameters(), torch.optim.SGD, otherwise=otherwise, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -192,6 +197,10 @@ def test_a_failed_step_does_not_count(backend: str) -> None:
             TypeError,
             r"when .*3",
         ),
+        (lambda: Momentum(-0.5), ValueError, r"rho .*-0\.5"),
+        (lambda: other_steps(EveryNth(2)), TypeError, r"otherwise .*EveryNth"),
+        (lambda: other_steps(Momentum(), when=None), ValueError, r"otherwise .*Momentum"),
+        (lambda: other_steps(Momentum(), momentum=0.0), ValueError, r"momentum .*momentum=0\.0"),
     ],
 )
 def test_arguments_out_of_range_are_named(

@@ -1,0 +1,34 @@
+"""What a step gives back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class StepResult(NamedTuple):
+    """What a step computed, as device tensors: reading one waits for the device, the step does not.
+
+    Attributes:
+        loss: mean of ``losses``, a scalar.
+        losses: of the step's first pass over the whole batch, ``[B]``, at the weights before the
+            step if the method has a pass there; of its first pass if none is over the whole batch.
+        indices: the samples that the ascent gradient was taken on (the descent's, where there is
+            none or it was taken on all), int64, ascending.
+        grad_norm: norm of the ascent direction, float32 scalar; 0, inf or NaN mean that the descent
+            gradient was taken at the unperturbed weights.
+        aux: the second value of the loss function in the pass of ``losses``, if it returns two;
+            else None.
+        sharp: whether it was a sharpness-aware step (True) or a plain one of the base optimizer.
+        share: the share of the batch's gradient bounds that the selection carries, if the step
+            computed it (see :class:`ksam.Representative`); else None.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    indices: Tensor
+    grad_norm: Tensor
+    aux: Any
+    sharp: bool = True
+    share: Tensor | None = None
