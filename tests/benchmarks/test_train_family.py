@@ -57,7 +57,8 @@ def test_every_method_trains(workload: ImageWorkload, name: str) -> None:
     [
         ("sam", 2.0), ("asam", 2.0), ("esam", (4 * 96 + 3 * 48) / 288), ("random-sam", 1.25),
         ("ordered", 1.0), ("msam", 1.0), ("ausam", 1.0), ("ksam", 1.0), ("ksam-auto", 1.0),
-        ("ksam-auto-msam", 1.0), ("late-sam", 1.2), ("late-ksam", 1.0), ("nth-sam", 1.2), ("stale-ksam", 1 + 1 / 30),
+        ("ksam-auto-msam", 1.0), ("late-sam", 1.2), ("late-ksam", 1.0), ("nth-sam", 1.2),
+        ("stale-ksam", 1 + 1 / 30),
     ],
 )  # fmt: skip
 def test_theoretical_costs(name: str, cost: float) -> None:
