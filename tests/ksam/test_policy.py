@@ -39,7 +39,7 @@ PARAMETER = torch.nn.Parameter(torch.ones(()))
 
 def of_shares(shares: list[float], **arguments: Any) -> tuple[list[bool], Representative]:
     """Which steps are sharp where the steps' batches have these shares."""
-    policy = Representative(**{"every": 1, "budget": None, **arguments})
+    policy = Representative(**{"threshold": 0.6, "every": 1, "budget": None, **arguments})
     optimizer = KSAM([PARAMETER], torch.optim.SGD, lr=0.0, k=8, when=policy)
     data = {**batch(), "w": torch.ones(24)}
     return [optimizer.step(with_share(s), data).sharp for s in shares], policy
