@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: at least 15 and about 15 seconds' worth)",
     )
     run_group.add_argument(
+        "--diagnostics",
+        action="store_true",
+        help="of the sharpness-aware methods, seed 0, write what their steps do as CSV and a page "
+        "of plots; takes some training time",
+    )
+    run_group.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for results (default: runs/train-<data>)"
     )
 

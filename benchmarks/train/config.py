@@ -79,6 +79,7 @@ class TrainConfig:
     label_smoothing: float
     label_noise: float  # share of the training labels that are wrong
     timing_rounds: int | None  # None: as many as fit in the time box
+    diagnostics: bool  # of the runs with seed 0
     out: Path
 
     @property
@@ -123,6 +124,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
         label_smoothing=args.label_smoothing,
         label_noise=args.label_noise,
         timing_rounds=args.timing_rounds,
+        diagnostics=args.diagnostics,
         out=args.out or Path("runs") / f"train-{args.data}",
     )
 

@@ -77,7 +77,9 @@ class ImageWorkload(Workload):
         if train_samples is not None:
             train = train.take(subset_rows(len(train.labels), train_samples))
         classes = int(data.train.labels.max()) + 1
-        train = ImageSplit(train.images, with_noise(train.labels, label_noise, classes))
+        clean = train.labels
+        train = ImageSplit(train.images, with_noise(clean, label_noise, classes))
+        self.wrong = (train.labels != clean).nonzero().flatten()
         self.device = device
         self.train_size, self.test_size = len(train.labels), len(data.test.labels)
         self._train, self._test = train.to(device), data.test.to(device)

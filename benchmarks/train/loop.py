@@ -52,6 +52,8 @@ def train(
     model = seeded_model(workload, seed)
     optimizer, step = make_step(method, workload, model, config, seed)
     steps = workload.steps_per_epoch(config.batch_size)
+    if config.diagnostics and seed == 0:
+        step.watch(config.out / f"diagnostics-{method.name}", steps * config.epochs)
     scheduler = warmup_cosine(optimizer, steps * config.epochs)
     generator = data_generator(seed)
     seconds = 0.0

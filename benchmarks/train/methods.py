@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from benchmarks.train.config import TrainConfig, format_k
 from benchmarks.train.workload import INDEX, LABEL, Batch, Workload
 from ksam import KSAM, SharpnessAware, cross_entropy
 
+_ROWS = 100  # of diagnostics in a training
 BASE_LABELS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
@@ -191,6 +193,12 @@ class Step:
     def end_epoch(self) -> None:
         """Tell the optimizer what it wants to know once an epoch."""
 
+    def watch(self, path: Path, steps: int) -> None:
+        """Write diagnostics of a training of `steps` to `path`.csv and .png, if there are any.
+
+        They take two more gradients a hundred times, which counts as training time.
+        """
+
 
 def make_step(
     method: Method, workload: Workload, model: nn.Module, config: TrainConfig, seed: int = 0
@@ -256,6 +264,20 @@ class _SharpStep(Step):
         self._samples = 0
         q = optimizer.q if isinstance(optimizer, ksam.OrderedSGD) else None
         self._schedule = q if isinstance(q, ksam.AccuracySchedule) else None
+        self._diagnostics: ksam.Diagnostics | None = None
+        self._page = Path()
+
+    def watch(self, path: Path, steps: int) -> None:
+        self._page = path.with_suffix(".png")
+        rows = path.with_suffix(".csv")
+        rows.unlink(missing_ok=True)
+        self._diagnostics = ksam.Diagnostics(
+            self._optimizer,
+            writers=[ksam.CSVWriter(rows)],
+            every=max(1, steps // _ROWS),
+            size=self._workload.train_size,
+            index=INDEX,
+        )
 
     def _losses(self, batch: Batch) -> Any:
         logits = self._workload.forward(self._model, batch)
@@ -269,13 +291,17 @@ class _SharpStep(Step):
         cost = self._optimizer.cost(samples)
         result = self._optimizer.step(self._losses, batch)
         self.spent += cost if result.sharp else 1.0
+        if self._diagnostics is not None:
+            self._diagnostics(result, self._losses, batch)
         if self._schedule is not None:
             self._samples += samples
             self._correct = result.aux if self._correct is None else self._correct + result.aux
         return result.loss
 
     def end_epoch(self) -> None:
-        """Ordered SGD's q follows the accuracy on the training batches of the epoch."""
+        """The page is drawn anew; Ordered SGD's q follows the epoch's training accuracy."""
+        if self._diagnostics is not None:
+            self._diagnostics.plot(self._page, self._workload.wrong)
         if self._schedule is not None and self._correct is not None:
             self._schedule.accuracy = self._correct.item() / self._samples
             self._correct, self._samples = None, 0

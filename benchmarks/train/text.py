@@ -39,11 +39,13 @@ class TextWorkload(Workload):
                 "(there is no config.json in it)"
             )
         tokenizer = self._load("AutoTokenizer")
-        noisy = with_noise(torch.tensor(train.labels), label_noise, _CLASSES).tolist()
-        self._train = _Tokens(GlueSplit(train.sentences, noisy), tokenizer, device)
+        clean = torch.tensor(train.labels)
+        noisy = with_noise(clean, label_noise, _CLASSES)
+        self._train = _Tokens(GlueSplit(train.sentences, noisy.tolist()), tokenizer, device)
         self._test = _Tokens(test, tokenizer, device)
         self._rows = subset_rows(len(train.labels), train_samples)
         self.train_size, self.test_size = len(self._rows), len(test.labels)
+        self.wrong = (noisy != clean)[self._rows].nonzero().flatten()
 
     def build_model(self) -> nn.Module:
         model: nn.Module = self._load("AutoModelForSequenceClassification", num_labels=_CLASSES)

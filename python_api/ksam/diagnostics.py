@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ksam_kernels
-from ksam import batchnorm, interrupts
+from ksam import batchnorm, interrupts, page
 from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
 from ksam.passes import PerSampleLoss
@@ -143,16 +143,29 @@ class Diagnostics:
         """
         return self._counted()[1]
 
-    def _counted(self) -> Tensor:
+    def _counted(self) -> tuple[Tensor, Tensor]:
         if self._size is None:
             raise ValueError("size must be given to count samples, got None")
-        if self._counts is None:
-            return torch.zeros(2, self._size, dtype=torch.int64)
-        return self._counts
+        counts = self._counts
+        seen, selected = torch.zeros(2, self._size, dtype=torch.int64) if counts is None else counts
+        return seen, selected
+
+    def plot(self, path: str | Path, highlight: Tensor | None = None) -> None:
+        """Draw all rows so far, and how often samples were selected, on one page.
+
+        Args:
+            path: of the image; its ending says which format (``.png``, ``.pdf``, ``.svg``).
+            highlight: indices of samples, int64, to tell from the others: known wrong labels, a
+                class.
+
+        Raises:
+            ImportError: the package matplotlib is not installed.
+        """
+        page.draw(path, self.rows, None if self._size is None else self._counted(), highlight)
 
     def save_counts(self, path: str | Path) -> None:
         """Write a CSV file with the columns index, seen and selected."""
-        seen, selected = self._counted().tolist()
+        seen, selected = (count.tolist() for count in self._counted())
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("index", "seen", "selected"))

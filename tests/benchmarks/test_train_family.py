@@ -141,6 +141,31 @@ def test_a_vit_trains_from_the_command_line(cli: Callable[..., Any], tmp_path: P
     assert "K-SAM, auto, k=1/3" in result.out
 
 
+def test_diagnostics_of_the_first_seed(cli: Callable[..., Any], tmp_path: Path) -> None:
+    result = cli(
+        "--seeds", 2, "--epochs", 2, "--train-samples", 96, "--batch-size", 32, "--label-noise",
+        0.25, "--methods", "sgd,ksam", "--timing-rounds", 0, "--diagnostics", "--out", tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert sorted(path.name for path in tmp_path.glob("diagnostics*")) == [
+        "diagnostics-ksam.csv",
+        "diagnostics-ksam.png",
+    ]
+    rows = read_rows(tmp_path / "diagnostics-ksam.csv")
+    assert [int(row["step"]) for row in rows] == list(range(6))  # of one seed
+    assert {row["sharp"] for row in rows} == {"1.0"}
+
+
+def test_the_wrong_labels_are_known() -> None:
+    noisy = ImageWorkload(load_digits(), "cnn", CPU, train_samples=64, label_noise=0.25)
+    clean = ImageWorkload(load_digits(), "cnn", CPU, train_samples=64)
+    batches = [next(w.train_batches(64, torch.Generator().manual_seed(0))) for w in (noisy, clean)]
+    wrong = batches[0][INDEX][batches[0][LABEL] != batches[1][LABEL]]
+    assert wrong.sort().values.tolist() == noisy.wrong.tolist()
+    assert len(noisy.wrong) == 16
+    assert len(clean.wrong) == 0
+
+
 def test_the_study_goes_on_where_it_stopped(cli: Callable[..., Any], tmp_path: Path) -> None:
     arguments = (
         "--epochs", 2, "--train-samples", 96, "--batch-size", 32, "--methods", "sgd,ksam",

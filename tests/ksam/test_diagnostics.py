@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ksam
-from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter
+from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter, page
 from tests.helpers import all_same_bits
 from tests.ksam import plain
 from tests.ksam.models import batch, loss_of, network, weights
@@ -188,6 +188,53 @@ def test_tensorboard_gets_scalars(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         TensorBoardWriter(tmp_path)
+
+
+def test_a_page_shows_every_column_and_the_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figures: list[Any] = []
+
+    def figure(**options: Any) -> Any:
+        figures.append(figure_module.Figure(**options))
+        return figures[-1]
+
+    monkeypatch.setattr(page, "_figure", figure)
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=EveryNth(2))
+    diagnostics = Diagnostics(optimizer, every=2, size=24)
+    data = {**batch(), "index": torch.arange(24)}
+    for _ in range(6):
+        diagnostics(optimizer.step(loss_of(model), data), loss_of(model), data)
+    diagnostics.plot(tmp_path / "page.png", highlight=torch.tensor([0, 5]))
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    *panels, counts = figures[0].axes
+    for panel, name in zip(panels, page.PANELS, strict=True):
+        assert panel.lines[0].get_xdata().tolist() == [1, 3, 5]
+        expected = [row[name] for row in diagnostics.rows]
+        assert panel.lines[0].get_ydata().tolist() == pytest.approx(expected, nan_ok=True)
+    rate = diagnostics.selected / diagnostics.seen
+    labels = [text.get_text() for text in counts.get_legend().get_texts()]
+    others = rate[[i for i in range(24) if i not in (0, 5)]].mean()
+    assert labels == [
+        f"others: 22, mean {others:.2f}",
+        f"highlighted: 2, mean {rate[[0, 5]].mean():.2f}",
+    ]
+
+
+def test_a_page_without_counts_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1)
+    Diagnostics(optimizer).plot(tmp_path / "page.svg")
+    assert "<svg" in (tmp_path / "page.svg").read_text(encoding="utf-8")
+
+
+def test_a_page_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        Diagnostics(optimizer).plot(tmp_path / "page.png")
 
 
 def test_arguments_out_of_range_are_named() -> None:
