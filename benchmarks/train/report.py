@@ -78,7 +78,8 @@ def format_table(config: TrainConfig, summaries: Sequence[MethodSummary], batch_
     """
     base = BASE_LABELS[config.base]
     header = (
-        "method", "test accuracy [%]", "training time [s]", f"step cost [x {base}]", "theory"
+        "method", "test accuracy [%]", f"over {base}, paired", "training time [s]",
+        f"step cost [x {base}]", "theory",
     )  # fmt: skip
     rows = [header, *(_table_row(summary) for summary in summaries)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -104,14 +105,15 @@ def _table_row(summary: MethodSummary) -> tuple[str, ...]:
     return (
         summary.method.label,
         _format_spread(summary.accuracy, scale=100) + mark,
+        "-" if summary.gain is None else _format_spread(summary.gain, scale=100, sign="+"),
         _format_spread(summary.seconds),
         _format_cost(summary),
         f"{summary.theory:.2f}",
     )
 
 
-def _format_spread(spread: Spread, scale: float = 1.0) -> str:
-    mean = f"{scale * spread.mean:.2f}"
+def _format_spread(spread: Spread, scale: float = 1.0, sign: str = "") -> str:
+    mean = f"{scale * spread.mean:{sign}.2f}"
     return mean if spread.sd is None else f"{mean} ± {scale * spread.sd:.2f}"
 
 
@@ -131,6 +133,8 @@ def _align(row: Sequence[str], widths: Sequence[int]) -> str:
 def _notes(config: TrainConfig, summaries: Sequence[MethodSummary], batch_size: int) -> list[str]:
     seeds = f"mean ± sd over {config.seeds} seeds" if config.seeds > 1 else "one seed"
     notes = [f"accuracy: after the last epoch, {seeds}; time: training steps only"]
+    if any(summary.gain is not None and summary.gain.sd is not None for summary in summaries):
+        notes.append("paired: difference between runs of one seed, mean ± standard error")
     rounds = max((summary.cost.rounds for summary in summaries if summary.cost), default=0)
     if rounds:
         notes.append(f"step cost: median [quartiles] of {rounds} rounds measured side by side")

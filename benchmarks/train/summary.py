@@ -35,6 +35,16 @@ class MethodSummary:
     non_finite_runs: int  # runs that had a NaN or infinite training loss in any epoch
     cost: StepCost | None  # None: not measured
     theory: float  # cost of a step over the base optimizer's
+    gain: Spread | None = None  # accuracy over the base's of the same seed; sd of the mean
+
+
+def _gain(results: Sequence[EpochResult], base: dict[int, float]) -> Spread | None:
+    """Mean of the paired differences and its standard error; None without a pair."""
+    pairs = [r.test_accuracy - base[r.seed] for r in results if r.seed in base]
+    if not pairs:
+        return None
+    spread = Spread.of(pairs)
+    return Spread(spread.mean, None if spread.sd is None else spread.sd / len(pairs) ** 0.5)
 
 
 def summarize(
@@ -45,6 +55,7 @@ def summarize(
 ) -> list[MethodSummary]:
     """Return one summary a method, in the order of `methods`."""
     last_epoch = max(result.epoch for result in results)
+    base = {r.seed: r.test_accuracy for r in results if r.method == "sgd" and r.epoch == last_epoch}
     summaries = []
     for method in methods:
         own = [result for result in results if result.method == method.name]
@@ -58,6 +69,7 @@ def summarize(
                 non_finite_runs=len({result.seed for result in own if not result.finite}),
                 cost=costs.get(method.name),
                 theory=method.theoretical_cost(batch_size),
+                gain=_gain(last, {} if method.is_base else base),
             )
         )
     return summaries

@@ -234,6 +234,23 @@ def test_summary_takes_the_last_epoch_and_the_sample_sd() -> None:
     assert "20.50 ± 0.71" in table
 
 
+def test_gains_are_paired_by_seed() -> None:
+    """Seeds differ by 0.2, the methods by 0.01 and 0.03: a standard error of 0.01."""
+    config = make_config("--methods", "sgd,sam", "--seeds", "3")
+    accuracies = {"sgd": [0.5, 0.7, 0.9], "sam": [0.51, 0.73]}  # the third is still to come
+    results = [
+        EpochResult(name, seed, 2, 1.0, 0.5, accuracy)
+        for name, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+    methods = [make_method(name, config) for name in accuracies]
+    base, sam = summarize(methods, results, {}, batch_size=32)
+    assert base.gain is None
+    assert sam.gain is not None
+    assert (sam.gain.mean, sam.gain.sd) == pytest.approx((0.02, 0.01))
+    assert "+2.00 ± 1.00" in format_table(config, [base, sam], batch_size=32)
+
+
 def test_one_seed_has_no_sd() -> None:
     assert Spread.of([0.5]) == Spread(0.5, None)
     config = make_config("--methods", "sgd", "--seeds", "1")
