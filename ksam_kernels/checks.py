@@ -52,6 +52,12 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         raise ValueError(f"{name} must be {bound}, got {value!r}")
 
 
+def check_finite(name: str, value: float) -> None:
+    """Any number but NaN and the infinities."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
 def check_constant(name: str, tensor: Tensor | None) -> None:
     """No gradient flows to this argument, so one that asks for it would be lost in silence."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():

@@ -82,7 +82,7 @@ bool grad_norm(py::handle grads_, py::handle params_, bool adaptive, double eta,
 
 // --- Perturb and restore ------------------------------------------------------------------------
 
-// A radius for all or one per parameter, finite and not negative.
+// A radius for all or one per parameter, finite.
 bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
   if (PyFloat_Check(value.ptr()) || PyLong_CheckExact(value.ptr())) {
     radii->assign(count, PyFloat_AsDouble(value.ptr()));
@@ -97,7 +97,7 @@ bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
     }
   }
   for (double radius : *radii) {
-    if (!(radius >= 0) || std::isinf(radius)) return false;
+    if (!std::isfinite(radius)) return false;
   }
   return true;
 }

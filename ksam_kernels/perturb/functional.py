@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ksam_kernels.checks import FLOATING, check_dtype, check_range
+from ksam_kernels.checks import FLOATING, check_dtype, check_finite, check_range
 from ksam_kernels.perturb import native
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
@@ -118,18 +118,20 @@ def perturb_(
         params: the weights w, written in place. Must not overlap in memory.
         grads: g, of the shapes of the parameters; dtypes and strides may differ.
         backup: receives w, always; of the dtypes and shapes of the parameters.
-        rho: radius >= 0, one for all or one per tensor. Tensors with radius 0 keep their bits.
+        rho: radius, one for all or one per tensor; a negative one goes down. Tensors with radius 0
+            keep their bits.
         adaptive: weight the perturbation by T.
         eta: the floor of T, >= 0.
 
     Returns:
         The norm, a float32 scalar. If it is 0, inf or NaN every weight keeps its bits; where it is
-        below the smallest normal float32 the weights move by less than rho. On the device of
+        below the smallest normal float32 the weights move by less than ``|rho|``. On the device of
         ``params[0]``; of empty lists 0 on the CPU.
 
     Raises:
         TypeError: a dtype or layout that is not supported.
-        ValueError: lists that do not fit each other, a negative or non-finite rho or eta.
+        ValueError: lists that do not fit each other, a non-finite rho, a negative or non-finite
+            eta.
             If anything raises, the weights are what they were.
     """
     check_range("eta", eta, 0.0)
@@ -147,7 +149,7 @@ def perturb_(
             f"rho must be one radius or one per parameter, {len(params)}, got {len(radii)}"
         )
     for radius in radii:
-        check_range("rho", radius, 0.0)
+        check_finite("rho", radius)
     norm: Tensor = torch.ops.ksam.perturb_(params, grads, backup, radii, adaptive, eta)
     return norm
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,10 +15,11 @@ _NAMES = ("momentum_buffer", "exp_avg")
 
 
 class Momentum(Part):
-    r"""MSAM's direction :math:`-v`, v the momentum of the step before (Becker et al. 2024).
+    r"""MSAM's ascent :math:`\hat w = w - \rho\, v / \lVert v \rVert_2` (Becker et al. 2024).
 
-    v points where the weights just came from, -v where they are going: beyond the next step, where
-    a sharp valley rises again. At a parameter's first step there is no v, and it does not move.
+    v, the momentum of the step before, points where the weights just came from, -v where they are
+    going: beyond the next step, where a sharp valley rises again. The kernel reads v where the base
+    optimizer keeps it. At a parameter's first step there is no v, and it does not move.
 
     Args:
         rho: radius >= 0 of the perturbation; None: that of the parameter groups.
@@ -44,12 +44,12 @@ class Momentum(Part):
                 )
 
     def directions(self, base: Optimizer, params: list[Tensor]) -> list[Tensor | None]:
-        """-v of every parameter; None where there is none yet."""
-        buffers = [_momentum(base.state.get(p, {})) for p in params]
-        known = [b for b in buffers if b is not None]
-        # perturb_ takes no negative radius; one more pass over v.
-        negative = iter(torch._foreach_neg(known) if known else ())
-        return [None if b is None else next(negative) for b in buffers]
+        """v of every parameter, to go down along; None where there is none yet."""
+        return [_momentum(base.state.get(p, {})) for p in params]
+
+    def radius(self, of_group: float) -> float:
+        """Of parameters in a group with its own rho; negative, as v is gone down."""
+        return -(of_group if self.rho is None else self.rho)
 
 
 def _momentum(state: dict[str, Any]) -> Tensor | None:

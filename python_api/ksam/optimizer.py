@@ -335,14 +335,10 @@ class SharpnessAware(Optimizer):
         """Climb; every moved parameter stands in ``perturbed`` with its backup."""
         params = self._parameters()
         along: list[Tensor | None] = [p.grad for p in params]
+        radii = [group["rho"] for group in self.param_groups for _ in group["params"]]
         if isinstance(ascent, Momentum):
             along = ascent.directions(self.base, params)
-        own = ascent.rho if isinstance(ascent, Momentum) else None
-        radii = [
-            group["rho"] if own is None else own
-            for group in self.param_groups
-            for _ in group["params"]
-        ]
+            radii = list(map(ascent.radius, radii))
         known = [direction is not None for direction in along]
         if not any(known):
             return None

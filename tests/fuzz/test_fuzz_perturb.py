@@ -127,7 +127,7 @@ def test_grad_norm(backend: str, found: list[Row], adaptive: bool, eta: float) -
 
 
 @fuzz
-@given(rows(), st.booleans(), etas, st.one_of(st.none(), st.sampled_from((0.0, 0.05, 3.0))))
+@given(rows(), st.booleans(), etas, st.one_of(st.none(), st.sampled_from((0.0, 0.05, -0.3, 3.0))))
 @example([plain(513, dtype=torch.bfloat16)], True, 0.01, None)
 @example([plain(33, kind="nan payloads", grad="zeros")], False, 0.0, 0.05)
 def test_perturb(

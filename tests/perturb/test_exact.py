@@ -204,7 +204,7 @@ def test_perturb_of_hundreds_of_tensors(backend: str, dtypes: Any, adaptive: boo
     """More than one launch of a GPU takes, with a radius for each and empty ones in between."""
     params = tensors(dtypes, MANY)
     grads = like(params)
-    radii = [0.01 * (i % 5) for i in range(len(params))]
+    radii = [0.01 * (i % 5 - 1) for i in range(len(params))]
     call = (
         lambda p, b: perturb_(p, grads, b, rho=radii, adaptive=adaptive, eta=0.125),
         [params, empty_like(params)],
