@@ -1,9 +1,44 @@
 // What threads wait for each other at: barriers of blocks and of the grid, operations of warps.
 #include <algorithm>
+#include <iterator>
+#include <vector>
 
 #include "machine.h"
 
 namespace simt {
+namespace {
+
+// Who waits together is ordered by it: all have arrived before any of them goes on. With one address
+// for a barrier and its next use, who goes on late would also be ordered after what an early one did
+// between the two, and a race there would go unseen.
+class Meeting {
+ public:
+  Meeting() : last_(machine.current) {}
+  void has(Fiber* fiber) {
+    sanitizers::acquire(&fiber->arrival);
+    fibers_.push_back(fiber);
+  }
+  ~Meeting() {
+    if (fibers_.empty()) return;
+    char* object = &last_->meetings[last_->meeting++ % std::size(last_->meetings)];
+    sanitizers::release(object);
+    for (Fiber* fiber : fibers_) {
+      fiber->joined = object;
+      make_ready(fiber);
+    }
+  }
+
+ private:
+  Fiber* last_;
+  std::vector<Fiber*> fibers_;
+};
+
+void wait_for_others() {
+  to_scheduler();
+  sanitizers::acquire(machine.current->joined);
+}
+
+}  // namespace
 
 void open_block_barrier(Block* block) {
   if (block->waiting == 0 || block->waiting != block->live) return;
@@ -23,19 +58,21 @@ void open_block_barrier(Block* block) {
   }
   const int live = block->live;
   block->waiting = 0;
+  Meeting meeting;
   for (Fiber* f : block->fibers) {
     if (f->state != State::at_block_barrier) continue;
     f->out = f->vote == Vote::count ? count : f->vote == Vote::any ? count > 0 : count == live;
-    make_ready(f);
+    meeting.has(f);
   }
 }
 
 void open_grid_barrier() {
   if (machine.grid_waiting == 0 || machine.grid_waiting != machine.grid_live) return;
   machine.grid_waiting = 0;
+  Meeting meeting;
   for (const auto& block : machine.resident) {
     for (Fiber* f : block->fibers) {
-      if (f->state == State::at_grid_barrier) make_ready(f);
+      if (f->state == State::at_grid_barrier) meeting.has(f);
     }
   }
 }
@@ -108,7 +145,8 @@ void finish_warp_operation(const Fiber& f) {
   });
   if (!all) return;
   for_each_lane(f, [&](int, Fiber* other) { other->out = result_of(*other); });
-  for_each_lane(f, [&](int, Fiber* other) { make_ready(other); });
+  Meeting meeting;
+  for_each_lane(f, [&](int, Fiber* other) { meeting.has(other); });
 }
 
 }  // namespace
@@ -119,22 +157,21 @@ int block_barrier(Vote vote, bool predicate, Site site) {
   self->vote = vote;
   self->in = predicate;
   self->state = State::at_block_barrier;
-  sanitizers::release(&self->block->order[kWarp]);
+  sanitizers::release(&self->arrival);
   ++self->block->waiting;
   open_block_barrier(self->block);
-  to_scheduler();
-  sanitizers::acquire(&self->block->order[kWarp]);
+  wait_for_others();
   return static_cast<int>(self->out);
 }
 
 void grid_barrier(Site site) {
-  machine.current->site = site;
-  machine.current->state = State::at_grid_barrier;
-  sanitizers::release(&machine.end_order);
+  Fiber* self = machine.current;
+  self->site = site;
+  self->state = State::at_grid_barrier;
+  sanitizers::release(&self->arrival);
   ++machine.grid_waiting;
   open_grid_barrier();
-  to_scheduler();
-  sanitizers::acquire(&machine.end_order);
+  wait_for_others();
 }
 
 uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, int source, Site site) {
@@ -146,10 +183,9 @@ uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, int source, Si
   self->source = source;
   self->state = State::at_warp_operation;
   if ((mask >> self->lane() & 1) == 0) note_fault("a lane not in its own mask: " + place_of(*self));
-  sanitizers::release(&self->block->order[self->warp()]);
+  sanitizers::release(&self->arrival);
   finish_warp_operation(*self);
-  to_scheduler();
-  sanitizers::acquire(&self->block->order[self->warp()]);
+  wait_for_others();
   return self->out;
 }
 

@@ -16,6 +16,10 @@ class Mutation:
     tests: str = ""  # pytest's arguments
     sanitize: str = ""  # ... or the sanitizer under which every kernel is run once
 
+    @property
+    def name(self) -> str:
+        return f"{self.file}, {self.what}"
+
     def apply(self, text: str) -> str:
         if self.old not in text:
             raise ValueError(f"{self.what}: {self.file} does not hold {self.old!r}")
@@ -30,6 +34,13 @@ _TOPK = (
         "shared.count[d] = 0;\n  __syncthreads();",
         "shared.count[d] = 0;",
         TOPK,
+    ),
+    Mutation(
+        "a plain store where threads add to one count",
+        "topk/select.cuh",
+        "atomicAdd(&shared.count[digit], 1u)",
+        "shared.count[digit] += 1u",
+        sanitize="thread",
     ),
     Mutation(
         "no barrier after counting digits",

@@ -32,6 +32,12 @@ struct Fiber {
   uint64_t in = 0, out = 0;
   int source = 0;
   uint64_t turn = 0;  // its block's, when it last ran
+  // Addresses that stand for its arrival where it waits, for the last meetings that it completed as the
+  // last to arrive, and for the one that lets it go on.
+  char arrival = 0;
+  char meetings[4] = {};
+  unsigned meeting = 0;
+  char* joined = nullptr;
 
   int warp() const { return linear / kWarp; }
   int lane() const { return linear % kWarp; }
@@ -45,8 +51,7 @@ struct Block {
   int live = 0, waiting = 0;
   std::unique_ptr<char, decltype(&std::free)> dynamic{nullptr, &std::free};
   size_t dynamic_room = 0;
-  std::vector<char> image;      // its static shared memory, while another block's is in place
-  char order[kWarp + 1] = {};   // addresses that stand for the barriers of the block and its warps
+  std::vector<char> image;  // its static shared memory, while another block's is in place
 };
 
 struct Machine {

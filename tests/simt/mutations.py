@@ -1,4 +1,4 @@
-"""Are the tests able to fail? ``python -m tests.simt.mutations [--plain] [PATH...]``.
+"""Are the tests able to fail? ``python -m tests.simt.mutations [--plain] [NAME...]``.
 
 Puts one fault after the other into a copy of the kernels (a barrier left out, a bound off by one, a
 counter that is not reset), and runs the contract tests on it, or every kernel once under a
@@ -72,13 +72,15 @@ def _copy() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="how files begin; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help='how names, "FILE, FAULT", begin; default: all'
+    )
     parser.add_argument("--plain", action="store_true", help="none that needs a sanitizer")
     options = parser.parse_args()
     chosen = [
         mutation
         for mutation in MUTATIONS
-        if (not options.paths or mutation.file.startswith(tuple(options.paths)))
+        if (not options.names or mutation.name.startswith(tuple(options.names)))
         and not (options.plain and mutation.sanitize)
     ]
     for sanitize in sorted({mutation.sanitize for mutation in chosen}):
@@ -95,7 +97,7 @@ def main() -> int:
             path.write_text(original)
         survived += outcome is None
         mode = mutation.sanitize or "plain"
-        print(f"{mutation.file}, {mutation.what} [{mode}]: {outcome or 'NOT CAUGHT'}", flush=True)
+        print(f"{mutation.name} [{mode}]: {outcome or 'NOT CAUGHT'}", flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} faults caught")
     return int(survived > 0)
 
