@@ -126,9 +126,9 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threshold",
         type=_share,
-        default=0.75,
+        default=0.9,
         metavar="SHARE",
-        help="ksam-auto: of the gradient bound, that the selection must carry; default: 0.75",
+        help="ksam-auto: of the gradient bound, that the selection must carry; default: 0.9",
     )
     group.add_argument(
         "--budget",
