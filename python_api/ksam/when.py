@@ -108,9 +108,7 @@ class Representative(Policy):
 
     TOLERANCE = 0.02
 
-    def __init__(
-        self, threshold: float = 0.9, every: int = 10, budget: float | None = 1.0
-    ) -> None:
+    def __init__(self, threshold: float = 0.9, every: int = 10, budget: float | None = 1.0) -> None:
         check_range("threshold", threshold, 0.0, 1.0)
         check_count("every", every, 1)
         if budget is not None:
