@@ -1,8 +1,8 @@
 """A plugin of pytest: ``-p benchmarks.gpu.share --share GROUP:I/N`` runs a share of the tests.
 
-Of the tests with a backend of the group (``triton``, or ``others``: all that are not Triton's,
-those without a backend among them) every Nth, from the Ith on. Neighbours, which take about as long
-as each other, so come to different shares.
+Of the tests with a backend of the group (``triton``, its interpreter among them, or ``others``: all
+that are not Triton's, those without a backend among them) every Nth, from the Ith on. Neighbours,
+which take about as long as each other, so come to different shares.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class MethodSummary:
     non_finite_runs: int  # runs that had a NaN or infinite training loss in any epoch
     cost: StepCost | None  # None: not measured
     theory: float  # cost of a step over the base optimizer's
-    gain: Spread | None = None  # accuracy over the base's of the same seed; sd of the mean
+    gain: Spread | None  # accuracy over the base's of the same seed, its sd the standard error
 
 
 def _gain(results: Sequence[EpochResult], base: dict[int, float]) -> Spread | None:

@@ -367,6 +367,7 @@ class SharpnessAware(Optimizer):
             self.when.observe(step, cost, share if self.when.wants_share(step) else None)
 
     def _parameters(self) -> list[Tensor]:
+        """In every step, so without the look at each entry that ``parameters`` takes."""
         return [p for group in self.param_groups for p in group["params"]]
 
     def _backups_of(self, params: list[Tensor]) -> list[Tensor]:

@@ -20,7 +20,8 @@ class StepResult(NamedTuple):
             gradient was taken at the unperturbed weights.
         aux: the second value of the loss function in the pass of ``losses``, if it returns two;
             else None.
-        sharp: whether it was a sharpness-aware step (True) or a plain one of the base optimizer.
+        sharp: whether it was a sharpness-aware step of the method (True) or one of those that
+            ``when`` leaves to the base optimizer, plain or along its momentum (False).
         share: the share of the batch's gradient bounds that the selection carries, if the step
             computed it (see :class:`ksam.Representative`); else None.
     """
