@@ -16,7 +16,6 @@
 #include "common/gpu_runtime.h"
 
 // A struct as a kernel's parameter, read where the launch has put it.
-// KSAM_DYNAMIC_SHARED(T, name): `name` points to the shared memory whose size the launch gives.
 // KSAM_DEVICE_ASSERT(condition): ends the kernel with an error that the host sees at its next wait.
 // KSAM_CHECK_ALIGNED(p, bytes): in the runner, what a GPU does where a vector's address is no
 // multiple of its size.
@@ -31,9 +30,6 @@
 #else
 #define KSAM_PARAMETER(T) const __grid_constant__ T
 #define KSAM_CHECK_ALIGNED(p, bytes) ((void)0)
-#define KSAM_DYNAMIC_SHARED(T, name)                           \
-  extern __shared__ __align__(16) unsigned char ksam_shared[]; \
-  T* name = reinterpret_cast<T*>(ksam_shared)
 #define KSAM_DEVICE_ASSERT(condition) \
   ((condition) ? (void)0 : __assert_fail(#condition, __FILE__, __LINE__, __func__))
 #endif
@@ -54,12 +50,12 @@ constexpr int kParameterBytes = 4096;
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
-  simt::launch(false, kernel, grid, block, 0, arguments...);
+  simt::launch(false, kernel, grid, block, arguments...);
 }
 
 template <class... P, class... A>
 void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
-  simt::launch(true, kernel, grid, block, 0, arguments...);
+  simt::launch(true, kernel, grid, block, arguments...);
 }
 
 #else

@@ -23,7 +23,6 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __grid_constant__
-#define KSAM_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(simt::dynamic_shared())
 
 #define threadIdx (simt::thread_index())
 #define blockIdx (simt::block_index())
@@ -134,10 +133,9 @@ inline grid_group this_grid() { return {}; }
 namespace simt {
 
 template <class... P, class... A>
-void launch(bool cooperative, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared,
-            A&&... arguments) {
+void launch(bool cooperative, void (*kernel)(P...), dim3 grid, dim3 block, A&&... arguments) {
   const std::tuple<std::decay_t<P>...> values(static_cast<P>(arguments)...);
-  run(grid, block, dynamic_shared, cooperative,
+  run(grid, block, cooperative,
       [&] { std::apply([&](const auto&... value) { kernel(value...); }, values); });
 }
 

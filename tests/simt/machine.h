@@ -1,7 +1,6 @@
 // The runner's state, for its own sources.
 #pragma once
 
-#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -49,16 +48,14 @@ struct Block {
   std::vector<Fiber*> ready[kWarp];  // of each warp
   int last_warp = 0;                 // that ran
   int live = 0, waiting = 0;
-  std::unique_ptr<char, decltype(&std::free)> dynamic{nullptr, &std::free};
-  size_t dynamic_room = 0;
-  std::vector<char> image;  // its static shared memory, while another block's is in place
+  std::vector<char> image;  // its shared memory, while another block's is in place
 };
 
 struct Machine {
   uint64_t seed = 0, random = 1;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::unique_ptr<Block>> resident;
-  Block* in_place = nullptr;  // the block whose static shared memory lies in the section
+  Block* in_place = nullptr;  // the block whose shared memory lies in the section
   Fiber* current = nullptr;
   void* scheduler = nullptr;
   sanitizers::Context scheduler_context;

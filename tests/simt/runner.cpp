@@ -100,11 +100,11 @@ __attribute__((no_sanitize("address", "thread", "memory"), noinline)) void fill_
   asm volatile("rep stosb" : "+D"(to), "+c"(bytes) : "a"(0xff) : "memory");  // NaN, and -1
 }
 
-size_t static_shared_bytes() { return __stop_simt_shared - __start_simt_shared; }
+size_t shared_bytes() { return __stop_simt_shared - __start_simt_shared; }
 
 void put_in_place(Block* block) {
   if (machine.in_place == block) return;
-  const size_t bytes = static_shared_bytes();
+  const size_t bytes = shared_bytes();
   if (machine.in_place != nullptr) {
     machine.in_place->image.resize(bytes);
     copy_unseen(machine.in_place->image.data(), __start_simt_shared, bytes);
@@ -165,24 +165,16 @@ std::unique_ptr<Fiber> new_fiber() {
   return fiber;
 }
 
-constexpr size_t kAlignment = 128;
-
-void start_block(unsigned linear, size_t shared_bytes) {
+void start_block(unsigned linear) {
   const dim3 grid = machine.grid, size = machine.block;
   const unsigned threads = size.x * size.y * size.z;
   machine.resident.push_back(std::make_unique<Block>());
   Block* block = machine.resident.back().get();
   block->index = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
   block->live = static_cast<int>(threads);
-  const size_t room = (std::max<size_t>(shared_bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-  block->dynamic.reset(static_cast<char*>(std::aligned_alloc(kAlignment, room)));
-  block->dynamic_room = room;
   put_in_place(block);
-  fill_unseen(__start_simt_shared, static_shared_bytes());
-  fill_unseen(block->dynamic.get(), room);
-  sanitizers::mark_unwritten(__start_simt_shared, static_shared_bytes());
-  sanitizers::mark_unwritten(block->dynamic.get(), room);
-  sanitizers::forbid(block->dynamic.get() + shared_bytes, room - shared_bytes);
+  fill_unseen(__start_simt_shared, shared_bytes());
+  sanitizers::mark_unwritten(__start_simt_shared, shared_bytes());
   const size_t first = (machine.resident.size() - 1) * threads;
   while (machine.fibers.size() < first + threads) machine.fibers.push_back(new_fiber());
   for (unsigned t = 0; t < threads; ++t) {
@@ -251,9 +243,6 @@ void note_deadlock() {
 }
 
 void end_blocks() {
-  for (const auto& block : machine.resident) {
-    sanitizers::allow(block->dynamic.get(), block->dynamic_room);
-  }
   machine.resident.clear();
   machine.in_place = nullptr;
 }
@@ -264,8 +253,7 @@ uint64_t faults() { return machine.faults; }
 
 void set_seed(uint64_t seed) { machine.seed = seed; }
 
-void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
-         const std::function<void()>& body) {
+void run(dim3 grid, dim3 block, bool cooperative, const std::function<void()>& body) {
   const unsigned blocks = grid.x * grid.y * grid.z, threads = block.x * block.y * block.z;
   if (blocks == 0 || threads == 0 || threads > 1024) throw Fault("a launch of this shape is invalid");
   machine.grid = grid;
@@ -286,7 +274,7 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
   for (unsigned i = 0; i < blocks && machine.fault.empty(); i += at_once) {
     machine.grid_live = static_cast<int>(threads * at_once);
     machine.grid_waiting = 0;
-    for (unsigned j = 0; j < at_once; ++j) start_block(order[i + j], dynamic_shared);
+    for (unsigned j = 0; j < at_once; ++j) start_block(order[i + j]);
     sanitizers::release(&machine.launch_order);
     run_ready_fibers();
     sanitizers::acquire(&machine.end_order);
@@ -303,7 +291,6 @@ uint3 thread_index() { return machine.current->index; }
 uint3 block_index() { return machine.current->block->index; }
 dim3 block_size() { return machine.block; }
 dim3 grid_size() { return machine.grid; }
-char* dynamic_shared() { return machine.current->block->dynamic.get(); }
 int lane() { return machine.current->lane(); }
 
 void yield() {

@@ -29,8 +29,7 @@ uint64_t faults();  // how many launches have ended with one
 void set_seed(uint64_t seed);
 
 // `body` once per thread. Cooperative launches have all blocks at once, and grid barriers.
-void run(dim3 grid, dim3 block, size_t dynamic_shared, bool cooperative,
-         const std::function<void()>& body);
+void run(dim3 grid, dim3 block, bool cooperative, const std::function<void()>& body);
 
 // Where in the kernel a thread waits.
 struct Site {
@@ -43,7 +42,6 @@ uint3 thread_index();
 uint3 block_index();
 dim3 block_size();
 dim3 grid_size();
-char* dynamic_shared();
 int lane();
 
 enum class Vote { count, any, all };

@@ -81,13 +81,6 @@ inline void mark_unwritten(void* begin, size_t bytes) {
   (void)begin, (void)bytes;
 }
 
-inline void forbid(void* begin, size_t bytes) {
-#ifdef SIMT_ASAN
-  __asan_poison_memory_region(begin, bytes);
-#endif
-  (void)begin, (void)bytes;
-}
-
 inline void allow(void* begin, size_t bytes) {
 #ifdef SIMT_ASAN
   __asan_unpoison_memory_region(begin, bytes);

@@ -1,0 +1,157 @@
+"""Contract of ``compact_batch``: trees of tensors, what passes through, and the batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, UserDict, namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ksam_kernels import batch_size, compact_batch
+from tests.helpers import same_bits
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclasses.dataclass
+class Sample:
+    x: Tensor
+    label: Any
+    name: str = "sample"
+    size: int = dataclasses.field(init=False, default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: Tensor
+
+
+class Encoding(UserDict):  # type: ignore[type-arg]
+    """As Hugging Face's BatchEncoding: a UserDict with attributes for keys."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.data[name]
+
+
+def trees(x: Tensor, y: Tensor) -> dict[str, Any]:
+    return {
+        "tensor": x,
+        "tuple": (x, y),
+        "list": [x, y],
+        "dict": {"x": x, "y": y},
+        "ordered dict": OrderedDict(y=y, x=x),
+        "nested": {"a": [x, (y, {"b": x})], "c": y},
+        "namedtuple": Pair(x, y),
+        "dataclass": Sample(x, y),
+        "frozen dataclass": Frozen(x),
+        "nested dataclass": [Sample(x, {"y": (y,)}), Frozen(y)],
+        "UserDict": Encoding({"x": x, "y": y}),
+        "nested UserDict": (Encoding({"x": [x, y]}), y),
+        "empty": (),
+    }
+
+
+KINDS = tuple(trees(torch.zeros(1), torch.zeros(1)))
+
+
+def same_tree(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return same_bits(a, b)
+    if isinstance(a, (dict, UserDict)):
+        return list(a) == list(b) and all(same_tree(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tree, a, b))
+    if dataclasses.is_dataclass(a):
+        return same_tree(vars(a), vars(b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_tree_comes_back_with_its_tensors_compacted(backend: str, kind: str) -> None:
+    x, y, indices = torch.randn(6, 3), torch.arange(6), torch.tensor([1, 4, 5])
+    batch = trees(x, y)[kind]
+    rows = compact_batch(batch, indices)
+    assert same_tree(rows, trees(x[indices], y[indices])[kind])
+    assert same_tree(batch, trees(x, y)[kind])
+
+
+def test_a_hugging_face_batch_encoding_comes_back_as_one(backend: str) -> None:
+    encoding = pytest.importorskip("transformers").BatchEncoding
+    ids = torch.arange(12).reshape(4, 3)
+    rows = compact_batch(
+        encoding({"input_ids": ids, "labels": torch.arange(4)}), torch.tensor([3, 0])
+    )
+    assert type(rows) is encoding
+    assert rows["labels"].tolist() == [3, 0]
+    assert torch.equal(rows.input_ids, ids[[3, 0]])
+
+
+def test_tensors_without_dimensions_and_other_leaves_pass_through(backend: str) -> None:
+    scale, thing = torch.tensor(2.5), object()
+    batch = {
+        "x": torch.arange(3),
+        "scale": scale,
+        "names": ["a", "b", "c"],
+        "text": "abc",
+        "none": None,
+        "number": 3,
+        "thing": thing,
+    }
+    rows = compact_batch(batch, torch.tensor([2]))
+    assert rows["x"].tolist() == [2]
+    assert rows["scale"] is scale
+    assert rows["names"] == ["a", "b", "c"]
+    assert rows["text"] == "abc"
+    assert rows["none"] is None
+    assert rows["number"] == 3
+    assert rows["thing"] is thing
+    assert compact_batch(["a", scale], torch.tensor([7]))[1] is scale
+
+
+def test_a_tensor_that_occurs_twice_is_served_twice(backend: str) -> None:
+    x = torch.arange(4)
+    first, second = compact_batch((x, x), torch.tensor([3]))
+    assert first.tolist() == second.tolist() == [3]
+
+
+def test_rows_are_copies_without_gradient(backend: str) -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    rows = compact_batch(x, torch.tensor([0, 1, 2, 3]))
+    assert not rows.requires_grad
+    rows.zero_()
+    assert (x != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": torch.zeros(4), "y": torch.zeros(5, 2)}, r"batch\['x'\]: 4, batch\['y'\]: 5"),
+        ((torch.zeros(4), [torch.zeros(3)]), r"batch\[0\]: 4, batch\[1\]\[0\]: 3"),
+        (Sample(torch.zeros(4), torch.zeros(1)), "4, .*1"),
+        (Encoding(x=torch.zeros(4), y=torch.zeros(2)), "4, .*2"),
+    ],
+    ids=["dict", "tuple", "dataclass", "UserDict"],
+)
+def test_tensors_that_disagree_on_the_batch_size_raise(
+    backend: str, batch: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"one size in dimension 0, got .*{message}"):
+        compact_batch(batch, torch.tensor([0]))
+    with pytest.raises(ValueError, match="one size in dimension 0"):
+        batch_size(batch)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "empty"])
+def test_batch_size_is_the_size_of_dimension_0(kind: str) -> None:
+    assert batch_size(trees(torch.randn(6, 3), torch.arange(6))[kind]) == 6
+
+
+@pytest.mark.parametrize("batch", [(), ["a", "b"], {"x": torch.tensor(1.0)}, None], ids=repr)
+def test_batch_size_of_a_batch_without_batched_tensors_raises(batch: Any) -> None:
+    with pytest.raises(ValueError, match="batch must hold a tensor with the samples"):
+        batch_size(batch)
