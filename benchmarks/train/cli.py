@@ -86,6 +86,12 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", choices=BASES, help="base optimizer (default: sgd for images, adamw for text)"
     )
     group.add_argument("--epochs", type=positive_int, metavar="N")
+    group.add_argument(
+        "--equal-cost",
+        action="store_true",
+        help="divide the epochs of every method by the cost of its step, by count: all then cost "
+        "what the base optimizer's --epochs do",
+    )
     group.add_argument("--batch-size", type=positive_int, metavar="M")
     group.add_argument("--lr", type=positive_float, help="peak learning rate")
     group.add_argument("--weight-decay", type=_non_negative_float)

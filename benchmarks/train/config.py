@@ -63,6 +63,7 @@ class TrainConfig:
     methods: tuple[str, ...]
     seeds: int  # the runs use seeds 0 .. seeds - 1
     epochs: int
+    equal_cost: bool  # methods dearer than the base train for fewer epochs
     batch_size: int
     lr: float  # peak of the schedule
     weight_decay: float
@@ -108,6 +109,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
         methods=args.methods,
         seeds=args.seeds,
         epochs=args.epochs or defaults.epochs,
+        equal_cost=args.equal_cost,
         batch_size=args.batch_size or defaults.batch_size,
         lr=lr if args.lr is None else args.lr,
         weight_decay=weight_decay if args.weight_decay is None else args.weight_decay,

@@ -53,11 +53,11 @@ def train(
     optimizer, step = make_step(method, workload, model, config, seed)
     steps = workload.steps_per_epoch(config.batch_size)
     if config.diagnostics and seed == 0:
-        step.watch(config.out / f"diagnostics-{method.name}", steps * config.epochs)
-    scheduler = warmup_cosine(optimizer, steps * config.epochs)
+        step.watch(config.out / f"diagnostics-{method.name}", steps * method.epochs)
+    scheduler = warmup_cosine(optimizer, steps * method.epochs)
     generator = data_generator(seed)
     seconds = 0.0
-    for epoch in range(1, config.epochs + 1):
+    for epoch in range(1, method.epochs + 1):
         loss_sum = torch.zeros((), device=workload.device)
         synchronize(workload.device)
         start = time.perf_counter()

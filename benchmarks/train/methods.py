@@ -143,6 +143,13 @@ class Method:
         """Whether it is the base optimizer alone."""
         return self.name == "sgd"
 
+    @property
+    def epochs(self) -> int:
+        """Of a run."""
+        if not self.config.equal_cost:
+            return self.config.epochs
+        return max(1, round(self.config.epochs / self.theoretical_cost(self.config.batch_size)))
+
     def theoretical_cost(self, batch_size: int) -> float:
         """Return the mean cost of a step in units of the base optimizer's, 3M.
 
@@ -209,7 +216,7 @@ def make_step(
     if method.is_base:
         optimizer = base(groups, **options)
         return optimizer, _PlainStep(optimizer, workload, model, config.label_smoothing)
-    steps = workload.steps_per_epoch(config.batch_size) * config.epochs
+    steps = workload.steps_per_epoch(config.batch_size) * method.epochs
     options |= {"model": model, "seed": seed}
     run = Run(config, groups, base, options, workload.train_size, steps)
     sharp = SPECS[method.name].build(run)

@@ -14,12 +14,11 @@ class Progress:
 
     Args:
         steps: training steps of all runs together.
-        epochs: epochs of one run.
     """
 
-    def __init__(self, steps: int, epochs: int) -> None:
+    def __init__(self, steps: int) -> None:
         tqdm = import_optional("tqdm", package="tqdm", needed_by="the progress bar")
-        self._epochs = epochs
+        self._epochs = 0
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=steps, unit="step", dynamic_ncols=True, disable=not self._is_terminal
@@ -36,8 +35,9 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def start(self, method: str, seed: int) -> None:
-        """Announce a run."""
+    def start(self, method: str, seed: int, epochs: int) -> None:
+        """Announce a run of so many epochs."""
+        self._epochs = epochs
         self._bar.set_postfix_str(f"{method} seed {seed}")
 
     def step(self) -> None:

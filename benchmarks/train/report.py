@@ -135,6 +135,9 @@ def _notes(config: TrainConfig, summaries: Sequence[MethodSummary], batch_size: 
     notes = [f"accuracy: after the last epoch, {seeds}; time: training steps only"]
     if any(summary.gain is not None and summary.gain.sd is not None for summary in summaries):
         notes.append("paired: difference between runs of one seed, mean ± standard error")
+    if config.equal_cost:
+        epochs = ", ".join(f"{s.method.label} {s.method.epochs}" for s in summaries)
+        notes.append(f"epochs, so that all cost the same by count: {epochs}")
     rounds = max((summary.cost.rounds for summary in summaries if summary.cost), default=0)
     if rounds:
         notes.append(f"step cost: median [quartiles] of {rounds} rounds measured side by side")

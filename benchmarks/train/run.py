@@ -65,12 +65,12 @@ def _train_all(
     The methods take turns within a seed, so that a machine that slows down over the hours does not
     slow the last method alone.
     """
-    steps_per_run = workload.steps_per_epoch(config.batch_size) * config.epochs
+    epochs = sum(method.epochs for method in methods) * config.seeds
     results = []
-    with Progress(steps_per_run * len(methods) * config.seeds, config.epochs) as progress:
+    with Progress(workload.steps_per_epoch(config.batch_size) * epochs) as progress:
         for seed in range(config.seeds):
             for method in methods:
-                progress.start(method.name, seed)
+                progress.start(method.name, seed, method.epochs)
                 for result in train(workload, method, config, seed, progress.step):
                     results_file.write(method, result)
                     progress.epoch(result)

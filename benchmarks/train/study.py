@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.time()
     device, config = select_device(args.device), resolve(args)
     path = _prepare(config)
-    done, rows = _complete(path, config.epochs)
+    done, rows = _complete(path, config)
     tasks = [(m, s) for s in range(config.seeds) for m in config.methods if (m, s) not in done]
     deadline = None if args.minutes is None else started + 60 * args.minutes
     worker = _Worker(config, str(device), args.threads or 1, deadline)
@@ -165,18 +165,19 @@ def _prepare(config: TrainConfig) -> Path:
     return config.out / "study.csv"
 
 
-def _complete(path: Path, epochs: int) -> tuple[set[Task], list[dict[str, str]]]:
+def _complete(path: Path, config: TrainConfig) -> tuple[set[Task], list[dict[str, str]]]:
     """The runs in the file that reached the last epoch, and their rows."""
     if not path.exists():
         return set(), []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    done = {(row["method"], int(row["seed"])) for row in rows if row["epoch"] == str(epochs)}
+    last = {row["method"]: make_method(row["method"], config).epochs for row in rows}
+    done = {(r["method"], int(r["seed"])) for r in rows if int(r["epoch"]) == last[r["method"]]}
     return done, [row for row in rows if (row["method"], int(row["seed"])) in done]
 
 
 def _print(result: EpochResult, config: TrainConfig, seconds: float) -> None:
-    if result.epoch == config.epochs:
+    if result.epoch == make_method(result.method, config).epochs:
         print(
             f"{seconds:6.0f} s  {result.method} seed {result.seed}: "
             f"{100 * result.test_accuracy:.2f} %, {result.train_seconds:.1f} s of training",
@@ -186,7 +187,7 @@ def _print(result: EpochResult, config: TrainConfig, seconds: float) -> None:
 
 def _report(path: Path, config: TrainConfig) -> None:
     """Print the table of the methods' complete runs."""
-    _, rows = _complete(path, config.epochs)
+    _, rows = _complete(path, config)
     results = [
         EpochResult(
             row["method"], int(row["seed"]), int(row["epoch"]), float(row["train_seconds"]),

@@ -47,6 +47,12 @@ def _gain(results: Sequence[EpochResult], base: dict[int, float]) -> Spread | No
     return Spread(spread.mean, None if spread.sd is None else spread.sd / len(pairs) ** 0.5)
 
 
+def _last(results: Sequence[EpochResult]) -> list[EpochResult]:
+    """Those of a method's last epoch."""
+    last = max((result.epoch for result in results), default=0)
+    return [result for result in results if result.epoch == last]
+
+
 def summarize(
     methods: Sequence[Method],
     results: Sequence[EpochResult],
@@ -54,12 +60,11 @@ def summarize(
     batch_size: int,
 ) -> list[MethodSummary]:
     """Return one summary a method, in the order of `methods`."""
-    last_epoch = max(result.epoch for result in results)
-    base = {r.seed: r.test_accuracy for r in results if r.method == "sgd" and r.epoch == last_epoch}
+    base = {r.seed: r.test_accuracy for r in _last([r for r in results if r.method == "sgd"])}
     summaries = []
     for method in methods:
         own = [result for result in results if result.method == method.name]
-        last = [result for result in own if result.epoch == last_epoch]
+        last = _last(own)
         summaries.append(
             MethodSummary(
                 method=method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,27 @@ def test_the_study_goes_on_where_it_stopped(cli: Callable[..., Any], tmp_path: P
     result = cli(*arguments[2:], "--epochs", 3, command="study")
     assert result.status == 2
     assert "holds runs with epochs 2, not 3" in result.err
+
+
+def test_at_equal_cost_dearer_methods_train_for_fewer_epochs(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    arguments = (
+        "--epochs", 5, "--equal-cost", "--train-samples", 96, "--batch-size", 32, "--seeds", 1,
+        "--out", tmp_path,
+    )  # fmt: skip
+    result = cli(*arguments, "--methods", "sgd,sam,random-sam", command="study")
+    assert result.status == 0, result.err
+    epochs = Counter(row["method"] for row in read_rows(tmp_path / "study.csv"))
+    assert epochs == {"sgd": 5, "sam": 2, "random-sam": 4}  # at a cost of 1, 2 and 1.25
+    assert "SGD 5, SAM 2, random-subset SAM 4" in result.out
+    assert "+" in result.out  # paired, though their last epochs differ
+    result = cli(*arguments, "--methods", "sgd,sam,random-sam,late-sam", command="study")
+    assert "3 runs complete, 1 to do" in result.out
+    rows = [row for row in read_rows(tmp_path / "study.csv") if row["method"] == "late-sam"]
+    assert len(rows) == 4
+    # "Late" counts from the end of its own four epochs of three steps: 2 of 12 steps are SAM's.
+    assert float(rows[-1]["gradient_cost"]) == pytest.approx(14 / 12)
 
 
 def test_the_study_stops_when_time_is_up(cli: Callable[..., Any], tmp_path: Path) -> None:
