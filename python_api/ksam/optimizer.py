@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import ksam_kernels
@@ -26,7 +27,7 @@ from ksam.passes import Passes, PerSampleLoss
 from ksam.result import StepResult
 from ksam.samplers import All
 from ksam.selection import Schedule, check_rho
-from ksam.update import restore_and_update
+from ksam.update import Update
 from ksam.when import Policy
 
 SCALES = ("mean", "batch", "share")
@@ -86,6 +87,9 @@ class SharpnessAware(Optimizer):
         statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
             statistics, the ``"full"`` batch's, or the ``"running"`` ones. Needs ``model``.
         seed: of methods that draw samples or weights; the same in a resumed run.
+        grad_scaler: scales the losses of both gradients, for float16. A step whose descent gradient
+            is not finite leaves weights and state as they were; call ``grad_scaler.update()`` after
+            every step, as with any optimizer.
         base_kwargs: for the class of the base optimizer.
 
     Attributes:
@@ -110,6 +114,7 @@ class SharpnessAware(Optimizer):
         scale: Literal["mean", "batch", "share"] = "mean",
         statistics: Literal["subset", "full", "running"] = "subset",
         seed: int = 0,
+        grad_scaler: GradScaler | None = None,
         **base_kwargs: Any,
     ) -> None:
         self.ascent, self.descent = ascent, descent
@@ -127,6 +132,7 @@ class SharpnessAware(Optimizer):
         self._looked_for_batchnorm = False
         self._scratch()
         self.base = build_base(params, base, base_kwargs)
+        self._update = Update(self.base, grad_scaler)
         check_takes_no_closure(self.base)
         check_no_overlap(parameters(self.base.param_groups))
         super().__init__(self.base.param_groups, dict(self.base.defaults))
@@ -192,6 +198,7 @@ class SharpnessAware(Optimizer):
             "model",
             "steps_done",
             "report_share",
+            "_update",
             "_rho",
             "_rho_schedules",
             "_looked_for_batchnorm",
@@ -248,7 +255,7 @@ class SharpnessAware(Optimizer):
             with torch.enable_grad():
                 result = self._descent_gradient(passes, sharp, perturbed)
             with interrupts.deferred():
-                restore_and_update(self.base, perturbed)
+                self._update(perturbed)
                 perturbed.clear()
                 self._finish(passes, sharp, cost if sharp else 1.0, result.share)
         except BaseException:
@@ -272,6 +279,7 @@ class SharpnessAware(Optimizer):
             function,
             batch,
             samples,
+            scale=self._update.scale,
             step=step,
             seed=self.seed,
             whole=not sharp or any(sampler.whole(step) for sampler in samplers),
@@ -300,6 +308,8 @@ class SharpnessAware(Optimizer):
             passes.before = passes.gradient(passes.subset)
         if ascent is not None:
             norm = self._perturb(ascent, perturbed)
+            if norm is not None and isinstance(ascent, Sampler):
+                norm = self._update.unscale(norm)
             self.zero_grad()
         subset = passes.subset if descent is None else descent.choose(passes)
         assert subset is not None

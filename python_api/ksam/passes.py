@@ -58,6 +58,7 @@ class Passes:
         batch: Any,
         samples: int,
         *,
+        scale: Callable[[Tensor], Tensor],
         step: int,
         seed: int,
         whole: bool,
@@ -72,6 +73,7 @@ class Passes:
         self.before: Tensor | None = None
         self.after: Tensor | None = None
         self._function = function
+        self._scale = scale
         self._whole = whole
         self._norms = norms
         self._trainable = trainable
@@ -110,10 +112,11 @@ class Passes:
             return self._evaluate(self.everything(keep=k))
 
     def gradient(self, subset: Subset, factor: Tensor | float | None = None) -> Tensor:
-        """``.grad`` of the subset's mean loss, times ``factor``; its losses without their graph."""
+        """``.grad`` of the subset's mean loss, times ``factor`` and scaled; its detached losses."""
         losses = self._evaluate(subset)
         if losses.requires_grad:
-            self._objective(losses, subset, factor).backward()  # type: ignore[no-untyped-call]
+            objective = self._scale(self._objective(losses, subset, factor))
+            objective.backward()  # type: ignore[no-untyped-call]
         elif self._trainable:
             raise RuntimeError(
                 "per_sample_loss returned losses without a graph although parameters require grad; "

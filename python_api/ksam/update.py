@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import ksam_kernels
@@ -60,6 +61,7 @@ def _sgd(
     params: list[Tensor],
     backup: list[Tensor],
     grads: list[Tensor],
+    found_inf: Tensor | None,
 ) -> None:
     buffers, steps = [], []
     # The first momentum is not dampened. Without dampening it follows from a buffer of zeros, and
@@ -84,6 +86,7 @@ def _sgd(
         grads,
         buffers,
         steps=steps or None,
+        found_inf=found_inf,
         **{name: group[name] for name in _SGD_OPTIONS},
     )
 
@@ -94,6 +97,7 @@ def _adam(
     params: list[Tensor],
     backup: list[Tensor],
     grads: list[Tensor],
+    found_inf: Tensor | None,
 ) -> None:
     for p in params:
         state = base.state[p]
@@ -110,19 +114,11 @@ def _adam(
         *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
         **{name: group[name] for name in _ADAM_OPTIONS},
         decoupled_weight_decay=isinstance(base, AdamW) or group["decoupled_weight_decay"],
+        found_inf=found_inf,
     )
 
 
-def restore_and_update(base: Optimizer, backup: dict[Tensor, Tensor]) -> None:
-    """The backed-up weights put back and the base optimizer's step taken with ``.grad``.
-
-    Args:
-        backup: perturbed parameter -> its weights before the perturbation.
-    """
-    if not can_fuse(base):
-        ksam_kernels.restore_(list(backup), list(backup.values()))
-        base.step()
-        return
+def _fused(base: Optimizer, backup: dict[Tensor, Tensor], found_inf: Tensor | None) -> None:
     without_grad = [p for p in backup if p.grad is None]
     ksam_kernels.restore_(without_grad, [backup[p] for p in without_grad])
     update = _sgd if isinstance(base, SGD) else _adam
@@ -130,4 +126,73 @@ def restore_and_update(base: Optimizer, backup: dict[Tensor, Tensor]) -> None:
         moving = [(p, backup.get(p, p), p.grad) for p in group["params"] if p.grad is not None]
         if moving:
             params, backups, grads = map(list, zip(*moving, strict=True))
-            update(base, group, params, backups, grads)
+            update(base, group, params, backups, grads, found_inf)
+
+
+class Update:
+    """The backed-up weights put back and the base optimizer's step taken with ``.grad``.
+
+    With a scaler, ``.grad`` is that of the scaled loss: it is unscaled first, in place as
+    ``scaler.unscale_`` does it, and where it is not finite only the weights are put back.
+
+    Args:
+        base: the base optimizer.
+        scaler: None: the gradients are as they are.
+
+    Raises:
+        TypeError: a scaler of another type.
+    """
+
+    def __init__(self, base: Optimizer, scaler: GradScaler | None) -> None:
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
+        self.base = base
+        self.scaler = scaler
+        self._in_kernels = _InKernels(base)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def unscale(self, norm: Tensor) -> Tensor:
+        """The norm of gradients of a loss that was not scaled."""
+        return norm if self.scaler is None else norm / self.scaler.scale(torch.ones_like(norm))
+
+    def __call__(self, backup: dict[Tensor, Tensor]) -> None:
+        """Take the step.
+
+        Args:
+            backup: perturbed parameter -> its weights before the perturbation.
+        """
+        fuses = can_fuse(self.base)
+        if not fuses:
+            ksam_kernels.restore_(list(backup), list(backup.values()))
+        if self.scaler is not None:
+            optimizer: Any = self._in_kernels if fuses else self.base
+            self.scaler.unscale_(optimizer)
+            self.scaler.step(optimizer, *([backup] if fuses else []))
+        elif fuses:
+            _fused(self.base, backup, None)
+        else:
+            self.base.step()
+
+
+class _InKernels:
+    """What a GradScaler sees of a base optimizer that the kernels update.
+
+    To an optimizer of its own kind it sets ``found_inf``, on the device, and always calls ``step``:
+    nothing waits to learn whether the gradients were finite.
+    """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    def step(self, backup: dict[Tensor, Tensor]) -> None:
+        _fused(self.base, backup, self.found_inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.amp import GradScaler
 
 from benchmarks.gpu.sync import waiting_is_an_error
 from ksam import Diagnostics, Representative, cross_entropy
@@ -12,12 +13,14 @@ from tests.ksam.models import network
 from tests.ksam.test_family import NAMES, build, data_of
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["as it is", "scaled"])
 @pytest.mark.parametrize("watched", [False, True], ids=["alone", "policy and diagnostics"])
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_do_not_wait(backend: str, name: str, watched: bool) -> None:
+def test_steps_do_not_wait(backend: str, name: str, watched: bool, scaled: bool) -> None:
     model = network(batchnorm=True)
     policy = Representative(threshold=0.0, every=2, budget=None)
-    optimizer = build(name, model, **({"when": policy} if watched else {}))
+    scaler = GradScaler(DEVICE.type, enabled=scaled)
+    optimizer = build(name, model, grad_scaler=scaler, when=policy if watched else None)
     diagnostics = Diagnostics(optimizer, every=1000, size=48)
     optimizer.report_share = watched
     batches = [{**data_of(i), "x": data_of(i)["x"].float()} for i in range(6)]
@@ -27,8 +30,10 @@ def test_steps_do_not_wait(backend: str, name: str, watched: bool) -> None:
 
     for data in batches:  # buffers, tables and kernels come into being
         diagnostics(optimizer.step(loss, data), loss, data)
+        scaler.update()
     for data in batches:
         with waiting_is_an_error(DEVICE):
             result = optimizer.step(loss, data)
             diagnostics(result, loss, data)
+            scaler.update()
         assert result.sharp

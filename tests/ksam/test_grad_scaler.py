@@ -1,0 +1,166 @@
+"""Steps with a GradScaler: the same step at any scale, and none where gradients overflow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from ksam import ESAM, KSAM, MSAM, SharpnessAware
+from tests.device import DEVICE
+from tests.helpers import all_same_bits
+from tests.ksam.models import Batch, batch, loss_of, network, weights
+
+SCALE = 2.0**10
+BASES = [
+    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="SGD"),
+    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}, id="dampened"),
+    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}, id="SGD fused"),
+    pytest.param(torch.optim.AdamW, {"lr": 0.01}, id="AdamW"),
+    pytest.param(torch.optim.RMSprop, {"lr": 0.01}, id="RMSprop"),
+]
+
+
+def scaler(scale: float = SCALE, enabled: bool = True) -> GradScaler:
+    return GradScaler(DEVICE.type, init_scale=scale, enabled=enabled)
+
+
+def gradients(optimizer: SharpnessAware) -> list[Tensor]:
+    return [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+def tensors_of_state(optimizer: SharpnessAware) -> list[Tensor]:
+    entries = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    return [value.clone() for entry in entries for value in entry.values()]
+
+
+def times(factor: float, call: int, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+    """The loss, times a factor in the call of that number."""
+    calls = iter(range(10))
+    return lambda b: loss(b) * (factor if next(calls) == call else 1.0)
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "disabled"])
+@pytest.mark.parametrize("method", [KSAM, MSAM, ESAM])
+@pytest.mark.parametrize(("base", "options"), BASES)
+def test_a_power_of_two_changes_no_bit(
+    backend: str,
+    method: type[SharpnessAware],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    enabled: bool,
+) -> None:
+    if method is MSAM and base is torch.optim.RMSprop:
+        options = {**options, "momentum": 0.9}
+    model, twin = network(), network()
+    plain = method(model.parameters(), base, **options)
+    grad_scaler = scaler(enabled=enabled)
+    scaled = method(twin.parameters(), base, grad_scaler=grad_scaler, **options)
+    for step in range(4):
+        expected = plain.step(loss_of(model), batch(step))
+        result = scaled.step(loss_of(twin), batch(step))
+        grad_scaler.update()
+        assert all_same_bits(weights(model), weights(twin))
+        assert all_same_bits(gradients(plain), gradients(scaled))
+        assert torch.equal(result.grad_norm, expected.grad_norm)
+        assert torch.equal(result.losses, expected.losses)
+
+
+@pytest.mark.parametrize(("base", "options"), BASES)
+def test_an_overflow_of_the_descent_gradient_changes_the_scale_alone(
+    backend: str, base: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    model, twin = network(), network()
+    grad_scaler = scaler()
+    optimizer = KSAM(model.parameters(), base, grad_scaler=grad_scaler, **options)
+    calm = KSAM(twin.parameters(), base, **options)
+    # torch's fused SGD never initializes its momentum where the first step of all overflows.
+    overflows = range(1, 3) if "fused" in options else range(2)
+    for step in range(3):
+        before, state = weights(model), tensors_of_state(optimizer)
+        if step in overflows:
+            scale = grad_scaler.get_scale()
+            optimizer.step(times(1e38, 2, loss_of(model)), batch(9))
+            grad_scaler.update()
+            assert grad_scaler.get_scale() == scale / 2
+            assert all_same_bits(weights(model), before)
+            # Before the first update there may be no state, or one as good as none.
+            assert step == 0 or all_same_bits(tensors_of_state(optimizer), state)
+        optimizer.step(loss_of(model), batch(step))
+        grad_scaler.update()
+        calm.step(loss_of(twin), batch(step))
+        assert all_same_bits(weights(model), weights(twin))
+    assert all_same_bits(tensors_of_state(optimizer), tensors_of_state(calm))
+
+
+def test_an_overflow_of_the_ascent_gradient_leaves_the_step_unperturbed(backend: str) -> None:
+    model, twin = network(), network()
+    grad_scaler = scaler()
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, grad_scaler=grad_scaler, **options)
+    flat = KSAM(twin.parameters(), torch.optim.SGD, rho=0.0, **options)
+    result = optimizer.step(times(1e38, 1, loss_of(model)), batch())
+    grad_scaler.update()
+    flat.step(loss_of(twin), batch())
+    assert not torch.isfinite(result.grad_norm)
+    assert grad_scaler.get_scale() == SCALE  # the update's gradient was finite
+    assert all_same_bits(weights(model), weights(twin))
+
+
+def test_float16_gradients_too_small_to_hold_are_held(backend: str) -> None:
+    """Gradients of some 1e-8 a logit are below float16's smallest number, 6e-8."""
+
+    def norm(dtype: torch.dtype, **options: Any) -> float:
+        model = network()
+        optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, **options)
+
+        def loss(b: Batch) -> Tensor:
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                return loss_of(model)(b) * 1e-7
+
+        return float(optimizer.step(loss, batch()).grad_norm)
+
+    exact = norm(torch.float32)
+    assert exact > 0
+    assert norm(torch.float16) < 0.5 * exact
+    # Each of a few products is rounded to 11 bits, and a sum's terms mostly cancel no digits here.
+    assert norm(torch.float16, grad_scaler=scaler(2.0**20)) == pytest.approx(exact, rel=2**-7)
+
+
+def test_a_forgotten_update_is_told_and_loses_nothing(backend: str) -> None:
+    model = network()
+    grad_scaler = scaler()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, grad_scaler=grad_scaler)
+    optimizer.step(loss_of(model), batch(0))
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="after step"):
+        optimizer.step(loss_of(model), batch(1))
+    assert all_same_bits(weights(model), before)
+    grad_scaler.update()
+    optimizer.step(loss_of(model), batch(1))
+    assert not all_same_bits(weights(model), before)
+
+
+def test_a_copy_has_a_scaler_of_its_own(backend: str) -> None:
+    model = network()
+    grad_scaler = scaler()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, grad_scaler=grad_scaler)
+    optimizer.step(loss_of(model), batch(0))
+    grad_scaler.update()
+    twin_model, twin, twin_scaler = copy.deepcopy((model, optimizer, grad_scaler))
+    for step in range(1, 3):
+        optimizer.step(loss_of(model), batch(step))
+        grad_scaler.update()
+        twin.step(loss_of(twin_model), batch(step))
+        twin_scaler.update()
+    assert all_same_bits(weights(model), weights(twin_model))
+
+
+def test_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.GradScaler or None"):
+        KSAM(network().parameters(), torch.optim.SGD, lr=0.1, grad_scaler=1024.0)
