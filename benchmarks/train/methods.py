@@ -41,6 +41,17 @@ class Run:
         """Build K-SAM with the k of the command line where it gets no other."""
         return self.build(KSAM, **{"k": self.config.k, **arguments})
 
+    def auto(self, momentum_rho: float | None, **arguments: Any) -> SharpnessAware:
+        """Build K-SAM with its automatic policy."""
+        return self.build(
+            ksam.AutoKSAM,
+            k=self.config.k,
+            momentum_rho=momentum_rho,
+            threshold=self.config.threshold,
+            budget=self.config.budget,
+            **arguments,
+        )
+
     @property
     def table(self) -> dict[str, Any]:
         """Arguments of the methods that remember figures of every sample."""
@@ -50,11 +61,6 @@ class Run:
     def late(self) -> ksam.From:
         """The last part of the training."""
         return ksam.From(self.steps - round(self.config.late * self.steps))
-
-    @property
-    def policy(self) -> ksam.Representative:
-        """K-SAM's automatic policy."""
-        return ksam.Representative(self.config.threshold, budget=self.config.budget)
 
 
 @dataclass(frozen=True)
@@ -79,15 +85,17 @@ _K = "k of the command line"
 SPECS: dict[str, Spec] = {
     "sam": Spec("SAM", lambda run: run.ksam(k=1.0), k="1.0"),
     "ksam": Spec("K-SAM, k={k}", lambda run: run.ksam(), k=_K),
-    "ksam-auto": Spec("K-SAM, auto, k={k}", lambda run: run.ksam(when=run.policy), k=_K),
-    "ksam-auto-msam": Spec(
-        "K-SAM, auto, k={k}, else MSAM",
-        lambda run: run.ksam(when=run.policy, otherwise=ksam.Momentum(run.config.msam_rho)),
+    "ksam-auto": Spec("auto K-SAM, k={k}", lambda run: run.auto(run.config.msam_rho), k=_K),
+    "ksam-auto-plain": Spec("auto K-SAM, k={k}, else SGD", lambda run: run.auto(None), k=_K),
+    # Without what AutoKSAM does for the subset's gradient, and with one of the two.
+    "ksam-auto-mean": Spec(
+        "auto K-SAM, k={k}, else SGD, mean over k, subset's BN",
+        lambda run: run.auto(None, scale="mean", statistics="subset"),
         k=_K,
     ),
-    "ksam-auto-share": Spec(
-        "K-SAM, auto, k={k}, loss by share",
-        lambda run: run.ksam(when=run.policy, scale="share"),
+    "ksam-auto-matched": Spec(
+        "auto K-SAM, k={k}, else SGD, mean over k",
+        lambda run: run.auto(None, scale="mean"),
         k=_K,
     ),
     "late-ksam": Spec("K-SAM, k={k}, last {late:.0%}", lambda run: run.ksam(when=run.late), k=_K),
@@ -113,6 +121,9 @@ SPECS: dict[str, Spec] = {
     "ksam-batch": Spec("K-SAM, k={k}, sum / M", lambda run: run.ksam(scale="batch"), k=_K),
     "ksam-share": Spec("K-SAM, k={k}, loss by share", lambda run: run.ksam(scale="share"), k=_K),
     "ksam-full": Spec("K-SAM, k={k}, full-batch BN", lambda run: run.ksam(statistics="full"), k=_K),
+    "ksam-matched": Spec(
+        "K-SAM, k={k}, matched BN", lambda run: run.ksam(statistics="matched"), k=_K
+    ),
     "ksam-running": Spec(
         "K-SAM, k={k}, running BN", lambda run: run.ksam(statistics="running"), k=_K
     ),

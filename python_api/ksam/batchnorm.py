@@ -1,11 +1,13 @@
-"""BatchNorm's running statistics: updated by one pass over the whole batch, by no other."""
+"""BatchNorm in a step: one pass updates the running statistics, others normalize as asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,6 +16,11 @@ def _updating(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
     """Those whose running statistics a forward would update."""
     norms = (module for module in modules if isinstance(module, _BatchNorm))
     return [norm for norm in norms if norm.training and norm.track_running_stats]
+
+
+def _batchnorms(model: nn.Module | None) -> list[_BatchNorm]:
+    """Those that normalize with the statistics of what they see, and have running ones."""
+    return [norm for norm in _updating_in(model) if norm.running_mean is not None]
 
 
 def _updating_in(model: nn.Module | None) -> list[_BatchNorm]:
@@ -46,23 +53,26 @@ class Norms:
     Args:
         model: the module that holds it; None: nothing is changed, every pass is as the model is.
         statistics: what passes over a subset normalize with. ``"subset"``: its own statistics.
-            ``"full"``: those of the pass over the whole batch, as constants (their variance is the
-            unbiased one, as in running statistics). ``"running"``: the running ones, as in
-            evaluation.
+            ``"matched"``: its own, then scaled and shifted so that the ascent's activations are
+            normalized as in the pass over the whole batch (:func:`_match`); where none came before,
+            or the ascent is not on the subset, as ``"subset"``. ``"full"``: those of the pass over
+            the whole batch, as constants (their variance is the unbiased one, as in running
+            statistics). ``"running"``: the running ones, as in evaluation.
     """
 
     def __init__(self, model: nn.Module | None, statistics: str = "subset") -> None:
         self._model = model
         self._statistics = statistics
         self._of_batch: dict[_BatchNorm, Statistics] = {}
+        self._matches: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
-    def updating(self) -> Iterator[None]:
-        """The pass that updates the running statistics."""
-        if self._statistics != "full":
+    def updating(self, whole: bool) -> Iterator[None]:
+        """The pass that updates the running statistics, over the whole batch or a subset."""
+        if self._statistics != "full" and not (whole and self._statistics == "matched"):
             yield
             return
-        norms = [n for n in _updating_in(self._model) if n.running_mean is not None]
+        norms = _batchnorms(self._model)
         running = [(n.momentum, n.running_mean, n.running_var) for n in norms]
         for norm in norms:
             # Buffers of its own, as the backward pass wants to find them as they were.
@@ -93,10 +103,10 @@ class Norms:
                 module.track_running_stats = True
 
     @contextmanager
-    def of_subset(self) -> Iterator[None]:
+    def of_subset(self, perturbed: bool) -> Iterator[None]:
         """A pass over a subset; the running statistics are left alone."""
-        if self._statistics == "subset":
-            with self.frozen():
+        if self._statistics in ("subset", "matched"):
+            with self._matching(perturbed), self.frozen():
                 yield
             return
         modules = _updating_in(self._model)
@@ -110,6 +120,47 @@ class Norms:
             for norm in modules:
                 norm.training = True
                 norm.running_mean, norm.running_var = running[norm]
+
+    @contextmanager
+    def _matching(self, perturbed: bool) -> Iterator[None]:
+        """Modules that have a match, or find theirs at the unperturbed weights, normalize by it."""
+        known: Iterable[_BatchNorm] = self._matches if perturbed else self._of_batch
+        norms = list(known) if self._statistics == "matched" else []
+        for norm in norms:
+            norm.forward = partial(self._forward, norm, perturbed)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for norm in norms:
+                del norm.forward
+
+    def _forward(self, norm: _BatchNorm, perturbed: bool, x: Tensor) -> Tensor:
+        r"""BatchNorm with :math:`\gamma r` for weight and :math:`\gamma d + \beta` for bias."""
+        if not perturbed:
+            self._matches[norm] = _match(x, self._of_batch[norm], norm.eps)
+        r, d = self._matches[norm]
+        weight, bias = (r, d) if norm.weight is None else (norm.weight * r, norm.weight * d)
+        if norm.bias is not None:
+            bias = bias + norm.bias
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps)
+
+
+@torch.no_grad()
+def _match(x: Tensor, of_batch: Statistics, eps: float) -> tuple[Tensor, Tensor]:
+    r"""Batch Renormalization's r and d (Ioffe 2017), towards the whole batch's statistics.
+
+    With :math:`r = \sigma_S / \sigma` and :math:`d = (\mu_S - \mu) / \sigma` is
+    :math:`\frac{x - \mu_S}{\sigma_S} r + d = \frac{x - \mu}{\sigma}`: the values are those of the
+    whole batch's :math:`\mu, \sigma`, but the gradient is BatchNorm's, through :math:`\mu_S` and
+    :math:`\sigma_S`, as r and d are constants.
+    """
+    mean, var = of_batch
+    assert mean is not None
+    assert var is not None
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 would round the statistics
+    own_var, own_mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
+    sigma = (var + eps).sqrt()
+    return (own_var + eps).sqrt() / sigma, (own_mean - mean) / sigma
 
 
 class Snapshot:

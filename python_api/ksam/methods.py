@@ -18,6 +18,7 @@ from ksam.optimizer import SharpnessAware
 from ksam.samplers import AccuracySchedule, All, Importance, LossIncrease, Ordered, Random, TopK
 from ksam.selection import Amount, K, Schedule
 from ksam.tables import SharpnessSample, StaleTopK
+from ksam.when import Representative
 
 Params = Iterable[Any] | None
 Base = type[Optimizer] | Optimizer
@@ -77,6 +78,41 @@ class KSAM(SharpnessAware):
     def k(self, value: K | Schedule) -> None:
         assert isinstance(self.ascent, TopK)
         self.ascent.amount = Amount(value)
+
+
+class AutoKSAM(KSAM):
+    r"""K-SAM where the selection represents the batch, MSAM elsewhere: to switch on and forget; 1.
+
+    :class:`~ksam.when.Representative` says where. There the sum over the selection, divided by M,
+    is nearly the batch's gradient (``scale="batch"``; the mean over it is up to M / k times as
+    long), and BatchNorm's values are matched to the batch's (``statistics="matched"``, with
+    ``model``). All other steps are those of :class:`MSAM`, at the same cost.
+
+    Args:
+        momentum_rho: radius of MSAM's steps; 0.3 suits SGD from scratch, 0.05 fine-tuning with
+            AdamW. None: they are plain, and ``base`` need not have momentum.
+        threshold, every, budget: as in :class:`~ksam.when.Representative`.
+        options: those of :class:`KSAM`, but for ``when`` and ``otherwise``.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base: Base,
+        *,
+        momentum_rho: float | None = 0.3,
+        threshold: float = 0.9,
+        every: int = 10,
+        budget: float | None = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            base,
+            when=Representative(threshold, every, budget),
+            otherwise=None if momentum_rho is None else Momentum(momentum_rho),
+            **{"scale": "batch", "statistics": "matched", **options},
+        )
 
 
 class ImportanceKSAM(SharpnessAware):

@@ -31,7 +31,7 @@ from ksam.update import Update
 from ksam.when import Policy
 
 SCALES = ("mean", "batch", "share")
-STATISTICS = ("subset", "full", "running")
+STATISTICS = ("subset", "matched", "full", "running")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -85,7 +85,9 @@ class SharpnessAware(Optimizer):
             divided by M (``"batch"``), or by M times their share of the gradient bounds
             (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
         statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
-            statistics, the ``"full"`` batch's, or the ``"running"`` ones. Needs ``model``.
+            statistics, these ``"matched"`` to the full batch's (the values are as with its, the
+            gradient is BatchNorm's: Batch Renormalization, Ioffe 2017), the ``"full"`` batch's as
+            constants, or the ``"running"`` ones. Needs ``model``.
         seed: of methods that draw samples or weights; the same in a resumed run.
         grad_scaler: scales the losses of both gradients, for float16. A step whose descent gradient
             is not finite leaves weights and state as they were; call ``grad_scaler.update()`` after
@@ -112,7 +114,7 @@ class SharpnessAware(Optimizer):
         when: Callable[[int], bool] | Policy | None = None,
         otherwise: Momentum | None = None,
         scale: Literal["mean", "batch", "share"] = "mean",
-        statistics: Literal["subset", "full", "running"] = "subset",
+        statistics: Literal["subset", "matched", "full", "running"] = "subset",
         seed: int = 0,
         grad_scaler: GradScaler | None = None,
         **base_kwargs: Any,
@@ -283,7 +285,7 @@ class SharpnessAware(Optimizer):
             step=step,
             seed=self.seed,
             whole=not sharp or any(sampler.whole(step) for sampler in samplers),
-            norms=batchnorm.Norms(self.model, self.statistics),
+            norms=batchnorm.Norms(self.model, self.statistics if sharp else "subset"),
             trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
         )

@@ -138,11 +138,11 @@ class Passes:
         is_whole = subset.indices is None
         reports = not self._reported and (is_whole or not self._whole)
         if reports:
-            context = self._norms.updating()
+            context = self._norms.updating(whole=is_whole)
         elif is_whole:
             context = self._norms.frozen()
         else:
-            context = self._norms.of_subset()
+            context = self._norms.of_subset(perturbed=self.before is not None)
         with (
             context,
             batchnorm.detector(self._watch and not self._reported) as seen,

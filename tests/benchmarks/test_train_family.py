@@ -58,7 +58,7 @@ def test_every_method_trains(workload: ImageWorkload, name: str) -> None:
     [
         ("sam", 2.0), ("asam", 2.0), ("esam", (4 * 96 + 3 * 48) / 288), ("random-sam", 1.25),
         ("ordered", 1.0), ("msam", 1.0), ("ausam", 1.0), ("ksam", 1.0), ("ksam-auto", 1.0),
-        ("ksam-auto-msam", 1.0), ("late-sam", 1.2), ("late-ksam", 1.0), ("nth-sam", 1.2),
+        ("ksam-auto-plain", 1.0), ("late-sam", 1.2), ("late-ksam", 1.0), ("nth-sam", 1.2),
         ("stale-ksam", 1 + 1 / 30),
     ],
 )  # fmt: skip
@@ -82,14 +82,15 @@ def test_options_reach_their_methods(workload: ImageWorkload) -> None:
     rho = {name: build(name).param_groups[0]["rho"] for name in ("asam", "msam", "esam")}
     assert rho == {"asam": 0.7, "msam": 0.4, "esam": 0.1}
     assert build("late-sam").when == From(6)  # of 2 x 4 steps
-    policy = build("ksam-auto").when
-    assert isinstance(policy, Representative)
-    assert (policy.threshold, policy.budget) == (0.5, None)
+    for name, radius in (("ksam-auto", 0.4), ("ksam-auto-plain", None)):
+        auto = build(name)
+        assert isinstance(auto.when, Representative)
+        assert (auto.when.threshold, auto.when.budget) == (0.5, None)
+        assert (auto.scale, auto.statistics) == ("batch", "matched")
+        assert (auto.otherwise and auto.otherwise.rho) == radius
+    assert build("ksam-auto-matched").scale == "mean"
+    assert build("ksam-auto-mean").statistics == "subset"
     assert make_method("msam", settings).rho == 0.4
-    hybrid = build("ksam-auto-msam")
-    assert isinstance(hybrid.when, Representative)
-    assert hybrid.otherwise is not None
-    assert hybrid.otherwise.rho == 0.4
     assert make_method("ordered", settings).rho is None
 
 

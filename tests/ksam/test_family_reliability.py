@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ksam
+from ksam.optimizer import STATISTICS
 from tests.helpers import all_same_bits
 from tests.ksam.models import network, weights
 from tests.ksam.test_family import NAMES, build, data_of, losses
@@ -24,7 +25,7 @@ def state(model: torch.nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("statistics", ["subset", "full", "running"])
+@pytest.mark.parametrize("statistics", STATISTICS)
 def test_a_fault_in_any_call_is_as_if_the_step_had_not_been(
     backend: str, statistics: str, name: str, error: type[BaseException]
 ) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ksam
-from ksam import KSAM, SAM, EveryNth, From, Momentum, Representative
+from ksam import KSAM, SAM, AutoKSAM, EveryNth, From, Momentum, Representative
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
@@ -219,3 +219,31 @@ def test_the_last_probe_decides_where_steps_do_not_see_the_batch(backend: str) -
     data = {**batch(), "i": torch.arange(24)}
     sharp = [optimizer.step(loss_of(model), data).sharp for _ in range(12)]
     assert sharp == [False] * 2 + [True] * 10
+
+
+@pytest.mark.parametrize("radius", [0.2, None])
+def test_the_automatic_k_sam_is_made_of_its_parts(backend: str, radius: float | None) -> None:
+    model, twin = network(batchnorm=True), network(batchnorm=True)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "k": 8}
+    auto = AutoKSAM(
+        model.parameters(), torch.optim.SGD, model=model, momentum_rho=radius, threshold=0.36,
+        every=2, **options,
+    )  # fmt: skip
+    parts = KSAM(
+        twin.parameters(), torch.optim.SGD, model=twin, when=Representative(0.36, 2),
+        otherwise=None if radius is None else Momentum(radius), scale="batch",
+        statistics="matched", **options,
+    )  # fmt: skip
+    sharp = sharp_steps(auto, loss_of(model))
+    assert set(sharp[2:]) == {True, False}  # these shares are 0.35 to 0.38
+    assert sharp == sharp_steps(parts, loss_of(twin))
+    assert all_same_bits([*weights(model), *model.buffers()], [*weights(twin), *twin.buffers()])
+
+
+def test_the_automatic_k_sam_needs_momentum_unless_told_otherwise() -> None:
+    params = [*network().parameters()]
+    with pytest.raises(ValueError, match=r"momentum .*got momentum=0"):
+        AutoKSAM(params, torch.optim.SGD, lr=0.1)
+    assert AutoKSAM(params, torch.optim.SGD, lr=0.1, momentum_rho=None).otherwise is None
+    with pytest.raises(ValueError, match="threshold"):
+        AutoKSAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, threshold=2.0)

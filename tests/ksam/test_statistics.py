@@ -6,14 +6,17 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ksam import KSAM
-from tests.ksam.models import batch, loss_of, network
+from ksam import ESAM, KSAM
+from ksam.optimizer import STATISTICS
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("statistics", ["subset", "full", "running"])
+@pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("k", [8, 1.0])
 def test_running_statistics_are_those_of_one_plain_pass(
     backend: str, statistics: str, momentum: float | None, k: float
@@ -34,7 +37,7 @@ def test_running_statistics_are_those_of_one_plain_pass(
     assert model[1].training
 
 
-@pytest.mark.parametrize("statistics", ["subset", "full", "running"])
+@pytest.mark.parametrize("statistics", STATISTICS)
 def test_subset_passes_normalize_with_the_statistics_asked_for(
     backend: str, statistics: str
 ) -> None:
@@ -52,6 +55,7 @@ def test_subset_passes_normalize_with_the_statistics_asked_for(
     mean, var = {
         "subset": (subset.mean(0), subset.var(0, correction=0)),
         "full": (whole.mean(0), whole.var(0)),
+        "matched": (whole.mean(0), whole.var(0)),
         "running": (0.9 * before[0] + 0.1 * whole.mean(0), 0.9 * before[1] + 0.1 * whole.var(0)),
     }[statistics]
     expected = (subset - mean) / (var + norm.eps).sqrt()
@@ -65,8 +69,54 @@ def test_layers_that_track_nothing_are_left_alone(backend: str) -> None:
     model = nn.Sequential(
         nn.Linear(8, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 5)
     )
-    for statistics in ("full", "running"):
+    for statistics in STATISTICS:
         optimizer = KSAM(
             model.parameters(), torch.optim.SGD, lr=0.1, model=model, statistics=statistics
         )
         assert optimizer.step(loss_of(model), batch()).loss.isfinite()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_matched_values_have_the_gradient_of_batchnorm(backend: str, affine: bool) -> None:
+    """Both gradients against Batch Renormalization written out, with constants r and d."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(6, affine=affine)
+    model = nn.Sequential(nn.Linear(8, 6), norm, nn.Tanh(), nn.Linear(6, 5)).double()
+    twin, data, k, rho = copy.deepcopy(model), batch(dtype=torch.float64), 8, 0.1
+    optimizer = KSAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, rho=rho, k=k, model=model,
+        statistics="matched",
+    )  # fmt: skip
+    result = optimizer.step(loss_of(model), data)
+    params, chosen = list(twin.parameters()), {n: v[result.indices] for n, v in data.items()}
+    whole, subset = twin[0](data["x"]).detach(), twin[0](chosen["x"]).detach()
+    r = (subset.var(0, correction=0) + norm.eps).sqrt() / (whole.var(0) + norm.eps).sqrt()
+    d = (subset.mean(0) - whole.mean(0)) / (whole.var(0) + norm.eps).sqrt()
+
+    def gradient() -> tuple[Tensor, ...]:
+        x = twin[0](chosen["x"])
+        x = (x - x.mean(0)) / (x.var(0, correction=0) + norm.eps).sqrt() * r + d
+        x = x * twin[1].weight + twin[1].bias if affine else x
+        losses = F.cross_entropy(twin[3](twin[2](x)), chosen["y"])
+        return torch.autograd.grad(losses, params)
+
+    ascent = gradient()
+    size = torch.stack([g.square().sum() for g in ascent]).sum().sqrt()
+    torch.testing.assert_close(result.grad_norm, size.to(result.grad_norm.dtype))
+    with torch.no_grad():
+        for p, g in zip(params, ascent, strict=True):
+            p += rho * g / size
+    for p, g in zip(model.parameters(), gradient(), strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+def test_nothing_is_matched_where_the_ascent_is_not_on_the_subset(backend: str) -> None:
+    model, twin = network(batchnorm=True), network(batchnorm=True)
+    for m, statistics in ((model, "matched"), (twin, "subset")):
+        optimizer = ESAM(
+            m.parameters(), torch.optim.SGD, lr=0.1, gamma=8, model=m, statistics=statistics
+        )
+        for step in range(2):
+            optimizer.step(loss_of(m), batch(step))
+    assert all_same_bits(weights(model), weights(twin))
+    assert "forward" not in vars(model[1])
