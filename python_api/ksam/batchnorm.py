@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -27,24 +27,30 @@ def _updating_in(model: nn.Module | None) -> list[_BatchNorm]:
     return [] if model is None else _updating(model.modules())
 
 
-Statistics = tuple[Tensor | None, Tensor | None]
+Statistics = tuple[Tensor, Tensor]  # mean and variance
 
 
-def _clone(*tensors: Tensor | None) -> Statistics:
-    mean, var = (None if tensor is None else tensor.clone() for tensor in tensors)
-    return mean, var
+def _running(norm: _BatchNorm) -> Statistics:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 @torch.no_grad()
-def _average(norm: _BatchNorm, mean: Tensor | None, var: Tensor | None) -> None:
+def _average(norms: Sequence[_BatchNorm], of_batch: Mapping[_BatchNorm, Statistics]) -> None:
     """Average a batch's statistics into the running ones, as a training forward does."""
-    weight: Tensor | float | None = norm.momentum
-    if weight is None:
-        assert norm.num_batches_tracked is not None
-        weight = 1 / norm.num_batches_tracked
-    for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
-        if running is not None and new is not None:
-            running += weight * (new - running)
+    by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for norm in norms:
+        for running, new in zip(_running(norm), of_batch[norm], strict=True):
+            if norm.momentum is None:  # a cumulative average; its count is on the device
+                assert norm.num_batches_tracked is not None
+                running += (new - running) / norm.num_batches_tracked
+            else:
+                runnings, news = by_weight.setdefault(norm.momentum, ([], []))
+                runnings.append(running)
+                news.append(new)
+    for weight, (runnings, news) in by_weight.items():
+        torch._foreach_lerp_(runnings, news, weight)
 
 
 class Norms:
@@ -73,18 +79,18 @@ class Norms:
             yield
             return
         norms = _batchnorms(self._model)
-        running = [(n.momentum, n.running_mean, n.running_var) for n in norms]
-        for norm in norms:
-            # Buffers of its own, as the backward pass wants to find them as they were.
-            norm.running_mean, norm.running_var = _clone(norm.running_mean, norm.running_var)
-            norm.momentum = 1.0  # they become the statistics of the batch
+        running = [(norm.momentum, *_running(norm)) for norm in norms]
+        for norm, (_, mean, var) in zip(norms, running, strict=True):
+            # Buffers of its own, as the backward pass wants to find them as they were. They become
+            # the statistics of the batch, or stay the running ones where the pass does not come by.
+            norm.running_mean, norm.running_var = self._of_batch[norm] = mean.clone(), var.clone()
+            norm.momentum = 1.0
         try:
             yield
         finally:
             for norm, (momentum, mean, var) in zip(norms, running, strict=True):
-                self._of_batch[norm] = norm.running_mean, norm.running_var
                 norm.momentum, norm.running_mean, norm.running_var = momentum, mean, var
-                _average(norm, *self._of_batch[norm])
+        _average(norms, self._of_batch)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -155,8 +161,6 @@ def _match(x: Tensor, of_batch: Statistics, eps: float) -> tuple[Tensor, Tensor]
     :math:`\sigma_S`, as r and d are constants.
     """
     mean, var = of_batch
-    assert mean is not None
-    assert var is not None
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 would round the statistics
     own_var, own_mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
     sigma = (var + eps).sqrt()

@@ -120,3 +120,16 @@ def test_nothing_is_matched_where_the_ascent_is_not_on_the_subset(backend: str) 
             optimizer.step(loss_of(m), batch(step))
     assert all_same_bits(weights(model), weights(twin))
     assert "forward" not in vars(model[1])
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_a_layer_that_no_pass_comes_by_keeps_its_statistics(backend: str, statistics: str) -> None:
+    model = network(batchnorm=True)
+    model[1].unused = nn.BatchNorm1d(3)
+    model[1].unused.running_mean.fill_(2.5)
+    before = [b.clone() for b in model[1].unused.buffers()]
+    optimizer = KSAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, k=8, model=model, statistics=statistics
+    )
+    optimizer.step(loss_of(model), batch())
+    assert all_same_bits([*model[1].unused.buffers()], before)
