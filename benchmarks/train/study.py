@@ -20,7 +20,7 @@ import torch
 from benchmarks.environment import device_name, select_device
 from benchmarks.errors import UsageError
 from benchmarks.train import cli
-from benchmarks.train.config import TrainConfig, resolve
+from benchmarks.train.config import METHODS, TrainConfig, resolve
 from benchmarks.train.data import load_workload
 from benchmarks.train.loop import EpochResult, train
 from benchmarks.train.methods import make_method
@@ -171,6 +171,9 @@ def _complete(path: Path, config: TrainConfig) -> tuple[set[Task], list[dict[str
         return set(), []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    unknown = {row["method"] for row in rows} - set(METHODS)
+    if unknown:
+        raise UsageError(f"{path}: holds runs of {', '.join(sorted(unknown))}, which is no method")
     last = {row["method"]: make_method(row["method"], config).epochs for row in rows}
     done = {(r["method"], int(r["seed"])) for r in rows if int(r["epoch"]) == last[r["method"]]}
     return done, [row for row in rows if (row["method"], int(row["seed"])) in done]

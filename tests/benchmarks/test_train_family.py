@@ -199,6 +199,10 @@ def test_the_study_goes_on_where_it_stopped(cli: Callable[..., Any], tmp_path: P
     result = cli(*arguments[2:], "--epochs", 3, command="study")
     assert result.status == 2
     assert "holds runs with epochs 2, not 3" in result.err
+    path.write_text(path.read_text(encoding="utf-8").replace(",ksam,", ",kasm,"), encoding="utf-8")
+    result = cli(*arguments, command="study")
+    assert result.status == 2
+    assert "holds runs of kasm, which is no method" in result.err
 
 
 def test_at_equal_cost_dearer_methods_train_for_fewer_epochs(
