@@ -13,9 +13,15 @@ from tests.ksam.models import network
 from tests.ksam.test_family import NAMES, build, data_of
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["as it is", "scaled"])
-@pytest.mark.parametrize("watched", [False, True], ids=["alone", "policy and diagnostics"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "watched", "scaled"),
+    [
+        *((name, False, False) for name in NAMES),
+        *((name, True, False) for name in NAMES),
+        ("KSAM", False, True),
+        ("MSAM", False, True),
+    ],
+)
 def test_steps_do_not_wait(backend: str, name: str, watched: bool, scaled: bool) -> None:
     model = network(batchnorm=True)
     policy = Representative(threshold=0.0, every=2, budget=None)
