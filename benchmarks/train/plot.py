@@ -1,4 +1,4 @@
-"""Accuracy against training time."""
+"""Accuracy against training time, or against cost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from benchmarks.train.loop import EpochResult
 from benchmarks.train.methods import BASE_LABELS, Method
 
 # Okabe and Ito's colors, told apart with any color vision; the markers serve black and white.
-_STYLES = {"sgd": ("#0072B2", "o"), "sam": ("#D55E00", "s"), "ksam": ("#009E73", "^")}
-_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-_MARKERS = "vD<>ph*X"
+_STYLES = {
+    "sgd": ("#0072B2", "o"),
+    "sam": ("#D55E00", "s"),
+    "ksam": ("#009E73", "^"),
+    "ksam-auto": ("#000000", "D"),
+}
+_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+_MARKERS = "v<>ph*X"
 
 
 def _style(name: str, number: int) -> tuple[str, str]:
@@ -30,23 +35,32 @@ def require_matplotlib() -> None:
 
 
 def plot_accuracy(
-    path: Path, config: TrainConfig, methods: Sequence[Method], results: Sequence[EpochResult]
+    path: Path,
+    config: TrainConfig,
+    methods: Sequence[Method],
+    results: Sequence[EpochResult],
+    over_cost: bool = False,
 ) -> None:
-    """Draw test accuracy over training seconds: a line per method, its band ± 1 sd over seeds."""
+    """Draw test accuracy: a line per method, its band ± 1 sd over seeds.
+
+    Over training seconds, or over the cost by count so far, which runs beside each other do not
+    disturb.
+    """
     # A bare Figure draws to files without pyplot's choice of a screen.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for number, method in enumerate(methods):
-        seconds, mean, sd = accuracy_curve(method, results)
+        spent, mean, sd = accuracy_curve(method, results, over_cost)
         color, marker = _style(method.name, number)
-        axes.plot(seconds, 100 * mean, color=color, marker=marker, ms=4, label=method.label)
+        axes.plot(spent, 100 * mean, color=color, marker=marker, ms=4, label=method.label)
         if sd is not None:
             axes.fill_between(
-                seconds, 100 * (mean - sd), 100 * (mean + sd), color=color, alpha=0.2, lw=0
+                spent, 100 * (mean - sd), 100 * (mean + sd), color=color, alpha=0.2, lw=0
             )
-    axes.set_xlabel("training time [s]")
+    cost = f"cost by count [epochs of {BASE_LABELS[config.base]}]"
+    axes.set_xlabel(cost if over_cost else "training time [s]")
     axes.set_ylabel("test accuracy [%]")
     axes.set_title(_title(config), fontsize=10)
     axes.grid(alpha=0.3)
@@ -55,19 +69,23 @@ def plot_accuracy(
 
 
 def accuracy_curve(
-    method: Method, results: Sequence[EpochResult]
+    method: Method, results: Sequence[EpochResult], over_cost: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return a method's mean seconds, mean accuracy and its sd over seeds, each [epochs].
+    """Return a method's mean seconds or cost, mean accuracy and its sd over seeds, each [epochs].
 
     The sd is None for a single seed.
     """
     own = [result for result in results if result.method == method.name]
     epochs = sorted({result.epoch for result in own})
     by_epoch = [[result for result in own if result.epoch == epoch] for epoch in epochs]
-    seconds = np.array([[result.train_seconds for result in row] for row in by_epoch])
+    spent = np.array([[_spent(result, over_cost) for result in row] for row in by_epoch])
     accuracy = np.array([[result.test_accuracy for result in row] for row in by_epoch])
     sd = accuracy.std(axis=1, ddof=1) if accuracy.shape[1] > 1 else None
-    return seconds.mean(axis=1), accuracy.mean(axis=1), sd
+    return spent.mean(axis=1), accuracy.mean(axis=1), sd
+
+
+def _spent(result: EpochResult, over_cost: bool) -> float:
+    return result.gradient_cost * result.epoch if over_cost else result.train_seconds
 
 
 def _title(config: TrainConfig) -> str:

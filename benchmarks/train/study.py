@@ -24,6 +24,7 @@ from benchmarks.train.config import METHODS, TrainConfig, resolve
 from benchmarks.train.data import load_workload
 from benchmarks.train.loop import EpochResult, train
 from benchmarks.train.methods import make_method
+from benchmarks.train.plot import plot_accuracy, require_matplotlib
 from benchmarks.train.report import TrainResults, format_table
 from benchmarks.train.summary import summarize
 
@@ -66,6 +67,7 @@ class _Worker:
 
 def run(args: argparse.Namespace) -> None:
     """Run what is not in the file yet."""
+    require_matplotlib()
     started = time.time()
     device, config = select_device(args.device), resolve(args)
     path = _prepare(config)
@@ -189,7 +191,7 @@ def _print(result: EpochResult, config: TrainConfig, seconds: float) -> None:
 
 
 def _report(path: Path, config: TrainConfig) -> None:
-    """Print the table of the methods' complete runs."""
+    """Print the table of the methods' complete runs, and plot them."""
     _, rows = _complete(path, config)
     results = [
         EpochResult(
@@ -203,3 +205,4 @@ def _report(path: Path, config: TrainConfig) -> None:
         methods = [make_method(name, config) for name in names]
         summaries = summarize(methods, results, {}, config.batch_size)
         print(f"\n{format_table(config, summaries, config.batch_size)}\n")
+        plot_accuracy(path.with_name("accuracy.png"), config, methods, results, over_cost=True)

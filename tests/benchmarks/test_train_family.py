@@ -218,6 +218,7 @@ def test_at_equal_cost_dearer_methods_train_for_fewer_epochs(
     assert epochs == {"sgd": 5, "sam": 2, "random-sam": 4}  # at a cost of 1, 2 and 1.25
     assert "SGD 5, SAM 2, random-subset SAM 4" in result.out
     assert "+" in result.out  # paired, though their last epochs differ
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     result = cli(*arguments, "--methods", "sgd,sam,random-sam,late-sam", command="study")
     assert "3 runs complete, 1 to do" in result.out
     rows = [row for row in read_rows(tmp_path / "study.csv") if row["method"] == "late-sam"]

@@ -25,6 +25,7 @@ from benchmarks.train.loop import (
 )
 from benchmarks.train.methods import make_method, make_step, parameter_groups
 from benchmarks.train.models import build_image_model
+from benchmarks.train.plot import accuracy_curve
 from benchmarks.train.report import format_table
 from benchmarks.train.step_cost import measure_step_costs
 from benchmarks.train.summary import Spread, summarize
@@ -249,6 +250,21 @@ def test_gains_are_paired_by_seed() -> None:
     assert sam.gain is not None
     assert (sam.gain.mean, sam.gain.sd) == pytest.approx((0.02, 0.01))
     assert "+2.00 ± 1.00" in format_table(config, [base, sam], batch_size=32)
+
+
+def test_curves_are_means_over_seeds_at_the_time_or_the_cost() -> None:
+    method = make_method("sam", make_config())
+    results = [
+        EpochResult("sam", seed, epoch, 10.0 * epoch + seed, 0.5, 0.1 * epoch + 0.02 * seed, 2.0)
+        for seed in range(2)
+        for epoch in (1, 2)
+    ]
+    for over_cost, expected in ((False, [10.5, 20.5]), (True, [2.0, 4.0])):
+        spent, mean, sd = accuracy_curve(method, results, over_cost)
+        assert sd is not None
+        assert spent.tolist() == expected
+        assert mean.tolist() == pytest.approx([0.11, 0.21])
+        assert sd.tolist() == pytest.approx([0.02 / math.sqrt(2)] * 2)
 
 
 def test_one_seed_has_no_sd() -> None:
