@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -60,17 +59,25 @@ class Norms:
         model: the module that holds it; None: nothing is changed, every pass is as the model is.
         statistics: what passes over a subset normalize with. ``"subset"``: its own statistics.
             ``"matched"``: its own, then scaled and shifted so that the ascent's activations are
-            normalized as in the pass over the whole batch (:func:`_match`); where none came before,
-            or the ascent is not on the subset, as ``"subset"``. ``"full"``: those of the pass over
-            the whole batch, as constants (their variance is the unbiased one, as in running
-            statistics). ``"running"``: the running ones, as in evaluation.
+            normalized as in the pass over the whole batch (:class:`Matched`); where none came
+            before, the ascent is not on the subset, or in SyncBatchNorm, as ``"subset"``.
+            ``"full"``: those of the pass over the whole batch, as constants (their variance is the
+            unbiased one, as in running statistics). ``"running"``: the running ones, as in
+            evaluation.
+        matched: what ``"matched"`` keeps between steps.
     """
 
-    def __init__(self, model: nn.Module | None, statistics: str = "subset") -> None:
+    def __init__(
+        self,
+        model: nn.Module | None,
+        statistics: str = "subset",
+        matched: dict[nn.Module, Matched] | None = None,
+    ) -> None:
         self._model = model
         self._statistics = statistics
+        self._matched = {} if matched is None else matched
         self._of_batch: dict[_BatchNorm, Statistics] = {}
-        self._matches: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+        self._has_matched = False
 
     @contextmanager
     def updating(self, whole: bool) -> Iterator[None]:
@@ -129,23 +136,48 @@ class Norms:
 
     @contextmanager
     def _matching(self, perturbed: bool) -> Iterator[None]:
-        """Modules that have a match, or find theirs at the unperturbed weights, normalize by it."""
-        known: Iterable[_BatchNorm] = self._matches if perturbed else self._of_batch
-        norms = list(known) if self._statistics == "matched" else []
+        """Modules whose statistics of the whole batch are known normalize by them."""
+        matching = self._statistics == "matched"
+        norms = [n for n in self._of_batch if matching and not isinstance(n, nn.SyncBatchNorm)]
+        if perturbed and not self._has_matched:
+            norms = []
         for norm in norms:
-            norm.forward = partial(self._forward, norm, perturbed)  # type: ignore[method-assign]
+            matched = self._matched.setdefault(norm, Matched(norm))
+            matched.of_batch, matched.perturbed = self._of_batch[norm], perturbed
+            norm.forward = matched  # type: ignore[method-assign, assignment]
+        self._has_matched |= not perturbed
         try:
             yield
         finally:
             for norm in norms:
                 del norm.forward
 
-    def _forward(self, norm: _BatchNorm, perturbed: bool, x: Tensor) -> Tensor:
-        r"""BatchNorm with :math:`\gamma r` for weight and :math:`\gamma d + \beta` for bias."""
-        if not perturbed:
-            self._matches[norm] = _match(x, self._of_batch[norm], norm.eps)
-        r, d = self._matches[norm]
-        weight, bias = (r, d) if norm.weight is None else (norm.weight * r, norm.weight * d)
+
+class Matched:
+    r"""A module's forward with Batch Renormalization (Ioffe 2017) to the whole batch's statistics.
+
+    With :math:`r = \sigma_S / \sigma` and :math:`d = (\mu_S - \mu) / \sigma` is
+    :math:`\frac{x - \mu_S}{\sigma_S} r + d = \frac{x - \mu}{\sigma}`: the values are those of the
+    whole batch's :math:`\mu, \sigma`, but the gradient is BatchNorm's, through :math:`\mu_S` and
+    :math:`\sigma_S`, as r and d are constants: at the perturbed weights those of the unperturbed.
+
+    One object serves a module in all steps, as ``torch.compile`` compiles anew for another.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        self.norm = norm
+        self.of_batch = _running(norm)
+        self.perturbed = False
+        self.r = self.d = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """BatchNorm with :math:`\\gamma r` for weight and :math:`\\gamma d + \\beta` for bias."""
+        norm = self.norm
+        if not self.perturbed:
+            self.r, self.d = _match(x, self.of_batch, norm.eps)
+        weight, bias = self.r, self.d
+        if norm.weight is not None:
+            weight, bias = norm.weight * weight, norm.weight * bias
         if norm.bias is not None:
             bias = bias + norm.bias
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps)
@@ -153,13 +185,7 @@ class Norms:
 
 @torch.no_grad()
 def _match(x: Tensor, of_batch: Statistics, eps: float) -> tuple[Tensor, Tensor]:
-    r"""Batch Renormalization's r and d (Ioffe 2017), towards the whole batch's statistics.
-
-    With :math:`r = \sigma_S / \sigma` and :math:`d = (\mu_S - \mu) / \sigma` is
-    :math:`\frac{x - \mu_S}{\sigma_S} r + d = \frac{x - \mu}{\sigma}`: the values are those of the
-    whole batch's :math:`\mu, \sigma`, but the gradient is BatchNorm's, through :math:`\mu_S` and
-    :math:`\sigma_S`, as r and d are constants.
-    """
+    """r and d."""
     mean, var = of_batch
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 would round the statistics
     own_var, own_mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)

@@ -85,9 +85,8 @@ class SharpnessAware(Optimizer):
             divided by M (``"batch"``), or by M times their share of the gradient bounds
             (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
         statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
-            statistics, these ``"matched"`` to the full batch's (the values are as with its, the
-            gradient is BatchNorm's: Batch Renormalization, Ioffe 2017), the ``"full"`` batch's as
-            constants, or the ``"running"`` ones. Needs ``model``.
+            statistics, these ``"matched"`` to the full batch's (its values, BatchNorm's gradient:
+            Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones. Needs ``model``.
         seed: of methods that draw samples or weights; the same in a resumed run.
         grad_scaler: scales the losses of both gradients, for float16. A step whose descent gradient
             is not finite leaves weights and state as they were; call ``grad_scaler.update()`` after
@@ -147,6 +146,7 @@ class SharpnessAware(Optimizer):
         """Working memory: part of no checkpoint and no copy."""
         self._backup: dict[Tensor, Tensor] = {}
         self._snapshot = batchnorm.Snapshot()
+        self._matched: dict[nn.Module, batchnorm.Matched] = {}
 
     def _share_groups(self) -> None:
         """One list of groups and one state, whoever looks: schedulers, the base, checkpoints."""
@@ -276,6 +276,7 @@ class SharpnessAware(Optimizer):
 
     def _passes(self, function: PerSampleLoss, batch: Any, samples: int, sharp: bool) -> Passes:
         step = self.steps_done
+        statistics = self.statistics if sharp else "subset"
         samplers = [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]
         return Passes(
             function,
@@ -285,7 +286,7 @@ class SharpnessAware(Optimizer):
             step=step,
             seed=self.seed,
             whole=not sharp or any(sampler.whole(step) for sampler in samplers),
-            norms=batchnorm.Norms(self.model, self.statistics if sharp else "subset"),
+            norms=batchnorm.Norms(self.model, statistics, self._matched),
             trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
         )

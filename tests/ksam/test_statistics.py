@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ksam import ESAM, KSAM
+from ksam import ESAM, KSAM, cross_entropy
 from ksam.optimizer import STATISTICS
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
@@ -133,3 +134,25 @@ def test_a_layer_that_no_pass_comes_by_keeps_its_statistics(backend: str, statis
     )
     optimizer.step(loss_of(model), batch())
     assert all_same_bits([*model[1].unused.buffers()], before)
+
+
+def test_matching_is_compiled_once() -> None:
+    """A pass without gradients, the ascent and the descent: three programs, whatever the steps."""
+    model = network(batchnorm=True)
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    programs: list[object] = []
+
+    def compiler(program: torch.fx.GraphModule, _: object) -> Any:
+        programs.append(program)
+        return program.forward
+
+    compiled = torch.compile(twin, backend=compiler)
+    for m, forward in ((model, model), (twin, compiled)):
+        optimizer = KSAM(
+            m.parameters(), torch.optim.SGD, lr=0.1, k=8, model=m, statistics="matched"
+        )
+        for step in range(4):
+            optimizer.step(lambda b, f=forward: cross_entropy(f(b["x"]), b["y"]), batch(step))
+    assert len(programs) == 3
+    assert all_same_bits(weights(model), weights(twin))
