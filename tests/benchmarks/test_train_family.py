@@ -140,7 +140,7 @@ def test_a_vit_trains_from_the_command_line(cli: Callable[..., Any], tmp_path: P
     assert [(row["method"], row["rho"]) for row in rows] == [
         ("sgd", ""), ("ksam-auto", "0.05"), ("msam", "0.3"),
     ]  # fmt: skip
-    assert "K-SAM, auto, k=1/3" in result.out
+    assert "auto K-SAM, k=1/3" in result.out
 
 
 def test_diagnostics_of_the_first_seed(cli: Callable[..., Any], tmp_path: Path) -> None:
