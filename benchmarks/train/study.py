@@ -173,10 +173,11 @@ def _complete(path: Path, config: TrainConfig) -> tuple[set[Task], list[dict[str
         return set(), []
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    unknown = {row["method"] for row in rows} - set(METHODS)
+    names = {row["method"] for row in rows}
+    unknown = names - set(METHODS)
     if unknown:
         raise UsageError(f"{path}: holds runs of {', '.join(sorted(unknown))}, which is no method")
-    last = {row["method"]: make_method(row["method"], config).epochs for row in rows}
+    last = {name: make_method(name, config).epochs for name in names}
     done = {(r["method"], int(r["seed"])) for r in rows if int(r["epoch"]) == last[r["method"]]}
     return done, [row for row in rows if (row["method"], int(row["seed"])) in done]
 

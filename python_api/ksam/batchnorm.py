@@ -137,12 +137,13 @@ class Norms:
     @contextmanager
     def _matching(self, perturbed: bool) -> Iterator[None]:
         """Modules whose statistics of the whole batch are known normalize by them."""
-        matching = self._statistics == "matched"
-        norms = [n for n in self._of_batch if matching and not isinstance(n, nn.SyncBatchNorm)]
+        norms = [norm for norm in self._of_batch if not isinstance(norm, nn.SyncBatchNorm)]
         if perturbed and not self._has_matched:
             norms = []
         for norm in norms:
-            matched = self._matched.setdefault(norm, Matched(norm))
+            if norm not in self._matched:
+                self._matched[norm] = Matched(norm)
+            matched = self._matched[norm]
             matched.of_batch, matched.perturbed = self._of_batch[norm], perturbed
             norm.forward = matched  # type: ignore[method-assign, assignment]
         self._has_matched |= not perturbed

@@ -118,17 +118,6 @@ def _adam(
     )
 
 
-def _fused(base: Optimizer, backup: dict[Tensor, Tensor], found_inf: Tensor | None) -> None:
-    without_grad = [p for p in backup if p.grad is None]
-    ksam_kernels.restore_(without_grad, [backup[p] for p in without_grad])
-    update = _sgd if isinstance(base, SGD) else _adam
-    for group in base.param_groups:
-        moving = [(p, backup.get(p, p), p.grad) for p in group["params"] if p.grad is not None]
-        if moving:
-            params, backups, grads = map(list, zip(*moving, strict=True))
-            update(base, group, params, backups, grads, found_inf)
-
-
 class Update:
     """The backed-up weights put back and the base optimizer's step taken with ``.grad``.
 
@@ -164,23 +153,24 @@ class Update:
         Args:
             backup: perturbed parameter -> its weights before the perturbation.
         """
-        fuses = can_fuse(self.base)
-        if not fuses:
-            ksam_kernels.restore_(list(backup), list(backup.values()))
-        if self.scaler is not None:
-            optimizer: Any = self._in_kernels if fuses else self.base
-            self.scaler.unscale_(optimizer)
-            self.scaler.step(optimizer, *([backup] if fuses else []))
-        elif fuses:
-            _fused(self.base, backup, None)
+        optimizer: Any
+        arguments: tuple[dict[Tensor, Tensor], ...]
+        if can_fuse(self.base):
+            optimizer, arguments = self._in_kernels, (backup,)
         else:
-            self.base.step()
+            ksam_kernels.restore_(list(backup), list(backup.values()))
+            optimizer, arguments = self.base, ()
+        if self.scaler is None:
+            optimizer.step(*arguments)
+        else:
+            self.scaler.unscale_(optimizer)
+            self.scaler.step(optimizer, *arguments)
 
 
 class _InKernels:
-    """What a GradScaler sees of a base optimizer that the kernels update.
+    """A base optimizer whose step the kernels take, as a GradScaler wants to see it.
 
-    To an optimizer of its own kind it sets ``found_inf``, on the device, and always calls ``step``:
+    To an optimizer that says so it sets ``found_inf``, on the device, and always calls ``step``:
     nothing waits to learn whether the gradients were finite.
     """
 
@@ -195,4 +185,12 @@ class _InKernels:
         return self.base.param_groups
 
     def step(self, backup: dict[Tensor, Tensor]) -> None:
-        _fused(self.base, backup, self.found_inf)
+        """Restore and update in one pass."""
+        without_grad = [p for p in backup if p.grad is None]
+        ksam_kernels.restore_(without_grad, [backup[p] for p in without_grad])
+        update = _sgd if isinstance(self.base, SGD) else _adam
+        for group in self.param_groups:
+            moving = [(p, backup.get(p, p), p.grad) for p in group["params"] if p.grad is not None]
+            if moving:
+                params, backups, grads = map(list, zip(*moving, strict=True))
+                update(self.base, group, params, backups, grads, self.found_inf)
