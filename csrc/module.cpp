@@ -22,7 +22,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(KSAM_SANITIZED)
   m.attr("sanitized") = true;
 #else
   m.attr("sanitized") = false;

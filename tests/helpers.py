@@ -41,6 +41,13 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For a conftest to import: small models gain nothing from threads, and lose where others run."""
+    with threads(1):
+        yield
+
+
 def raises_out_of_range(backend: str, message: str) -> AbstractContextManager[Any]:
     """An IndexError with the message; of GPU kernels, which cannot raise it, their assertion."""
     if backend == "simt":

@@ -1,10 +1,11 @@
-// From lists of Python tensors to the rows of a kernel call.
+// From lists of tensors to the rows of a kernel call.
 #pragma once
 
 #include <array>
 #include <vector>
 
-#include "common/python.h"
+#include "common/gpu.h"
+#include "common/tensor.h"
 #include "perturb/layout.h"
 #include "perturb/perturb.h"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from tests.helpers import threads
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and lose much where cores are shared."""
-    with threads(1):
-        yield
+from tests.helpers import one_thread as one_thread
 
 
 @dataclass(frozen=True)
