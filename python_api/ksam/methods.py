@@ -8,9 +8,9 @@ of the base optimizer's step, a forward pass over a sample counted as 1 and a ba
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from ksam.geometry import Geometry, NamedAdaptive, StochasticWeights, named_weight
 from ksam.momentum import Momentum
@@ -89,8 +89,8 @@ class AutoKSAM(KSAM):
     ``model``). All other steps are those of :class:`MSAM`, at the same cost.
 
     Args:
-        momentum_rho: radius of MSAM's steps; 0.3 suits SGD from scratch, 0.05 fine-tuning with
-            AdamW. None: they are plain, and ``base`` need not have momentum.
+        momentum_rho: radius of MSAM's steps; "auto": 0.05 with Adam and its kin, whose steps are
+            shorter, else 0.3. None: they are plain, and ``base`` need not have momentum.
         threshold, every, budget: as in :class:`~ksam.when.Representative`.
         options: those of :class:`KSAM`, but for ``when`` and ``otherwise``.
     """
@@ -100,12 +100,15 @@ class AutoKSAM(KSAM):
         params: Params,
         base: Base,
         *,
-        momentum_rho: float | None = 0.3,
+        momentum_rho: float | Literal["auto"] | None = "auto",
         threshold: float = 0.9,
         every: int = 10,
         budget: float | None = 1.0,
         **options: Any,
     ) -> None:
+        if momentum_rho == "auto":
+            kind = base if isinstance(base, type) else type(base)
+            momentum_rho = 0.05 if issubclass(kind, (Adam, AdamW, NAdam, RAdam)) else 0.3
         super().__init__(
             params,
             base,

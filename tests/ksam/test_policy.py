@@ -240,6 +240,20 @@ def test_the_automatic_k_sam_is_made_of_its_parts(backend: str, radius: float | 
     assert all_same_bits([*weights(model), *model.buffers()], [*weights(twin), *twin.buffers()])
 
 
+@pytest.mark.parametrize(("base", "radius"), [(torch.optim.SGD, 0.3), (torch.optim.AdamW, 0.05)])
+@pytest.mark.parametrize("built", [False, True])
+def test_the_radius_along_momentum_is_of_the_base_s_kind(
+    base: type[torch.optim.Optimizer], radius: float, built: bool
+) -> None:
+    params = [*network().parameters()]
+    options: dict[str, Any] = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    optimizer = AutoKSAM(None, base(params, **options)) if built else AutoKSAM(
+        params, base, **options
+    )  # fmt: skip
+    assert isinstance(optimizer.otherwise, Momentum)
+    assert optimizer.otherwise.rho == radius
+
+
 def test_the_automatic_k_sam_needs_momentum_unless_told_otherwise() -> None:
     params = [*network().parameters()]
     with pytest.raises(ValueError, match=r"momentum .*got momentum=0"):
