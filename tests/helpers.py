@@ -43,7 +43,7 @@ def threads(count: int) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For a conftest to import: small models gain nothing from threads, and lose where others run."""
+    """For a conftest to import: small models gain nothing from threads, and lose beside others."""
     with threads(1):
         yield
 
