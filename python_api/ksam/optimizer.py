@@ -20,6 +20,7 @@ from ksam.base import (
     parameter_names,
     parameters,
 )
+from ksam.distributed import mean_over_ranks
 from ksam.geometry import Geometry, Moving
 from ksam.momentum import Momentum
 from ksam.parts import Part, Sampler
@@ -76,7 +77,8 @@ class SharpnessAware(Optimizer):
         rho: radius of the perturbation, >= 0, or a function of the step (from 0). It stands in
             ``param_groups``; the norm is one over all groups.
         model: the module whose BatchNorm statistics a step updates exactly once, in the pass over
-            the whole batch. Without it every pass updates them.
+            the whole batch. Without it every pass updates them. In data-parallel training the
+            DistributedDataParallel, over whose ranks a policy's shares are averaged.
         when: a function of the step (:class:`ksam.From`, :class:`ksam.EveryNth`, ...) or a policy
             (:class:`ksam.Representative`) that says which steps are sharpness-aware; None: all.
         otherwise: what the other steps climb along before the gradient of the whole batch is taken:
@@ -195,17 +197,9 @@ class SharpnessAware(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("base", "ascent", "descent", "geometry", "when", "otherwise", "scale", "statistics")
-        private = (
-            "seed",
-            "model",
-            "steps_done",
-            "report_share",
-            "_update",
-            "_rho",
-            "_rho_schedules",
-            "_looked_for_batchnorm",
-        )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own + private}}
+        more = ("seed", "model", "steps_done", "report_share", "_update", "_rho", "_rho_schedules")
+        names = (*own, *more, "_looked_for_batchnorm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -256,10 +250,11 @@ class SharpnessAware(Optimizer):
         try:
             with torch.enable_grad():
                 result = self._descent_gradient(passes, sharp, perturbed)
+                probe = self._probe(result.share)
             with interrupts.deferred():
                 self._update(perturbed)
                 perturbed.clear()
-                self._finish(passes, sharp, cost if sharp else 1.0, result.share)
+                self._finish(passes, cost if sharp else 1.0, probe)
         except BaseException:
             with interrupts.deferred():
                 ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
@@ -369,15 +364,19 @@ class SharpnessAware(Optimizer):
         with interrupts.deferred():
             return self.geometry.perturb(moving, perturbed, f"{self.seed}/{self.steps_done}")
 
-    def _finish(self, passes: Passes, sharp: bool, cost: float, share: Tensor | None) -> None:
+    def _probe(self, share: Tensor | None) -> Tensor | None:
+        """What a policy that asked for the share is told, on all ranks the same."""
+        asked = isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
+        return mean_over_ranks(share, self.model) if asked and share is not None else None
+
+    def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
         """The weights are updated: now what the parts learn from the step is final too."""
-        step = self.steps_done
-        self.steps_done += 1
         for part in (self.ascent, self.descent):
             if isinstance(part, Sampler):
                 part.observe(passes)
         if isinstance(self.when, Policy):
-            self.when.observe(step, cost, share if self.when.wants_share(step) else None)
+            self.when.observe(self.steps_done, cost, probe)
+        self.steps_done += 1
 
     def _parameters(self) -> list[Tensor]:
         """In every step, so without the look at each entry that ``parameters`` takes."""

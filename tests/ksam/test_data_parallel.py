@@ -1,0 +1,120 @@
+"""Two processes of DistributedDataParallel, each with samples of its own; one backend is enough."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ksam import KSAM, AutoKSAM
+from tests.device import DEVICE
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
+
+RANKS = 2
+K = 8  # of 24
+THRESHOLD = 0.36  # the shares are 0.34 to 0.38
+OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "k": K}
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or DEVICE.type != "cpu",
+    reason="needs torch.distributed, and its gloo for tensors on the CPU",
+)
+
+
+def _train(rank: int, folder: Path, name: str, views: bool, steps: int) -> None:
+    """A process: what it ends with goes to a file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    net = network(batchnorm=name == "auto")
+    model = DistributedDataParallel(net, gradient_as_bucket_view=views)
+    optimizer = (
+        AutoKSAM(
+            model.parameters(), torch.optim.SGD, model=model, every=1, threshold=THRESHOLD,
+            budget=None, **OPTIONS,
+        )
+        if name == "auto"
+        else KSAM(model.parameters(), torch.optim.SGD, model=model, rho=0.1, **OPTIONS)
+    )  # fmt: skip
+    optimizer.report_share = name == "auto"
+    results = [optimizer.step(loss_of(model), batch(RANKS * i + rank)) for i in range(steps)]
+    found = {
+        "weights": weights(net),
+        "sharp": [result.sharp for result in results],
+        "shares": [None if result.share is None else float(result.share) for result in results],
+        "losses": results[-1].losses,
+    }
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _run(folder: Path, *arguments: Any) -> list[dict[str, Any]]:
+    torch.multiprocessing.spawn(_train, (folder, *arguments), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _mean_gradient(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+    params = list(model.parameters())
+    losses = [F.cross_entropy(model(b["x"]), b["y"]) for b in batches]
+    return list(torch.autograd.grad(torch.stack(losses).mean(), params))
+
+
+def _plain_step(model: nn.Module, base: torch.optim.Optimizer, step: int, rho: float) -> None:
+    """K-SAM with both gradients averaged over the ranks, in one process and plain torch."""
+    chosen = []
+    for rank in range(RANKS):
+        data = batch(RANKS * step + rank)
+        with torch.no_grad():
+            losses = F.cross_entropy(model(data["x"]), data["y"], reduction="none")
+        top = losses.topk(K).indices
+        chosen.append({name: tensor[top] for name, tensor in data.items()})
+    grads = _mean_gradient(model, chosen)
+    norm = torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(())))
+    old = weights(model)
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p += rho * g / norm
+    grads = _mean_gradient(model, chosen)
+    with torch.no_grad():
+        for p, w, g in zip(model.parameters(), old, grads, strict=True):
+            p.copy_(w)
+            p.grad = g
+    base.step()
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_both_gradients_are_means_over_the_ranks(views: bool, tmp_path: Path) -> None:
+    first, second = _run(tmp_path, "ksam", views, 5)
+    assert all_same_bits(first["weights"], second["weights"])
+    assert not torch.equal(first["losses"], second["losses"])
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(5):
+        _plain_step(model, base, step, rho=0.1)
+    for found, expected in zip(first["weights"], model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_policy_decides_alike_on_all_ranks(tmp_path: Path) -> None:
+    first, second = _run(tmp_path, "auto", False, 16)
+    shares = list(zip(first["shares"], second["shares"], strict=True))
+    assert any((a < THRESHOLD) != (b < THRESHOLD) for a, b in shares[:-1]), shares
+    assert first["sharp"] == second["sharp"]
+    means = [(a + b) / 2 >= THRESHOLD for a, b in shares]
+    assert first["sharp"] == [False, *means[:-1]]
+    assert set(means[:-1]) == {True, False}
+    assert all_same_bits(first["weights"], second["weights"])
