@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import select_device
-from benchmarks.train.config import BASES, DATA, DEFAULT_METHODS, METHODS, parse_k, resolve
+from benchmarks.train.config import (
+    BASES,
+    DATA,
+    DEFAULT_METHODS,
+    DEFAULT_MSAM_RHO,
+    METHODS,
+    parse_k,
+    resolve,
+)
 from benchmarks.train.run import run_benchmark
 
 
@@ -114,13 +122,14 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("single methods")
-    for name, default in (("asam", 0.5), ("msam", 0.3)):
+    msam = ", ".join(f"{rho} with {base}" for base, rho in DEFAULT_MSAM_RHO.items())
+    for name, default, text in (("asam", 0.5, "0.5"), ("msam", None, msam)):
         group.add_argument(
             f"--{name}-rho",
             type=_non_negative_float,
             default=default,
             metavar="RHO",
-            help=f"radius of {name.upper()}; default: {default}",
+            help=f"radius of {name.upper()}; default: {text}",
         )
     group.add_argument(
         "--late",

@@ -54,6 +54,9 @@ DEFAULT_RATES = {
     ("text", "adamw"): (5e-5, 1e-2),
 }
 
+# As AutoKSAM's: Adam's steps are shorter.
+DEFAULT_MSAM_RHO = {"sgd": 0.3, "adamw": 0.05}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -117,7 +120,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
         k=args.k,
         rho=args.rho,
         asam_rho=args.asam_rho,
-        msam_rho=args.msam_rho,
+        msam_rho=DEFAULT_MSAM_RHO[base] if args.msam_rho is None else args.msam_rho,
         late=args.late,
         threshold=args.threshold,
         budget=args.budget or None,

@@ -138,7 +138,7 @@ def test_a_vit_trains_from_the_command_line(cli: Callable[..., Any], tmp_path: P
     assert result.status == 0, result.err
     rows = read_rows(tmp_path / "results.csv")
     assert [(row["method"], row["rho"]) for row in rows] == [
-        ("sgd", ""), ("ksam-auto", "0.05"), ("msam", "0.3"),
+        ("sgd", ""), ("ksam-auto", "0.05"), ("msam", "0.05"),
     ]  # fmt: skip
     assert "auto K-SAM, k=1/3" in result.out
 
