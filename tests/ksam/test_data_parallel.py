@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 def _train(rank: int, folder: Path, name: str, views: bool, steps: int) -> None:
     """A process: what it ends with goes to a file."""
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine without a network may not know its own name
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'store'}",
