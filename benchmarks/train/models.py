@@ -60,7 +60,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in_width, H, 48] to [B, width, H / stride, 48 / stride]."""
+        """Map [B, in_width, H, W] to [B, width, H / stride, W / stride]."""
         return F.relu(self.body(x) + self.shortcut(x))
 
 

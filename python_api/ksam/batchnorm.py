@@ -17,13 +17,10 @@ def _updating(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
     return [norm for norm in norms if norm.training and norm.track_running_stats]
 
 
-def _batchnorms(model: nn.Module | None) -> list[_BatchNorm]:
-    """Those that normalize with the statistics of what they see, and have running ones."""
-    return [norm for norm in _updating_in(model) if norm.running_mean is not None]
-
-
-def _updating_in(model: nn.Module | None) -> list[_BatchNorm]:
-    return [] if model is None else _updating(model.modules())
+def _set_flag(norms: Iterable[nn.Module], name: str, value: bool) -> None:
+    """A plain attribute of modules, without nn.Module's search for a parameter of that name."""
+    for norm in norms:
+        vars(norm)[name] = value
 
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance
@@ -55,6 +52,8 @@ def _average(norms: Sequence[_BatchNorm], of_batch: Mapping[_BatchNorm, Statisti
 class Norms:
     """What BatchNorm does in the passes of one step.
 
+    Those of its modules count that update running statistics when the step begins.
+
     Args:
         model: the module that holds it; None: nothing is changed, every pass is as the model is.
         statistics: what passes over a subset normalize with. ``"subset"``: its own statistics.
@@ -73,7 +72,7 @@ class Norms:
         statistics: str = "subset",
         matched: dict[nn.Module, Matched] | None = None,
     ) -> None:
-        self._model = model
+        self.modules = [] if model is None else _updating(model.modules())
         self._statistics = statistics
         self._matched = {} if matched is None else matched
         self._of_batch: dict[_BatchNorm, Statistics] = {}
@@ -85,7 +84,7 @@ class Norms:
         if self._statistics != "full" and not (whole and self._statistics == "matched"):
             yield
             return
-        norms = _batchnorms(self._model)
+        norms = [norm for norm in self.modules if norm.running_mean is not None]
         running = [(norm.momentum, *_running(norm)) for norm in norms]
         for norm, (_, mean, var) in zip(norms, running, strict=True):
             # Buffers of its own, as the backward pass wants to find them as they were. They become
@@ -106,14 +105,11 @@ class Norms:
         Without ``track_running_stats`` a training forward touches neither the statistics nor
         ``num_batches_tracked``, whatever the momentum (None included).
         """
-        modules = _updating_in(self._model)
-        for module in modules:
-            module.track_running_stats = False
+        _set_flag(self.modules, "track_running_stats", False)
         try:
             yield
         finally:
-            for module in modules:
-                module.track_running_stats = True
+            _set_flag(self.modules, "track_running_stats", True)
 
     @contextmanager
     def of_subset(self, perturbed: bool) -> Iterator[None]:
@@ -122,16 +118,15 @@ class Norms:
             with self._matching(perturbed), self.frozen():
                 yield
             return
-        modules = _updating_in(self._model)
-        running = {norm: (norm.running_mean, norm.running_var) for norm in modules}
-        for norm in modules:
-            norm.training = False
+        running = {norm: (norm.running_mean, norm.running_var) for norm in self.modules}
+        _set_flag(self.modules, "training", False)
+        for norm in self.modules:
             norm.running_mean, norm.running_var = self._of_batch.get(norm, running[norm])
         try:
             yield
         finally:
-            for norm in modules:
-                norm.training = True
+            _set_flag(self.modules, "training", True)
+            for norm in self.modules:
                 norm.running_mean, norm.running_var = running[norm]
 
     @contextmanager
@@ -202,8 +197,8 @@ class Snapshot:
         self._saved: list[Tensor] = []
 
     @torch.no_grad()
-    def take(self, model: nn.Module | None) -> None:
-        buffers = [b for norm in _updating_in(model) for b in norm.buffers(recurse=False)]
+    def take(self, norms: Norms) -> None:
+        buffers = [b for norm in norms.modules for b in norm._buffers.values() if b is not None]
         # .to() gives a module new buffers.
         if list(map(id, buffers)) != list(map(id, self._buffers)):
             self._buffers, self._saved = buffers, [torch.empty_like(b) for b in buffers]

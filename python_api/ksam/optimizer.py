@@ -242,10 +242,11 @@ class SharpnessAware(Optimizer):
             raise ValueError("batch must hold at least one sample, got 0")
         cost = self.cost(samples)
         sharp = self._is_sharp(cost)
-        passes = self._passes(per_sample_loss, batch, samples, sharp)
+        norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._matched)
+        passes = self._passes(per_sample_loss, batch, samples, sharp, norms)
         self._schedule_rho()
         self.zero_grad()
-        self._snapshot.take(self.model)
+        self._snapshot.take(norms)
         perturbed: dict[Tensor, Tensor] = {}
         try:
             with torch.enable_grad():
@@ -269,9 +270,15 @@ class SharpnessAware(Optimizer):
             return self.when.decide(self.steps_done, cost)
         return bool(self.when(self.steps_done))
 
-    def _passes(self, function: PerSampleLoss, batch: Any, samples: int, sharp: bool) -> Passes:
+    def _passes(
+        self,
+        function: PerSampleLoss,
+        batch: Any,
+        samples: int,
+        sharp: bool,
+        norms: batchnorm.Norms,
+    ) -> Passes:
         step = self.steps_done
-        statistics = self.statistics if sharp else "subset"
         samplers = [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]
         return Passes(
             function,
@@ -281,7 +288,7 @@ class SharpnessAware(Optimizer):
             step=step,
             seed=self.seed,
             whole=not sharp or any(sampler.whole(step) for sampler in samplers),
-            norms=batchnorm.Norms(self.model, statistics, self._matched),
+            norms=norms,
             trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
         )
