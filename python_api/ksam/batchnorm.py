@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from ksam import interrupts
 
 
 def _updating(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
     """Those whose running statistics a forward would update."""
     norms = (module for module in modules if isinstance(module, _BatchNorm))
     return [norm for norm in norms if norm.training and norm.track_running_stats]
-
-
-def _set_flag(norms: Iterable[nn.Module], name: str, value: bool) -> None:
-    """A plain attribute of modules, without nn.Module's search for a parameter of that name."""
-    for norm in norms:
-        vars(norm)[name] = value
 
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance
@@ -33,11 +31,11 @@ def _running(norm: _BatchNorm) -> Statistics:
 
 
 @torch.no_grad()
-def _average(norms: Sequence[_BatchNorm], of_batch: Mapping[_BatchNorm, Statistics]) -> None:
+def _average(of_batch: Mapping[_BatchNorm, Statistics]) -> None:
     """Average a batch's statistics into the running ones, as a training forward does."""
     by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for norm in norms:
-        for running, new in zip(_running(norm), of_batch[norm], strict=True):
+    for norm, statistics in of_batch.items():
+        for running, new in zip(_running(norm), statistics, strict=True):
             if norm.momentum is None:  # a cumulative average; its count is on the device
                 assert norm.num_batches_tracked is not None
                 running += (new - running) / norm.num_batches_tracked
@@ -47,6 +45,20 @@ def _average(norms: Sequence[_BatchNorm], of_batch: Mapping[_BatchNorm, Statisti
                 news.append(new)
     for weight, (runnings, news) in by_weight.items():
         torch._foreach_lerp_(runnings, news, weight)
+
+
+def _can_match(norm: _BatchNorm) -> bool:
+    """:class:`Matched` stands in for BatchNorm's own forward, not for what others made of it."""
+    return type(norm).forward is _BatchNorm.forward and "forward" not in vars(norm)
+
+
+#: What a pass may change of a module: entries of its dictionary.
+SETTINGS = ("training", "track_running_stats", "momentum", "forward", "_buffers")
+
+
+def _settings(norm: _BatchNorm) -> dict[str, Any]:
+    found = {name: vars(norm)[name] for name in SETTINGS if name in vars(norm)}
+    return {**found, "_buffers": dict(norm._buffers)}
 
 
 class Norms:
@@ -59,44 +71,87 @@ class Norms:
         statistics: what passes over a subset normalize with. ``"subset"``: its own statistics.
             ``"matched"``: its own, then scaled and shifted so that the ascent's activations are
             normalized as in the pass over the whole batch (:class:`Matched`); where none came
-            before, the ascent is not on the subset, or in SyncBatchNorm, as ``"subset"``.
+            before, or the ascent is not on the subset, as ``"subset"``, and so are modules whose
+            forward is not BatchNorm's own (SyncBatchNorm, a norm with its activation).
             ``"full"``: those of the pass over the whole batch, as constants (their variance is the
             unbiased one, as in running statistics). ``"running"``: the running ones, as in
-            evaluation.
-        matched: what ``"matched"`` keeps between steps.
+            evaluation. A module that comes by more than once in the pass over the whole batch has
+            no one set of statistics: it is as ``"subset"`` where that is noticed
+            (:class:`Watched`).
+        kept: what ``"matched"`` and ``"full"`` keep between steps.
     """
 
     def __init__(
-        self,
-        model: nn.Module | None,
-        statistics: str = "subset",
-        matched: dict[nn.Module, Matched] | None = None,
+        self, model: nn.Module | None, statistics: str = "subset", kept: Kept | None = None
     ) -> None:
         self.modules = [] if model is None else _updating(model.modules())
         self._statistics = statistics
-        self._matched = {} if matched is None else matched
+        self._kept = Kept() if kept is None else kept
+        self._before = {norm: _settings(norm) for norm in self.modules}
         self._of_batch: dict[_BatchNorm, Statistics] = {}
         self._has_matched = False
+
+    def put_back(self, *names: str) -> None:
+        """The modules' settings of these names as they were when the step began; all: no name."""
+        for norm, before in self._before.items():
+            settings = vars(norm)
+            for name in names or SETTINGS:
+                if name == "_buffers":
+                    settings[name].update(before[name])
+                elif name in before:
+                    settings[name] = before[name]
+                else:
+                    settings.pop(name, None)
 
     @contextmanager
     def updating(self, whole: bool) -> Iterator[None]:
         """The pass that updates the running statistics, over the whole batch or a subset."""
-        if self._statistics != "full" and not (whole and self._statistics == "matched"):
+        norms: list[_BatchNorm] = []
+        if self._statistics == "full":
+            norms = [norm for norm in self.modules if norm.running_mean is not None]
+        elif self._statistics == "matched" and whole:
+            norms = list(filter(_can_match, self.modules))
+        if not norms:
             yield
             return
-        norms = [norm for norm in self.modules if norm.running_mean is not None]
-        running = [(norm.momentum, *_running(norm)) for norm in norms]
-        for norm, (_, mean, var) in zip(norms, running, strict=True):
-            # Buffers of its own, as the backward pass wants to find them as they were. They become
-            # the statistics of the batch, or stay the running ones where the pass does not come by.
-            norm.running_mean, norm.running_var = self._of_batch[norm] = mean.clone(), var.clone()
-            norm.momentum = 1.0
-        try:
+        with interrupts.undone(lambda: self.put_back("momentum", "forward", "_buffers")):
+            for norm in norms:
+                self._watch(norm)
+                # Buffers of its own, as the backward pass wants to find them as they were. They
+                # become the batch's statistics, or stay the running ones where the pass does not
+                # come by.
+                mean, var = map(torch.clone, _running(norm))
+                norm.running_mean, norm.running_var = self._of_batch[norm] = mean, var
+                norm.momentum = 1.0
             yield
-        finally:
-            for norm, (momentum, mean, var) in zip(norms, running, strict=True):
-                norm.momentum, norm.running_mean, norm.running_var = momentum, mean, var
-        _average(norms, self._of_batch)
+        _average(self._of_batch)
+
+    def _watch(self, norm: _BatchNorm) -> None:
+        if norm not in self._kept.watched:
+            self._kept.watched[norm] = Watched(norm)
+        watched = self._kept.watched[norm]
+        watched.start(self._before[norm].get("forward"), self._comes_by_again)
+        vars(norm)["forward"] = watched
+
+    def _comes_by_again(self, norm: _BatchNorm) -> None:
+        """From here on the running statistics are updated as in any forward."""
+        first = {norm: self._of_batch.pop(norm)}
+        before = self._before[norm]
+        norm.momentum = before["momentum"]
+        norm._buffers.update(before["_buffers"])
+        _average(first)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """The backward pass of :meth:`updating`: activation checkpointing forwards in it again.
+
+        Without weight for the new and without the count, no forward changes running statistics.
+        """
+        with interrupts.undone(lambda: self.put_back("momentum", "_buffers")):
+            self.put_back("forward")
+            for norm in self.modules:
+                norm.momentum, norm._buffers["num_batches_tracked"] = 0.0, None
+            yield
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -105,48 +160,33 @@ class Norms:
         Without ``track_running_stats`` a training forward touches neither the statistics nor
         ``num_batches_tracked``, whatever the momentum (None included).
         """
-        _set_flag(self.modules, "track_running_stats", False)
-        try:
-            yield
-        finally:
-            _set_flag(self.modules, "track_running_stats", True)
-
-    @contextmanager
-    def of_subset(self, perturbed: bool) -> Iterator[None]:
-        """A pass over a subset; the running statistics are left alone."""
-        if self._statistics in ("subset", "matched"):
-            with self._matching(perturbed), self.frozen():
-                yield
-            return
-        running = {norm: (norm.running_mean, norm.running_var) for norm in self.modules}
-        _set_flag(self.modules, "training", False)
-        for norm in self.modules:
-            norm.running_mean, norm.running_var = self._of_batch.get(norm, running[norm])
-        try:
-            yield
-        finally:
-            _set_flag(self.modules, "training", True)
+        with interrupts.undone(lambda: self.put_back("track_running_stats")):
+            # As plain attributes, without nn.Module's search for a parameter of that name.
             for norm in self.modules:
-                norm.running_mean, norm.running_var = running[norm]
+                vars(norm)["track_running_stats"] = False
+            yield
 
     @contextmanager
-    def _matching(self, perturbed: bool) -> Iterator[None]:
-        """Modules whose statistics of the whole batch are known normalize by them."""
-        norms = [norm for norm in self._of_batch if not isinstance(norm, nn.SyncBatchNorm)]
-        if perturbed and not self._has_matched:
-            norms = []
-        for norm in norms:
-            if norm not in self._matched:
-                self._matched[norm] = Matched(norm)
-            matched = self._matched[norm]
-            matched.of_batch, matched.perturbed = self._of_batch[norm], perturbed
-            norm.forward = matched  # type: ignore[method-assign, assignment]
-        self._has_matched |= not perturbed
-        try:
+    def of_subset(self, perturbed: bool, part: float) -> Iterator[None]:
+        """A pass over a ``part`` of the batch; the running statistics are left alone."""
+        statistics = self._statistics
+        constant = {"running": self.modules, "full": self._of_batch}.get(statistics, [])
+        with (
+            interrupts.undone(lambda: self.put_back("training", "forward", "_buffers")),
+            self.frozen(),
+        ):
+            for norm in constant:
+                vars(norm)["training"] = False
+                if statistics == "full":
+                    norm.running_mean, norm.running_var = self._of_batch[norm]
+            if statistics == "matched" and (self._has_matched or not perturbed):
+                for norm, of_batch in self._of_batch.items():
+                    if norm not in self._kept.matched:
+                        self._kept.matched[norm] = Matched(norm)
+                    self._kept.matched[norm].start(of_batch, part, perturbed)
+                    vars(norm)["forward"] = self._kept.matched[norm]
+                self._has_matched = True
             yield
-        finally:
-            for norm in norms:
-                del norm.forward
 
 
 class Matched:
@@ -156,21 +196,26 @@ class Matched:
     :math:`\frac{x - \mu_S}{\sigma_S} r + d = \frac{x - \mu}{\sigma}`: the values are those of the
     whole batch's :math:`\mu, \sigma`, but the gradient is BatchNorm's, through :math:`\mu_S` and
     :math:`\sigma_S`, as r and d are constants: at the perturbed weights those of the unperturbed.
-
-    One object serves a module in all steps, as ``torch.compile`` compiles anew for another.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
         self.norm = norm
         self.of_batch = _running(norm)
-        self.perturbed = False
+        self.part, self.perturbed = 1.0, False
         self.r = self.d = torch.empty(0)
+
+    def start(self, of_batch: Statistics, part: float, perturbed: bool) -> None:
+        """A pass: the whole batch's mean and unbiased variance, and how much of it is seen."""
+        self.of_batch, self.part, self.perturbed = of_batch, part, perturbed
 
     def __call__(self, x: Tensor) -> Tensor:
         """BatchNorm with :math:`\\gamma r` for weight and :math:`\\gamma d + \\beta` for bias."""
         norm = self.norm
         if not self.perturbed:
-            self.r, self.d = _match(x, self.of_batch, norm.eps)
+            mean, var = self.of_batch
+            values = x.numel() / x.shape[1] / self.part  # of a channel, in the whole batch
+            biased = var * (1 - 1 / values)  # as the pass over the whole batch normalizes with
+            self.r, self.d = _match(x, (mean, biased), norm.eps)
         weight, bias = self.r, self.d
         if norm.weight is not None:
             weight, bias = norm.weight * weight, norm.weight * bias
@@ -187,6 +232,42 @@ def _match(x: Tensor, of_batch: Statistics, eps: float) -> tuple[Tensor, Tensor]
     own_var, own_mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
     sigma = (var + eps).sqrt()
     return (own_var + eps).sqrt() / sigma, (own_mean - mean) / sigma
+
+
+class Watched:
+    """A module's forward in the pass that updates, which tells when it comes by again.
+
+    By then its buffers hold the statistics of the first time, which the second would overwrite.
+    Programs of ``torch.compile`` do not tell: there a module used twice is updated from its last
+    use, and all its uses are matched to that one.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        self.norm = norm
+
+    def start(
+        self, forward: Callable[..., Tensor] | None, again: Callable[[_BatchNorm], None]
+    ) -> None:
+        """A pass; ``forward`` is the module's own, if it has another than its class."""
+        self.forward, self.again, self.calls = forward, again, 0
+
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            if self.calls == 2:
+                self.again(self.norm)
+        if self.forward is not None:
+            return self.forward(*inputs, **options)
+        return type(self.norm).forward(self.norm, *inputs, **options)
+
+
+class Kept:
+    """Stand-ins for the forwards of modules: the same in all steps, as ``torch.compile`` compiles
+    anew for another."""
+
+    def __init__(self) -> None:
+        self.matched: dict[_BatchNorm, Matched] = {}
+        self.watched: dict[_BatchNorm, Watched] = {}
 
 
 class Snapshot:
@@ -225,8 +306,13 @@ def detector(watch: bool) -> Iterator[list[nn.Module]]:
     def look(module: nn.Module, _: object) -> None:
         seen.extend(_updating([module]))
 
-    handle = nn.modules.module.register_module_forward_pre_hook(look)
-    try:
+    handles: list[RemovableHandle] = []
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+
+    with interrupts.undone(stop):
+        with interrupts.deferred():
+            handles.append(nn.modules.module.register_module_forward_pre_hook(look))
         yield seen
-    finally:
-        handle.remove()

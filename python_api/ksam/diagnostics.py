@@ -195,6 +195,7 @@ def alignment(
 
 
 def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
+    torch.clear_autocast_cache()  # of other weights, or without gradients
     output = per_sample_loss(batch)
     losses: Tensor = output[0] if isinstance(output, tuple) else output
     return losses
@@ -285,12 +286,15 @@ def _mean_loss(per_sample_loss: PerSampleLoss, batches: list[Any], backward: boo
 def _perturbed(params: Sequence[Tensor], direction: Sequence[Tensor], rho: float) -> Iterator[None]:
     backup = [torch.empty_like(p) for p in params]
     moved = False
-    try:
+
+    def back() -> None:
+        if moved:
+            with interrupts.deferred():
+                ksam_kernels.restore_(params, backup)
+        torch.clear_autocast_cache()  # of the perturbed weights
+
+    with interrupts.undone(back):
         with interrupts.deferred():
             ksam_kernels.perturb_(params, direction, backup, rho=rho)
             moved = True
         yield
-    finally:
-        if moved:
-            with interrupts.deferred():
-                ksam_kernels.restore_(params, backup)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,3 +29,21 @@ def deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if arrived:
             handler(*arrived[0])
+
+
+@contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Calls ``undo`` on leaving; it may be called twice.
+
+    In a ``finally`` alone Ctrl-C may arrive on the way to its first statement, which then never
+    runs.
+    """
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    except BaseException:
+        with deferred():
+            undo()
+        raise

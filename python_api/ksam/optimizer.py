@@ -148,7 +148,7 @@ class SharpnessAware(Optimizer):
         """Working memory: part of no checkpoint and no copy."""
         self._backup: dict[Tensor, Tensor] = {}
         self._snapshot = batchnorm.Snapshot()
-        self._matched: dict[nn.Module, batchnorm.Matched] = {}
+        self._kept = batchnorm.Kept()
 
     def _share_groups(self) -> None:
         """One list of groups and one state, whoever looks: schedulers, the base, checkpoints."""
@@ -242,25 +242,30 @@ class SharpnessAware(Optimizer):
             raise ValueError("batch must hold at least one sample, got 0")
         cost = self.cost(samples)
         sharp = self._is_sharp(cost)
-        norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._matched)
+        norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._kept)
         passes = self._passes(per_sample_loss, batch, samples, sharp, norms)
         self._schedule_rho()
         self.zero_grad()
         self._snapshot.take(norms)
         perturbed: dict[Tensor, Tensor] = {}
+        done = False
         try:
             with torch.enable_grad():
                 result = self._descent_gradient(passes, sharp, perturbed)
                 probe = self._probe(result.share)
             with interrupts.deferred():
                 self._update(perturbed)
-                perturbed.clear()
+                done = True
                 self._finish(passes, cost if sharp else 1.0, probe)
         except BaseException:
             with interrupts.deferred():
-                ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
-                self._snapshot.put_back()
+                norms.put_back()
+                if not done:
+                    ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
+                    self._snapshot.put_back()
             raise
+        finally:
+            torch.clear_autocast_cache()  # of the perturbed weights
         return result
 
     def _is_sharp(self, cost: float) -> bool:

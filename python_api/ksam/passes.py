@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -108,20 +109,20 @@ class Passes:
 
     def forward(self, k: int | None = None) -> Tensor:
         """Losses of the whole batch ``[M]`` without gradients; with k also :attr:`top`."""
-        with torch.no_grad():
-            return self._evaluate(self.everything(keep=k))
+        with torch.no_grad(), self._pass(self.everything(keep=k)) as losses:
+            return losses
 
     def gradient(self, subset: Subset, factor: Tensor | float | None = None) -> Tensor:
         """``.grad`` of the subset's mean loss, times ``factor`` and scaled; its detached losses."""
-        losses = self._evaluate(subset)
-        if losses.requires_grad:
-            objective = self._scale(self._objective(losses, subset, factor))
-            objective.backward()  # type: ignore[no-untyped-call]
-        elif self._trainable:
-            raise RuntimeError(
-                "per_sample_loss returned losses without a graph although parameters require grad; "
-                "do not detach them and do not compute them under no_grad"
-            )
+        with self._pass(subset) as losses:
+            if losses.requires_grad:
+                objective = self._scale(self._objective(losses, subset, factor))
+                objective.backward()  # type: ignore[no-untyped-call]
+            elif self._trainable:
+                raise RuntimeError(
+                    "per_sample_loss returned losses without a graph although parameters require "
+                    "grad; do not detach them and do not compute them under no_grad"
+                )
         return losses.detach()
 
     def _objective(self, losses: Tensor, subset: Subset, factor: Tensor | float | None) -> Tensor:
@@ -133,8 +134,13 @@ class Passes:
         mean = losses.mean()
         return mean if factor is None else mean * factor
 
-    def _evaluate(self, subset: Subset) -> Tensor:
-        """Losses of the samples, and what is to be kept of them."""
+    @contextmanager
+    def _pass(self, subset: Subset) -> Iterator[Tensor]:
+        """The samples' losses, for a backward pass within; keeps what is to be kept of them.
+
+        BatchNorm stays as it is set for the pass: activation checkpointing forwards once more in
+        the backward pass.
+        """
         is_whole = subset.indices is None
         reports = not self._reported and (is_whole or not self._whole)
         if reports:
@@ -142,7 +148,11 @@ class Passes:
         elif is_whole:
             context = self._norms.frozen()
         else:
-            context = self._norms.of_subset(perturbed=self.before is not None)
+            part = subset.samples / self.samples
+            context = self._norms.of_subset(perturbed=self.before is not None, part=part)
+        # Within autocast the weights' copies of low precision are kept until it ends: those of the
+        # pass before, which may have been at other weights, or without gradients.
+        torch.clear_autocast_cache()
         with (
             context,
             batchnorm.detector(self._watch and not self._reported) as seen,
@@ -151,13 +161,14 @@ class Passes:
             losses, aux = _per_sample(self._function(subset.batch), subset.samples)
             if subset.keep is not None:
                 self.top = recorded.indices(losses)
-        if seen:
-            _warn_of_batchnorm()
-        if reports:
-            self.losses, self.aux = losses.detach(), aux
-            self.scores = recorded.scores(losses)
-            self._reported = True
-        return losses
+            if seen:
+                _warn_of_batchnorm()
+            if reports:
+                self.losses, self.aux = losses.detach(), aux
+                self.scores = recorded.scores(losses)
+                self._reported = True
+            with self._norms.recomputing() if reports else nullcontext():
+                yield losses
 
     @property
     def knows_the_batch(self) -> bool:
@@ -185,10 +196,14 @@ class Passes:
         return torch.arange(self.samples, device=self.losses.device)
 
 
+#: Modules between the user's call of a step and a pass.
+OF_THE_STEP = ("ksam.", "torch.", "contextlib")
+
+
 def _warn_of_batchnorm() -> None:
     """Once, at the line of the user's that called the step."""
     level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").startswith(("ksam.", "torch.")):
+    while sys._getframe(level).f_globals.get("__name__", "").startswith(OF_THE_STEP):
         level += 1
     warnings.warn(
         "the model has BatchNorm whose running statistics every pass of a step updates; "

@@ -127,8 +127,9 @@ _active: Recording | None = None
 def recording(batch_size: int, k: int | None = None) -> Iterator[Recording]:
     """Within, :func:`cross_entropy` of a whole batch is recorded, and selects its k largest."""
     global _active
-    previous, _active = _active, Recording(batch_size, k)
+    previous = _active
     try:
+        _active = Recording(batch_size, k)
         yield _active
     finally:
         _active = previous

@@ -56,13 +56,17 @@ def test_subset_passes_normalize_with_the_statistics_asked_for(
     mean, var = {
         "subset": (subset.mean(0), subset.var(0, correction=0)),
         "full": (whole.mean(0), whole.var(0)),
-        "matched": (whole.mean(0), whole.var(0)),
+        "matched": (whole.mean(0), whole.var(0, correction=0)),
         "running": (0.9 * before[0] + 0.1 * whole.mean(0), 0.9 * before[1] + 0.1 * whole.var(0)),
     }[statistics]
     expected = (subset - mean) / (var + norm.eps).sqrt()
     for inputs, out in seen[1:]:
         assert inputs.shape[0] == 8
         torch.testing.assert_close(out, expected)
+    if statistics == "matched":
+        losses = F.cross_entropy(model[2:](seen[0][1]), data["y"], reduction="none")
+        chosen = losses.topk(8).indices.sort().values
+        torch.testing.assert_close(seen[1][1], seen[0][1][chosen])
 
 
 def test_layers_that_track_nothing_are_left_alone(backend: str) -> None:
@@ -91,8 +95,9 @@ def test_matched_values_have_the_gradient_of_batchnorm(backend: str, affine: boo
     result = optimizer.step(loss_of(model), data)
     params, chosen = list(twin.parameters()), {n: v[result.indices] for n, v in data.items()}
     whole, subset = twin[0](data["x"]).detach(), twin[0](chosen["x"]).detach()
-    r = (subset.var(0, correction=0) + norm.eps).sqrt() / (whole.var(0) + norm.eps).sqrt()
-    d = (subset.mean(0) - whole.mean(0)) / (whole.var(0) + norm.eps).sqrt()
+    var = whole.var(0, correction=0)
+    r = (subset.var(0, correction=0) + norm.eps).sqrt() / (var + norm.eps).sqrt()
+    d = (subset.mean(0) - whole.mean(0)) / (var + norm.eps).sqrt()
 
     def gradient() -> tuple[Tensor, ...]:
         x = twin[0](chosen["x"])
@@ -121,6 +126,73 @@ def test_nothing_is_matched_where_the_ascent_is_not_on_the_subset(backend: str) 
             optimizer.step(loss_of(m), batch(step))
     assert all_same_bits(weights(model), weights(twin))
     assert "forward" not in vars(model[1])
+
+
+class WithActivation(nn.BatchNorm1d):
+    """As timm's BatchNormAct2d: a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("of", ["class", "instance"])
+def test_a_forward_that_is_not_batchnorms_own_is_kept(backend: str, of: str) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        norm = WithActivation(6) if of == "class" else nn.BatchNorm1d(6)
+        if of == "instance":
+            forward = norm.forward
+            norm.forward = lambda x: forward(x).relu()  # type: ignore[method-assign]
+        return nn.Sequential(nn.Linear(8, 6), norm, nn.Linear(6, 5))
+
+    model, twin = build(), build()
+    outputs: list[Tensor] = []
+    model[1].register_forward_hook(lambda _, __, out: outputs.append(out))
+    for m, statistics in ((model, "matched"), (twin, "subset")):
+        optimizer = KSAM(
+            m.parameters(), torch.optim.SGD, lr=0.1, k=8, model=m, statistics=statistics
+        )
+        for step in range(2):
+            optimizer.step(loss_of(m), batch(step))
+    assert all_same_bits(weights(model), weights(twin))
+    assert all(float(out.detach().min()) >= 0 for out in outputs)
+    assert ("forward" in vars(model[1])) == (of == "instance")
+
+
+class UsesTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+        self.norm, self.once = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.once(self.first(x)).tanh()
+        for _ in range(3):
+            x = self.norm(self.second(x)).tanh()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_layer_used_more_than_once_is_updated_each_time(
+    backend: str, statistics: str, momentum: float | None
+) -> None:
+    model = UsesTwice().double()
+    model.norm.momentum = momentum
+    twin, data = copy.deepcopy(model), batch(dtype=torch.float64)
+    outputs: list[Tensor] = []
+    model.norm.register_forward_hook(lambda _, __, out: outputs.append(out.detach()))
+    optimizer = KSAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, k=8, model=model, statistics=statistics
+    )
+    optimizer.step(loss_of(model), data)
+    twin(data["x"])
+    for buffer, expected in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+    if statistics in ("full", "matched"):  # as "subset": each use by its own statistics
+        for out in outputs[3:6]:
+            torch.testing.assert_close(out.mean(0), torch.zeros(6), check_dtype=False)
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
