@@ -40,8 +40,11 @@ CSRC = ROOT / "csrc"
 # Compiled once per instruction set into a namespace of that name: csrc/common/isa.h.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
-    ISA_FLAGS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+    # No more than csrc/common/isa.cpp asks the processor for, and no -march of a level, which GCC
+    # knows from 11 on.
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")]
+    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *avx512, "-mprefer-vector-width=512"]
 
 CXX_FLAGS = [
     "-std=c++17",
@@ -164,6 +167,11 @@ def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
                 )
         return chosen
     default = [name for name in DEFAULT_ARCHITECTURES if name in known]
+    if not default:
+        sys.exit(
+            f"ksam: this nvcc knows none of {', '.join(DEFAULT_ARCHITECTURES)}, only "
+            f"{', '.join(known) or 'nothing'}; choose with TORCH_CUDA_ARCH_LIST."
+        )
     return [*default[:-1], f"{default[-1]}+PTX"]
 
 

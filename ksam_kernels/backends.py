@@ -84,14 +84,21 @@ def requested_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator in the ``with`` block on one backend, in all threads of the process.
 
+    Its kernels may leave single tensors in layouts that they do not read to PyTorch's operators:
+    a copy in order, or for a leaf of a batch the gather itself.
+
     Args:
         name: ``"auto"``, ``"native"``, ``"triton"``, ``"reference"`` or any that was registered.
 
     Raises:
         ValueError: for any other name. Where the named backend cannot run an operator, the call of
             that operator raises :class:`BackendUnavailableError`.
+        RuntimeError: within a function that ``torch.compile`` compiles whole: its operators choose
+            when they run, long after the block. Enter it around the call of the compiled function.
     """
     global _choice
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"use_backend({name!r}) must be entered outside of a compiled function")
     previous, _choice = _choice, _checked(name, "name")
     try:
         yield

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -45,16 +48,36 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         )
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a real number of Python or NumPy; a tensor is none, as it may have to be waited
+    for."""
+    return isinstance(value, (float, int, numbers.Real))
+
+
+def check_number(name: str, value: Any) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+# No function of ``math`` below: torch.compile traces comparisons of a number that changes, such as
+# a learning rate, but no call of these.
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Finite ``low <= value <= high``; NaN fails."""
-    if not (low <= value <= high) or math.isinf(value):
+    check_number(name, value)
+    if not low <= value <= min(high, sys.float_info.max):
         bound = f"in [{low}, {high}]" if high < math.inf else f"finite and >= {low}"
         raise ValueError(f"{name} must be {bound}, got {value!r}")
 
 
 def check_finite(name: str, value: float) -> None:
-    """Any number but NaN and the infinities."""
-    if not math.isfinite(value):
+    """Any number but NaN, the infinities and ints that no float is near."""
+    check_number(name, value)
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 

@@ -13,8 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ksam_kernels import backends
@@ -94,12 +99,38 @@ def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
 
 
 def is_eager() -> bool:
-    """Nothing traces or intercepts operators now: no compiler, dispatch mode or transform."""
+    """Nothing traces or intercepts operators now: no compiler, dispatch mode, transform, tracer or
+    forward-mode derivative."""
     return not (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
         or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through it: ``torch.func.jvp`` or dual numbers."""
+    if forward_ad._current_level < 0:
+        return False
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    dual: Any = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    return dual.tangent is not None
+
+
+def _check_no_tangent(name: str, args: tuple[Any, ...]) -> None:
+    """PyTorch takes the forward-mode derivative of a custom operator for 0, in silence."""
+    if name not in _functions or torch.compiler.is_compiling():
+        return
+    if any(isinstance(arg, Tensor) and _has_tangent(arg) for arg in args):
+        raise NotImplementedError(f"ksam::{name} has no forward-mode derivative (jvp)")
+
+
+def _resolved(arg: Any) -> Any:
+    """Without the negative bit, which the dispatcher resolves and a kernel does not see."""
+    return arg.resolve_neg() if isinstance(arg, Tensor) and arg.is_neg() else arg
 
 
 def wants_grad(arg: Any) -> bool:
@@ -124,6 +155,7 @@ def call(name: str, *args: Any) -> Any:
     it, and its derivative attached.
     """
     if is_eager() and not any(map(_is_subclass, args)):
+        args = tuple(map(_resolved, args))
         if not (torch.is_grad_enabled() and any(map(wants_grad, args))):
             return backends.call(name, _device(args), *args)
         if name in _functions:
@@ -132,6 +164,7 @@ def call(name: str, *args: Any) -> Any:
             if isinstance(outputs, Tensor):
                 return attach(name, (outputs,), *args)
             return attach(name, outputs, *args), *outputs[1:]
+    _check_no_tangent(name, args)
     return getattr(torch.ops.ksam, name)(*args)
 
 

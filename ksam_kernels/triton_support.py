@@ -26,6 +26,7 @@ __all__ = [
     "device_ints",
     "double_bits",
     "is_capturing",
+    "most_warps",
     "on_device_of",
     "register",
     "stream_of",
@@ -78,6 +79,14 @@ def double_bits(value: float) -> int:
     """
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
+
+
+@lru_cache(maxsize=64)  # devices
+def most_warps(device: torch.device) -> int:
+    """Of a program, which has 1,024 threads at most: warps of 32, on some of AMD's GPUs of 64."""
+    if device.type != "cuda":
+        return 32  # the interpreter
+    return 1024 // torch.cuda.get_device_properties(device).warp_size
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import ksam_kernels
 from ksam_kernels import BackendUnavailableError, backends, requested_backend, use_backend
@@ -107,6 +108,17 @@ def test_use_backend_refuses_an_unknown_name(name: Any) -> None:
         with use_backend(name):
             pass
     assert requested_backend() == before
+
+
+def test_use_backend_within_a_compiled_function_raises() -> None:
+    """The operators of a compiled function choose when they run, after the block."""
+
+    def losses(x: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return ksam_kernels.cross_entropy(x, torch.zeros(3, dtype=torch.int64))
+
+    with pytest.raises(Exception, match="use_backend"):
+        torch.compile(losses, fullgraph=True, backend="aot_eager")(torch.randn(3, 2))
 
 
 def test_the_choice_holds_in_other_threads() -> None:

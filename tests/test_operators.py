@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -259,6 +260,64 @@ def test_a_compiled_restore_and_update_equals_the_eager_one(backend: str) -> Non
         results.append(copies)
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
+
+
+def test_a_learning_rate_that_changes_compiles(backend: str) -> None:
+    def update(w: Tensor, kept: Tensor, g: Tensor, v: Tensor, t: Tensor, rate: float) -> None:
+        ksam_kernels.perturb_([w], [g], [kept], rho=rate)
+        ksam_kernels.restore_sgd_([w], [kept], [g], [v], steps=[t], lr=rate, momentum=0.9)
+        ksam_kernels.restore_adam_([w], [w], [g], [v], [v.square()], [t], lr=rate)
+
+    tensors = [rand(7, 5) for _ in range(4)] + [torch.zeros(1)]
+    results = []
+    for run in (update, torch.compile(update, fullgraph=True, backend="aot_eager")):
+        copies = [t.clone() for t in tensors]
+        for rate in (0.3, 0.2, 0.1):
+            run(*copies, rate)
+        results.append(copies)
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_batches_of_any_size_share_a_compiled_program(backend: str) -> None:
+    def select(x: Tensor, y: Tensor) -> Any:
+        indices = ksam_kernels.topk_indices(ksam_kernels.cross_entropy(x, y), 2)
+        return ksam_kernels.compact_batch({"x": x, "y": y}, indices)
+
+    programs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(select, fullgraph=True, backend=programs)
+    for size in range(3, 9):
+        x, y = rand(size, 5), classes(size)
+        found, expected = compiled(x, y), select(x, y)
+        assert torch.equal(found["x"], expected["x"])
+        assert torch.equal(found["y"], expected["y"])
+    assert programs.frame_count <= 2  # for the first size, then for all
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_batch_of_open_size_is_exported(backend: str, strict: bool) -> None:
+    class Rows(torch.nn.Module):
+        def forward(self, x: Tensor, indices: Tensor) -> Any:
+            return ksam_kernels.compact_batch({"x": x}, indices)["x"]
+
+    x, indices = rand(6, 3), torch.tensor([1, 0])
+    sizes = {"x": {0: torch.export.Dim("B")}, "indices": None}
+    program = torch.export.export(Rows(), (x, indices), dynamic_shapes=sizes, strict=strict)
+    x = rand(9, 3)
+    assert torch.equal(program.module()(x, torch.tensor([8, 2])), x[[8, 2]])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_function_computes_anew(backend: str) -> None:
+    def losses_and_indices(x: Tensor) -> tuple[Tensor, Tensor]:
+        losses = ksam_kernels.cross_entropy(x, torch.tensor([0, 1, 2, 3]))
+        return losses, ksam_kernels.topk_indices(losses, 2)
+
+    traced = torch.jit.trace(losses_and_indices, (rand(4, 5),))
+    x = rand(4, 5)
+    for found, expected in zip(traced(x), losses_and_indices(x), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # no batching rule: PyTorch loops

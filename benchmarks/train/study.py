@@ -133,7 +133,7 @@ def _work(worker: _Worker, todo: Any, found: Any) -> None:
             method = make_method(name, worker.config)
             for result in train(workload, method, worker.config, seed, lambda: None):
                 found.put(result)
-                if _late(worker):
+                if _late(worker) or _is_orphan():
                     return
     except UsageError as error:
         found.put(str(error))
@@ -142,6 +142,12 @@ def _work(worker: _Worker, todo: Any, found: Any) -> None:
         raise
     finally:
         found.put(None)
+
+
+def _is_orphan() -> bool:
+    """Whether the study was killed, which the queues do not tell."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
 
 
 def _late(worker: _Worker) -> bool:

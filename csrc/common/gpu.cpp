@@ -10,8 +10,10 @@ namespace ksam {
 
 #if defined(KSAM_CUDA)
 
-GpuCall::GpuCall(const Tensor& t) : device_{t.device_type, t.device_id} {
-  previous_device_ = gpu::set_device(device_.id);
+DeviceGuard::DeviceGuard(int device) : previous_(gpu::set_device(device)) {}
+DeviceGuard::~DeviceGuard() { gpu::return_to_device(previous_); }
+
+GpuCall::GpuCall(const Tensor& t) : device_{t.device_type, t.device_id}, guard_(device_.id) {
   void* stream = nullptr;
   if (torch_api().current_work_stream(device_.type, device_.id, &stream) != 0) {
     throw pybind11::error_already_set();
@@ -21,7 +23,6 @@ GpuCall::GpuCall(const Tensor& t) : device_{t.device_type, t.device_id} {
 
 GpuCall::~GpuCall() {
   for (int i = 0; i < scratch_count_; ++i) scratch_[i]->deleter(scratch_[i]);
-  gpu::set_device(previous_device_);
 }
 
 void* GpuCall::scratch(int64_t bytes) {
@@ -46,7 +47,9 @@ void* GpuCall::scratch(int64_t bytes) {
 
 #else
 
-GpuCall::GpuCall(const Tensor&) : device_{} { NotBuilt::call(); }
+DeviceGuard::DeviceGuard(int) {}
+DeviceGuard::~DeviceGuard() = default;
+GpuCall::GpuCall(const Tensor&) : device_{}, guard_(0) { NotBuilt::call(); }
 GpuCall::~GpuCall() = default;
 void* GpuCall::scratch(int64_t bytes) { return NotBuilt::call(bytes); }
 

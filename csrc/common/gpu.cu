@@ -12,6 +12,7 @@ namespace ksam::gpu {
 // Few, so that the tests' grids have blocks that take several turns.
 int multiprocessors() { return 3; }
 int set_device(int) { return 0; }
+void return_to_device(int) noexcept {}
 
 // The counter and the fallback in turn. A kernel that was stopped by a fault has left its count.
 unsigned* ticket(Stream, void* fallback) {
@@ -30,6 +31,12 @@ int set_device(int device) {
   check(cudaGetDevice(&previous));
   if (previous != device) check(cudaSetDevice(device));
   return previous;
+}
+
+void return_to_device(int device) noexcept {
+  int current = device;
+  // Where the driver refuses, the call has failed before, and has said so.
+  if (cudaGetDevice(&current) == cudaSuccess && current != device) cudaSetDevice(device);
 }
 
 namespace {

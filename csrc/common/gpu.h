@@ -34,8 +34,20 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.device_type == b.device_type && a.device_id == b.device_id;
 }
 
-// Makes a device the current one for the duration of a call, whose work goes to torch's current
-// stream there.
+// Makes a device the current one, and then what was before.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+// A call on a device, whose work goes to torch's current stream there. Made and destroyed with the
+// interpreter's lock; a launch may wait for room in the stream's queue, so without it in between.
 class GpuCall {
  public:
   explicit GpuCall(const Tensor& t);
@@ -52,7 +64,7 @@ class GpuCall {
  private:
   static constexpr int kMaxScratch = 4;
   dlpack::Device device_;
-  int previous_device_ = 0;
+  DeviceGuard guard_;
   Stream stream_ = nullptr;
   dlpack::ManagedTensor* scratch_[kMaxScratch] = {};
   int scratch_count_ = 0;

@@ -7,6 +7,7 @@ namespace ksam::gpu {
 
 // Makes a device current; returns the one before.
 int set_device(int device);
+void return_to_device(int device) noexcept;
 
 int multiprocessors();  // of the current device
 

@@ -11,7 +11,7 @@ namespace {
 Isa best_of_processor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // The sets that setup.py compiles for: x86-64-v4 and x86-64-v3 where floats are concerned.
+  // The sets that setup.py compiles for.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512cd")) {

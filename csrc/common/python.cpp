@@ -22,6 +22,14 @@ DType dtype_of(dlpack::DataType type) {
   return DType::other;
 }
 
+// torch's negative bit: the numbers are the negatives of what the memory holds. Views that have it
+// are of imaginary parts, so their elements are never side by side.
+bool may_be_negative(const dlpack::Tensor& t) {
+  return t.dtype.code == dlpack::kFloat && (t.ndim == 0 || t.strides[t.ndim - 1] != 1);
+}
+
+bool is_negative(py::handle object) { return object.attr("is_neg")().cast<bool>(); }
+
 }  // namespace
 
 void load_torch_types() {
@@ -48,6 +56,7 @@ bool read_tensor(py::handle object, Tensor* out) {
     PyErr_Clear();
     return false;
   }
+  if (may_be_negative(t) && is_negative(object)) return false;
   out->data = static_cast<char*>(t.data) + t.byte_offset;
   out->shape = t.shape;
   out->strides = t.strides;
@@ -67,9 +76,7 @@ bool read_tensors(py::handle list, std::vector<Tensor>* out) {
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
   PyObject** begin = PySequence_Fast_ITEMS(items);
   out->resize(count);
-  constexpr Py_ssize_t kAhead = 8;  // a model's forward pass has pushed the objects out of the cache
   for (Py_ssize_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) __builtin_prefetch(begin[i + kAhead]);
     if (!read_tensor(begin[i], &(*out)[i])) return false;
   }
   return true;

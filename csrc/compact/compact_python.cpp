@@ -45,6 +45,7 @@ bool read_leaves(const std::vector<Tensor>& tensors, const std::vector<Tensor>& 
 bool run_on_gpu(const std::vector<Leaf>& leaves, const Tensor& indices, int64_t rows) {
   if (leaves.empty()) return true;
   GpuCall call(indices);
+  py::gil_scoped_release release;
   KSAM_ON_GPU(gather_rows, leaves.data(), static_cast<int64_t>(leaves.size()), indices, rows,
               call.stream());
   return true;

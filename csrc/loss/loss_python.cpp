@@ -166,6 +166,7 @@ bool cross_entropy(py::handle logits, py::handle target, py::handle weight, int6
   }
   if (on_gpu(x)) {
     GpuCall call(x);
+    py::gil_scoped_release release;
     void* scratch = scratch_of(&call, KSAM_ON_GPU(cross_entropy_scratch_bytes, args));
     KSAM_ON_GPU(cross_entropy, args, scratch, call.stream());
   } else {
@@ -176,6 +177,7 @@ bool cross_entropy(py::handle logits, py::handle target, py::handle weight, int6
 
 void select_on_gpu(const Tensor& logits, const CrossEntropy& args, const Tensor& indices) {
   GpuCall call(logits);
+  py::gil_scoped_release release;
   void* scratch = scratch_of(&call, KSAM_ON_GPU(select_cross_entropy_scratch_bytes, args));
   KSAM_ON_GPU(select_cross_entropy, args, indices.numel, scratch, indices.as<int64_t>(),
               call.stream());
@@ -224,7 +226,9 @@ bool cross_entropy_backward(py::handle grad, py::handle logits, py::handle targe
   if (!is_plain(stats, x, opmath_of(x.dtype), 3 * forward.logits.rows)) return false;
   forward.stats = stats.data;
   if (on_gpu(x)) {
-    KSAM_ON_GPU(cross_entropy_backward, args, GpuCall(x).stream());
+    GpuCall call(x);
+    py::gil_scoped_release release;
+    KSAM_ON_GPU(cross_entropy_backward, args, call.stream());
   } else {
     run_on_cpu(&forward, [&] { KSAM_ON_ISA(cross_entropy_backward, args); });
   }
@@ -267,6 +271,7 @@ bool elementwise(py::handle input, py::handle target, py::handle pos_weight, py:
   args.losses = losses.as<float>();
   if (on_gpu(x)) {
     GpuCall call(x);
+    py::gil_scoped_release release;
     void* scratch = scratch_of(&call, KSAM_ON_GPU(elementwise_scratch_bytes, args));
     on_gpu_(args, scratch, call.stream());
   } else {
@@ -285,7 +290,9 @@ bool elementwise_backward(py::handle grad, py::handle input, py::handle target,
   if (!read_elementwise(input, target, pos_weight, &x, &args.forward)) return false;
   if (!read_gradient(grad, out, x, args.forward.input, &args)) return false;
   if (on_gpu(x)) {
-    on_gpu_(args, GpuCall(x).stream());
+    GpuCall call(x);
+    py::gil_scoped_release release;
+    on_gpu_(args, call.stream());
   } else {
     py::gil_scoped_release release;
     on_cpu_(args);

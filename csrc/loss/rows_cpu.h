@@ -16,10 +16,11 @@ namespace ksam::KSAM_ISA {
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kBlockRoom = kBlock + kLanes;  // a block takes a remainder below kLanes along
 
-// Rows that a thread should have at least: waking one takes as long as some 32,000 elements.
+// Rows that a thread should have at least: waking one takes as long as some 32,000 elements. No
+// rows may have no columns.
 KSAM_INLINE int64_t row_grain(int64_t columns) {
   constexpr int64_t kElements = 32768;
-  return columns < kElements ? kElements / columns : 1;
+  return columns < kElements ? kElements / (columns > 0 ? columns : 1) : 1;
 }
 
 template <class T>

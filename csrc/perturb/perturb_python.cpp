@@ -73,6 +73,7 @@ bool grad_norm(py::handle grads_, py::handle params_, bool adaptive, double eta,
   if (!norm.build(grads, params)) return false;
   if (on_gpu(out)) {
     GpuCall call(out);
+    py::gil_scoped_release release;
     norm.run_on_gpu(&call, out.as<float>());
   } else {
     *out.as<float>() = static_cast<float>(norm.run_on_cpu());
@@ -82,22 +83,27 @@ bool grad_norm(py::handle grads_, py::handle params_, bool adaptive, double eta,
 
 // --- Perturb and restore ------------------------------------------------------------------------
 
-// A radius for all or one per parameter, finite.
+// A finite float or int; an int may be too large for a double.
+bool read_radius(PyObject* value, double* radius) {
+  if (!PyFloat_Check(value) && !PyLong_CheckExact(value)) return false;
+  *radius = PyFloat_AsDouble(value);
+  if (PyErr_Occurred() == nullptr) return std::isfinite(*radius);
+  PyErr_Clear();
+  return false;
+}
+
+// A radius for all or one per parameter.
 bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
-  if (PyFloat_Check(value.ptr()) || PyLong_CheckExact(value.ptr())) {
-    radii->assign(count, PyFloat_AsDouble(value.ptr()));
-  } else {
-    if (!PyList_CheckExact(value.ptr()) || PyList_GET_SIZE(value.ptr()) != Py_ssize_t(count)) {
-      return false;
-    }
-    for (size_t i = 0; i < count; ++i) {
-      PyObject* item = PyList_GET_ITEM(value.ptr(), i);
-      if (!PyFloat_Check(item) && !PyLong_CheckExact(item)) return false;
-      radii->push_back(PyFloat_AsDouble(item));
-    }
+  if (double radius; read_radius(value.ptr(), &radius)) {
+    radii->assign(count, radius);
+    return true;
   }
-  for (double radius : *radii) {
-    if (!std::isfinite(radius)) return false;
+  if (!PyList_CheckExact(value.ptr()) || PyList_GET_SIZE(value.ptr()) != Py_ssize_t(count)) {
+    return false;
+  }
+  radii->resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (!read_radius(PyList_GET_ITEM(value.ptr(), i), &(*radii)[i])) return false;
   }
   return true;
 }
@@ -105,6 +111,7 @@ bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
 void perturb_on_gpu(const NormCall& norm, const Rows<3>& rows, PerturbArgs args,
                     const Tensor& out) {
   GpuCall call(out);
+  py::gil_scoped_release release;
   args.norm = norm.run_on_gpu(&call, out.as<float>());
   KSAM_ON_GPU(perturb, rows, args, call.stream());
 }
@@ -147,6 +154,7 @@ bool restore_lists(const TensorList& params, const TensorList& backup) {
   if (params.empty()) return true;
   if (on_gpu(params[0])) {
     GpuCall call(params[0]);
+    py::gil_scoped_release release;
     KSAM_ON_GPU(restore, table.rows(), call.stream());
   } else {
     py::gil_scoped_release release;
@@ -193,7 +201,7 @@ struct UpdateCall {
     Tensor t;
     if (!read_optional(object, &t)) return false;
     *out = t.as<float>();
-    return t.data == nullptr || is_scalar_of(params, t);
+    return object.is_none() || is_scalar_of(params, t);
   }
 
   // Null: none are counted.
@@ -210,6 +218,7 @@ struct UpdateCall {
 
 void sgd_on_gpu(const UpdateCall& update, const Rows<4>& rows, const SgdArgs& args) {
   GpuCall call(update.params[0]);
+  py::gil_scoped_release release;
   void* scratch = update.steps.empty() ? nullptr : call.scratch(kTicketBytes);
   KSAM_ON_GPU(restore_sgd, rows, args, update.counters(), scratch, call.stream());
 }
@@ -257,6 +266,7 @@ std::vector<BiasCorrection> bias_corrections(const UpdateCall& update, const Ada
 
 void adam_on_gpu(const UpdateCall& update, const Rows<5>& rows, const AdamArgs& args) {
   GpuCall call(update.params[0]);
+  py::gil_scoped_release release;
   void* scratch = call.scratch(kTicketBytes);
   KSAM_ON_GPU(restore_adam, rows, args, update.counters(), scratch, call.stream());
 }

@@ -12,6 +12,7 @@ namespace {
 
 void run_on_gpu(const Tensor& losses, int64_t k, int64_t* out) {
   GpuCall call(losses);
+  py::gil_scoped_release release;
   const int64_t bytes = KSAM_ON_GPU(topk_scratch_bytes, losses.numel);
   void* scratch = bytes == 0 ? nullptr : call.scratch(bytes);
   KSAM_ON_GPU(topk_indices, losses, k, scratch, out, call.stream());

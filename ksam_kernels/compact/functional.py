@@ -10,7 +10,7 @@ from torch import Tensor
 from ksam_kernels import library
 from ksam_kernels.checks import INDEX, check_dtype
 from ksam_kernels.compact import native
-from ksam_kernels.compact.tree import batched_tensors, check_same_rows, map_batched
+from ksam_kernels.compact.tree import batched_tensors, check_dense, check_same_rows, map_batched
 
 __all__ = ["compact_batch"]
 
@@ -43,9 +43,10 @@ def compact_batch(batch: T, indices: Tensor) -> T:
     Floor of bytes moved: each chosen row read once and written once, 8 per index.
 
     Args:
-        batch: tuples, lists, dicts, dataclasses, Hugging Face ``BatchEncoding`` or any registered
-            pytree, nested at will, of tensors ``[B, ...]``. Tensors without dimensions and leaves
-            that are no tensors, **a list of strings among them**, pass through unchanged.
+        batch: tuples, lists, dicts and their subclasses, dataclasses, Hugging Face
+            ``BatchEncoding`` or any registered pytree, nested at will, of tensors ``[B, ...]``.
+            Tensors without dimensions and leaves that are no tensors, **a list of strings among
+            them**, pass through unchanged.
         indices: ``[k]``, int64 or int32, each in [0, B). May be empty. Tensors on another device
             than the indices are served too, at the price of copying the indices there.
 
@@ -54,7 +55,8 @@ def compact_batch(batch: T, indices: Tensor) -> T:
         Nothing is differentiated through the gather.
 
     Raises:
-        TypeError: indices of another dtype.
+        TypeError: indices of another dtype, sparse, nested or quantized tensors, a dataclass that
+            cannot be rebuilt from its fields.
         ValueError: indices that are not one-dimensional, tensors that disagree on dimension 0.
         IndexError: on the CPU, an index that is negative or too large (a GPU raises a device-side
             assertion instead).
@@ -63,6 +65,7 @@ def compact_batch(batch: T, indices: Tensor) -> T:
     if indices.dim() != 1:
         raise ValueError(f"indices must be one-dimensional, got shape {tuple(indices.shape)}")
     tensors = batched_tensors(batch)
+    check_dense(batch, tensors)
     check_same_rows(batch, tensors)
     constants = [t.detach() if t.requires_grad else t for t in tensors]
     gathered = iter(_gather(constants, indices))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_is_leaf, tree_map
 
@@ -25,13 +27,26 @@ def map_batched(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
         return kind([map_batched(fn, value) for value in batch])
     if not tree_is_leaf(batch):  # its children, without descending further
         return tree_map(lambda x: map_batched(fn, x), batch, is_leaf=lambda x: x is not batch)
-    if isinstance(batch, UserDict):  # Hugging Face's BatchEncoding
-        return kind({key: map_batched(fn, value) for key, value in batch.items()})
+    if isinstance(batch, (dict, UserDict)):  # Hugging Face's BatchEncoding for one
+        mapping = copy.copy(batch)
+        mapping.update({key: map_batched(fn, value) for key, value in batch.items()})
+        return mapping
+    if isinstance(batch, list):
+        sequence = copy.copy(batch)
+        sequence[:] = [map_batched(fn, value) for value in batch]
+        return sequence
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = [f.name for f in dataclasses.fields(batch) if f.init]
-        changes = {name: map_batched(fn, getattr(batch, name)) for name in fields}
-        return dataclasses.replace(batch, **changes)
+        return _map_dataclass(fn, batch)
     return batch
+
+
+def _map_dataclass(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    fields = [f.name for f in dataclasses.fields(batch) if f.init]
+    changes = {name: map_batched(fn, getattr(batch, name)) for name in fields}
+    try:
+        return dataclasses.replace(batch, **changes)
+    except ValueError as error:  # a value that only __init__ saw
+        raise TypeError(f"batch holds a {type(batch).__name__}: {error}") from error
 
 
 def batched_tensors(batch: Any) -> list[Tensor]:
@@ -46,15 +61,32 @@ def batched_tensors(batch: Any) -> list[Tensor]:
     return found
 
 
-def _describe(batch: Any, tensors: list[Tensor]) -> str:
-    """``['x'] 8, ['y'] 7``: the sizes of dimension 0, by path where the tree knows one."""
+def _paths(batch: Any, tensors: list[Tensor]) -> list[str]:
+    """Where the tensors stand in the batch, where the tree knows it."""
     paths = {id(leaf): f"batch{keystr(path)}" for path, leaf in tree_flatten_with_path(batch)[0]}
-    return ", ".join(f"{paths.get(id(t), 'a nested tensor')}: {t.shape[0]}" for t in tensors)
+    return [paths.get(id(tensor), "a nested tensor") for tensor in tensors]
+
+
+def _describe(batch: Any, tensors: list[Tensor]) -> str:
+    """``batch['x']: 8, batch['y']: 7``, the sizes of dimension 0."""
+    paths = _paths(batch, tensors)
+    return ", ".join(f"{path}: {t.shape[0]}" for path, t in zip(paths, tensors, strict=True))
+
+
+def check_dense(batch: Any, tensors: list[Tensor]) -> None:
+    """Every tensor has rows of plain numbers in memory."""
+    for i, tensor in enumerate(tensors):
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = tensor.dtype if tensor.is_quantized else tensor.layout
+            raise TypeError(
+                f"batch must hold dense tensors, got {kind} at {_paths(batch, tensors)[i]}"
+            )
 
 
 def check_same_rows(batch: Any, tensors: list[Tensor]) -> None:
     """Every tensor has the same size in dimension 0."""
-    if len({tensor.shape[0] for tensor in tensors}) > 1:
+    # Not a set of them: sizes that torch.export leaves open cannot be hashed.
+    if any(tensor.shape[0] != tensors[0].shape[0] for tensor in tensors):
         raise ValueError(
             f"batch must have one size in dimension 0, got {_describe(batch, tensors)}"
         )

@@ -11,6 +11,7 @@ from ksam_kernels.checks import (
     check_constant,
     check_device,
     check_dtype,
+    check_int,
     check_range,
     check_shape,
     check_tensor,
@@ -38,6 +39,7 @@ def _check_cross_entropy(
         raise ValueError(f"logits must be [..., C] with C >= 1, got shape {tuple(logits.shape)}")
     check_tensor("target", target)
     check_device("target", target, "logits", logits)
+    check_int("ignore_index", ignore_index)
     if target.is_floating_point():
         check_dtype("target", target, FLOATING)
         check_shape("target", target, logits.shape, "the shape of the logits (probabilities)")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.backends import implements
-from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.checks import is_number, opmath_dtype
 from ksam_kernels.library import attach, wants_grad
 from ksam_kernels.native import DEVICES, direct, extension, run
 
@@ -57,6 +57,9 @@ def _may_try(logits: Tensor, target: Tensor, weight: Tensor | None, *options: fl
         type(logits) is Tensor
         and type(target) is Tensor
         and logits.dim() > 0
+        and not (logits.is_neg() or target.is_neg())
+        and type(ignore_index) is int
+        and is_number(label_smoothing)
         and 0 <= label_smoothing <= 1
         and (ignore_index < 0 or not target.is_floating_point())
         and not (
@@ -89,7 +92,7 @@ def try_select_cross_entropy(
     kernel = direct("select_cross_entropy")
     if kernel is None or not _may_try(logits, target, weight, *options):
         return None
-    if type(k) is not int or k < 1 or logits.dim() != 2:
+    if type(k) is not int or logits.dim() != 2 or not 1 <= k <= logits.shape[0]:
         return None
     losses, indices = _losses(logits), _indices(logits, k)
     stats = _stats(logits) if logits.requires_grad and torch.is_grad_enabled() else None
@@ -104,7 +107,9 @@ def try_select_cross_entropy(
 def try_cross_entropy_backward(grad: Tensor, logits: Tensor, *args: Any) -> Tensor | None:
     """The gradient of the logits, if the kernel takes the arguments as they are."""
     kernel = direct("cross_entropy_backward")
-    if kernel is None or torch.is_grad_enabled():  # a second derivative raises in the operator
+    if kernel is None or grad.is_neg() or logits.is_neg():
+        return None
+    if torch.is_grad_enabled():  # a second derivative raises in the operator
         return None
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return out if kernel(grad, logits, *args, out) else None

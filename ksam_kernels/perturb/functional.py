@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ksam_kernels.checks import FLOATING, check_dtype, check_finite, check_range
+from ksam_kernels.checks import (
+    FLOATING,
+    check_dtype,
+    check_finite,
+    check_number,
+    check_range,
+    is_number,
+)
 from ksam_kernels.perturb import native
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
@@ -58,6 +66,12 @@ def _check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
             )
 
 
+def _listed(name: str, values: Any) -> list[float]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {values!r}")
+    return list(values)
+
+
 def _check_scalar(name: str, scalar: Tensor | None) -> None:
     if scalar is not None:
         check_dtype(name, scalar, (torch.float32,))
@@ -98,7 +112,6 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     return norm
 
 
-@torch.no_grad()
 def perturb_(
     params: TensorList,
     grads: TensorList,
@@ -136,25 +149,27 @@ def perturb_(
     """
     check_range("eta", eta, 0.0)
     params, grads, backup = list(params), list(grads), list(backup)
-    rho = rho if isinstance(rho, (int, float)) else list(rho)
-    quick = native.try_perturb_(params, grads, backup, rho, adaptive, eta)
+    given: float | list[float] = rho if is_number(rho) else _listed("rho", rho)
+    quick = native.try_perturb_(params, grads, backup, given, adaptive, eta)
     if quick is not None:
         return quick
     _check_list("params", params)
     _check_like("grads", grads, params)
     _check_like("backup", backup, params, same_dtype=True)
-    radii = [rho] * len(params) if isinstance(rho, (int, float)) else rho
+    radii = given if isinstance(given, list) else [given] * len(params)
     if len(radii) != len(params):
         raise ValueError(
             f"rho must be one radius or one per parameter, {len(params)}, got {len(radii)}"
         )
     for radius in radii:
         check_finite("rho", radius)
-    norm: Tensor = torch.ops.ksam.perturb_(params, grads, backup, radii, adaptive, eta)
+    radii = [float(radius) for radius in radii]
+    norm: Tensor
+    with torch.no_grad():
+        norm = torch.ops.ksam.perturb_(params, grads, backup, radii, adaptive, eta)
     return norm
 
 
-@torch.no_grad()
 def restore_(params: TensorList, backup: TensorList) -> None:
     """The weights back from the backup, byte for byte: NaN payloads and -0 included.
 
@@ -170,10 +185,10 @@ def restore_(params: TensorList, backup: TensorList) -> None:
         return
     _check_list("params", params)
     _check_like("backup", backup, params, same_dtype=True)
-    torch.ops.ksam.restore_(params, backup)
+    with torch.no_grad():
+        torch.ops.ksam.restore_(params, backup)
 
 
-@torch.no_grad()
 def restore_sgd_(
     params: TensorList,
     backup: TensorList,
@@ -239,10 +254,10 @@ def restore_sgd_(
         _check_steps(counters, params)
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
-    torch.ops.ksam.restore_sgd_(params, backup, grads, *states, *options)
+    with torch.no_grad():
+        torch.ops.ksam.restore_sgd_(params, backup, grads, *states, *options)
 
 
-@torch.no_grad()
 def restore_adam_(
     params: TensorList,
     backup: TensorList,
@@ -283,7 +298,10 @@ def restore_adam_(
     """
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
     params, backup, grads = list(params), list(backup), list(grads)
@@ -301,4 +319,5 @@ def restore_adam_(
     _check_steps(states[2], params)
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
-    torch.ops.ksam.restore_adam_(params, backup, grads, *states, *options)
+    with torch.no_grad():
+        torch.ops.ksam.restore_adam_(params, backup, grads, *states, *options)

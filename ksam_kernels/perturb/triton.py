@@ -17,7 +17,7 @@ from torch import Tensor
 from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.perturb import reference, triton_kernels, triton_updates
 from ksam_kernels.perturb.triton_table import CHUNK, Rows, Table
-from ksam_kernels.triton_support import EXACT, device_ints, double_bits, on_device_of
+from ksam_kernels.triton_support import EXACT, device_ints, double_bits, most_warps, on_device_of
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -30,9 +30,9 @@ _BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 # 256 threads with 16 elements each: enough loads in flight, and few enough registers for all
 # operands of Adam (tests/triton/test_perturb_compile.py).
 _WARPS = 8
-# One program adds up the chunks' sums: as many threads as a program may have, and 2,048 sums (8
-# million elements) in each turn.
-_FINISH_BLOCK, _FINISH_WARPS = 2048, 32
+# One program adds up the chunks' sums: as many threads as it may have, and 2,048 sums (8 million
+# elements) in each turn.
+_FINISH_BLOCK = 2048
 _STEPS_BLOCK = 128
 
 
@@ -85,7 +85,7 @@ def _norms(grads: list[Tensor], params: list[Tensor], eta: float) -> tuple[Tenso
         )
         first += table.chunks
     triton_kernels.finish_norm_kernel[(1,)](
-        *(partials, count, wide, norm), BLOCK=_FINISH_BLOCK, num_warps=_FINISH_WARPS, **EXACT
+        *(partials, count, wide, norm), BLOCK=_FINISH_BLOCK, num_warps=most_warps(device), **EXACT
     )
     return norm, wide
 
@@ -110,9 +110,10 @@ def perturb_(
     norm, wide = _norms(grads, params if adaptive else [], eta)
     radii = [double_bits(radius) for radius in rho]
     rows = Rows(params, grads, backup, written=(0, 2), values=radii)
+    tables = rows.tables()
     done: list[Table] = []
     try:
-        for table in rows.tables():
+        for table in tables:
             constants = {**_types(table.dtypes, "P", "G"), "ADAPTIVE": adaptive}
             _launch(
                 *(triton_kernels.perturb_kernel, table, norm, wide, double_bits(eta)), **constants
@@ -123,6 +124,8 @@ def perturb_(
         for table in done:
             moved = rows.tensors(table)
             reference.restore_([row[0] for row in moved], [row[2] for row in moved])
+        if len(done) == len(tables):  # some of what was written may have been copied back
+            rows.finish()
         raise
     return norm
 

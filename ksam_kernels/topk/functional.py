@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ksam_kernels import library
-from ksam_kernels.checks import FLOATING, check_dtype
+from ksam_kernels.checks import FLOATING, check_dtype, check_int
 from ksam_kernels.topk import native
 
 __all__ = ["topk_indices"]
@@ -14,8 +13,7 @@ __all__ = ["topk_indices"]
 
 def check_k(k: int, batch_size: int) -> None:
     """k is a host integer, so that output shapes never wait for the device."""
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    check_int("k", k)
     if not 1 <= k <= batch_size:
         raise ValueError(f"k must be in [1, {batch_size}] for {batch_size} losses, got {k}")
 

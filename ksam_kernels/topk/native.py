@@ -14,7 +14,9 @@ from ksam_kernels.native import DEVICES, direct, extension, run
 def try_topk_indices(losses: Tensor, k: int) -> Tensor | None:
     """The indices, if the kernel takes the losses as they are."""
     kernel = direct("topk_indices")
-    if kernel is None or not isinstance(losses, Tensor) or type(k) is not int or k < 1:
+    if kernel is None or not isinstance(losses, Tensor) or type(k) is not int:
+        return None
+    if losses.is_neg() or not 1 <= k <= losses.numel():  # before there is memory for as many
         return None
     indices = losses.new_empty(k, dtype=torch.int64)
     return indices if kernel(losses, indices) else None

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ksam_kernels.triton_support import on_device_of
+from ksam_kernels.triton_support import most_warps, on_device_of
 
 #: Up to here one program selects, in one launch: its keys lie in registers, 32 a thread. Of float64
 #: half as many.
@@ -255,7 +255,8 @@ def topk_indices(
     with on_device_of(losses):
         if n <= ONE_PROGRAM * 32 // bits:
             block = triton.next_power_of_2(n)
-            warps = min(max(block // 256, 1), 32)  # 8 losses a thread, while there are threads
+            # 8 losses a thread, while there are threads
+            warps = min(max(block // 256, 1), most_warps(losses.device))
             select_kernel[(1,)](
                 **given, out=out, BLOCK=block, STEP=min(block, STEP), num_warps=warps, **key
             )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from benchmarks.train.loop import seeded_model, train
 from benchmarks.train.methods import SPECS, make_method, make_step
 from benchmarks.train.workload import INDEX, LABEL, with_noise
 from ksam import From, OrderedSGD, Representative, SharpnessAware
+from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 
@@ -234,6 +238,33 @@ def test_the_study_stops_when_time_is_up(cli: Callable[..., Any], tmp_path: Path
     )  # fmt: skip
     assert result.status == 0, result.err
     assert len(read_rows(tmp_path / "study.csv")) < 500
+
+
+def test_processes_of_a_killed_study_end(tmp_path: Path) -> None:
+    arguments = ("--epochs", "5000", "--methods", "sgd", "--seeds", "2", "--processes", "2")
+    command = [sys.executable, "-m", "benchmarks", "study", *arguments, "--out", str(tmp_path)]
+    study = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    table = tmp_path / "study.csv"
+
+    def seen(text: str, path: Path) -> bool:
+        return path.exists() and text in path.read_text(encoding="utf-8")
+
+    def workers() -> list[Path]:
+        parent = f"\nPPid:\t{study.pid}\n"
+        return [path for path in Path("/proc").glob("[0-9]*/status") if seen(parent, path)]
+
+    wait_for(lambda: seen(",1,", table) and len(workers()) >= 2)
+    running = workers()
+    study.kill()
+    study.wait()
+    wait_for(lambda: not any(path.exists() for path in running))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_mistake_in_a_study_is_one_sentence(cli: Callable[..., Any], tmp_path: Path) -> None:

@@ -36,6 +36,18 @@ class Encoding(UserDict):  # type: ignore[type-arg]
         return self.data[name]
 
 
+class Attributes(dict):  # type: ignore[type-arg]
+    """A dict whose constructor takes no dict, with an attribute of its own."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(items)
+        self.note = "kept"
+
+
+class Rows(list):  # type: ignore[type-arg]
+    pass
+
+
 def trees(x: Tensor, y: Tensor) -> dict[str, Any]:
     return {
         "tensor": x,
@@ -49,6 +61,8 @@ def trees(x: Tensor, y: Tensor) -> dict[str, Any]:
         "frozen dataclass": Frozen(x),
         "nested dataclass": [Sample(x, {"y": (y,)}), Frozen(y)],
         "UserDict": Encoding({"x": x, "y": y}),
+        "subclass of dict": Attributes(x=x, y={"x": x}),
+        "subclass of list": Rows([x, Rows([y])]),
         "nested UserDict": (Encoding({"x": [x, y]}), y),
         "empty": (),
     }
@@ -117,6 +131,31 @@ def test_a_tensor_that_occurs_twice_is_served_twice(backend: str) -> None:
     x = torch.arange(4)
     first, second = compact_batch((x, x), torch.tensor([3]))
     assert first.tolist() == second.tolist() == [3]
+
+
+def test_attributes_of_a_dict_stay(backend: str) -> None:
+    assert compact_batch(Attributes(x=torch.arange(3)), torch.tensor([2])).note == "kept"
+
+
+def test_a_dataclass_that_fields_do_not_rebuild_raises(backend: str) -> None:
+    @dataclasses.dataclass
+    class Once:
+        x: Tensor
+        seen: dataclasses.InitVar[int]
+
+        def __post_init__(self, seen: int) -> None: ...
+
+    with pytest.raises(TypeError, match=r"batch holds a Once: .*'seen'"):
+        compact_batch(Once(torch.arange(3), 1), torch.tensor([0]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["sparse", "quantized"])
+def test_tensors_without_plain_rows_raise(backend: str, kind: str) -> None:
+    x = torch.ones(4, 3)
+    bad = x.to_sparse() if kind == "sparse" else torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"dense tensors, got torch\..* at batch\['x'\]\[0\]"):
+        compact_batch({"w": x, "x": [bad]}, torch.tensor([0]))
 
 
 def test_rows_are_copies_without_gradient(backend: str) -> None:

@@ -158,8 +158,32 @@ def test_what_takes_the_derivative_otherwise_raises(backend: str, name: str) -> 
     for transform in (torch.func.grad, torch.func.hessian):
         with pytest.raises(RuntimeError, match="functorch"):
             transform(lambda x: LOSSES[name](x).sum())(x)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        LOSSES[name](forward_ad.make_dual(x.requires_grad_(), torch.ones(B, C)))
+    # In silence PyTorch takes the tangent of a custom operator for zero.
+    for requires_grad in (False, True):
+        x = x.detach().requires_grad_(requires_grad)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            LOSSES[name](forward_ad.make_dual(x, torch.ones(B, C)))
+    x, tangent = torch.randn(2, B, C), torch.ones(2, B, C)
+    for function, example in ((LOSSES[name], 0), (torch.func.vmap(LOSSES[name]), slice(None))):
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative \(jvp\)"):
+            torch.func.jvp(function, (x[example],), (tangent[example],))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constants_may_meet_a_forward_mode_derivative(backend: str, name: str) -> None:
+    x, losses = torch.randn(B, C), LOSSES[name](torch.ones(B, C))
+    _, tangent = torch.func.jvp(
+        lambda t: t.sum() * LOSSES[name](torch.ones(B, C)), (x,), (torch.ones(B, C),)
+    )
+    assert torch.equal(tangent, B * C * losses)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_may_be_modified_in_place(backend: str, name: str) -> None:
+    x, factor = torch.randn(B, C, requires_grad=True), torch.rand(B)
+    (found,) = torch.autograd.grad(LOSSES[name](x).mul_(factor).sum(), x)
+    (expected,) = torch.autograd.grad((LOSSES[name](x) * factor).sum(), x)
+    assert same_bits(found, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -219,6 +219,14 @@ REFUSED = {
         r"label_smoothing must be in \[0.0, 1.0\], got -0.1",
     ),
     "smoothing > 1": (X, Y, {"label_smoothing": 1.5}, ValueError, "label_smoothing .*got 1.5"),
+    "smoothing None": (
+        *(X, Y, {"label_smoothing": None}, TypeError),
+        "label_smoothing must be a number, got None",
+    ),
+    "ignore a fraction": (
+        *(X, Y, {"ignore_index": 1.5}, TypeError),
+        "ignore_index must be an int, got 1.5",
+    ),
     "smoothing NaN": (X, Y, {"label_smoothing": NAN}, ValueError, "label_smoothing .*got nan"),
     "target elsewhere": (
         X,

@@ -186,6 +186,18 @@ def test_a_second_derivative_raises(backend: str, loss: Callable[..., Tensor]) -
         torch.autograd.grad(gradient.square().sum(), x)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 0), (0, 5), (0, 5, 0)], ids=str)
+@pytest.mark.parametrize("loss", [bce, mse])
+def test_no_samples_give_no_losses(
+    backend: str, loss: Callable[..., Tensor], shape: tuple[int, ...]
+) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    losses = loss(x, torch.zeros(shape))
+    assert losses.shape == (0,)
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    assert gradient.shape == shape
+
+
 X, T = torch.randn(3, 5), torch.rand(3, 5)
 GRAD = torch.rand(3, 5, requires_grad=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -316,7 +317,15 @@ def refused() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "backup missing": ({"backup": []}, ValueError, "backup must hold one .* 1, got 0"),
         "rho inf": ({"rho": INF}, ValueError, "rho must be finite, got inf"),
         "rho NaN": ({"rho": [NAN]}, ValueError, "rho must be .*got nan"),
+        "rho too large": ({"rho": [10**400]}, ValueError, "rho must be finite, got 1000"),
+        "one rho too large": ({"rho": 10**400}, ValueError, "rho must be finite, got 1000"),
+        "rho a tensor": (
+            *({"rho": torch.tensor(0.5)}, TypeError),
+            r"rho must be a number or a sequence of numbers, got tensor\(0.5",
+        ),
+        "rho None": ({"rho": [None]}, TypeError, "rho must be a number, got None"),
         "rho too many": ({"rho": [1.0, 2.0]}, ValueError, "rho must be one radius .* 1, got 2"),
+        "eta None": ({"eta": None}, TypeError, "eta must be a number, got None"),
         "eta < 0": ({"eta": -1.0}, ValueError, "eta must be finite and >= 0.0, got -1.0"),
     }
 
@@ -332,6 +341,17 @@ def test_what_it_cannot_serve_raises_and_leaves_everything_as_it_was(
         perturb_(**args)
     assert torch.equal(w, torch.ones(3))
     assert b.isnan().all()
+
+
+def test_numbers_of_numpy_are_numbers(backend: str) -> None:
+    moved = []
+    for rho in (0.5, np.float32(0.5), [np.float64(0.5)], 1):
+        w = [torch.ones(3)]
+        perturb_(w, [torch.ones(3)], [torch.empty(3)], rho=rho)
+        moved.append(w[0])
+    assert torch.equal(moved[1], moved[0])
+    assert torch.equal(moved[2], moved[0])
+    assert not torch.equal(moved[3], moved[0])
 
 
 def test_restore_refuses_a_backup_that_does_not_fit(backend: str) -> None:

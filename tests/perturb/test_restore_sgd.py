@@ -268,6 +268,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "steps long": ({"steps": [W]}, ValueError, r"steps\[0\] must be one element .*got \(3,\)"),
     "lr < 0": ({"lr": -0.1}, ValueError, "lr must be finite and >= 0.0, got -0.1"),
     "lr NaN": ({"lr": NAN}, ValueError, "lr must be .*got nan"),
+    "lr None": ({"lr": None}, TypeError, "lr must be a number, got None"),
     "momentum < 0": ({"momentum": -0.9}, ValueError, "momentum must be .*got -0.9"),
     "weight_decay < 0": ({"weight_decay": -1.0}, ValueError, "weight_decay must be .*got -1.0"),
     "nesterov with dampening": (
@@ -282,6 +283,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "grad_scale long": ({"grad_scale": W}, ValueError, "grad_scale must be one element, got shape"),
     "found_inf float": ({"found_inf": 1.0}, TypeError, "found_inf must be a tensor, got float"),
+    "grad_scale empty": ({"grad_scale": W[:0]}, ValueError, r"grad_scale must be one .*\(0,\)"),
     "found_inf bool": ({"found_inf": one(1).bool()}, TypeError, "found_inf must be float32"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_losses_that_require_grad_are_ranked_too(backend: str) -> None:
     assert not indices.requires_grad
 
 
-@pytest.mark.parametrize("k", [0, -1, 4])
+@pytest.mark.parametrize("k", [0, -1, 4, 10**15, 2**63])
 def test_k_outside_one_to_batch_size_raises(backend: str, k: int) -> None:
     with pytest.raises(ValueError, match=rf"k must be in \[1, 3\].*got {k}$"):
         topk_indices(torch.zeros(3), k)
@@ -139,7 +140,7 @@ def test_no_losses_raise(backend: str) -> None:
 
 @pytest.mark.parametrize("k", [True, 1.0, "1", torch.tensor(1)], ids=lambda k: type(k).__name__)
 def test_a_k_that_is_no_int_raises(backend: str, k: object) -> None:
-    with pytest.raises(TypeError, match=f"k must be an int, got {type(k).__name__}"):
+    with pytest.raises(TypeError, match=re.escape(f"k must be an int, got {k!r}")):
         topk_indices(torch.zeros(3), k)  # type: ignore[arg-type]
 
 

@@ -135,7 +135,7 @@ def test_without_grad_scale_and_found_inf(name: str) -> None:
 def test_single_program_and_step_kernels(architecture: int) -> None:
     arguments = {"partials": "*fp64", "count": "i32", "wide": "*fp64", "norm": "*fp32"}
     block = constants(BLOCK=launches._FINISH_BLOCK)
-    warps = launches._FINISH_WARPS
+    warps = 32  # most_warps() of an NVIDIA GPU
     made = build(kernels.finish_norm_kernel, {**arguments, **block}, architecture, warps)
     assert made.spill_bytes == 0
     assert made.registers <= 64  # 1,024 threads

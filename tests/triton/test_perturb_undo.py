@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.perturb import triton as launches
+from ksam_kernels.perturb import triton_table
 from ksam_kernels.perturb.triton_table import Table
+from ksam_kernels.triton_support import most_warps
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -38,3 +40,50 @@ def test_what_was_launched_is_undone(
         launches.perturb_(w, g, backup, [0.1] * 3, False, 0.0)
     assert all((t == 1).all() for t in w)
     assert backup[2].isnan().all()
+
+
+def test_weights_that_were_copied_back_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands with gaps are worked on in copies, whose way back may be interrupted."""
+    w, backup = torch.ones(4, 2)[:, 0], torch.full((4, 2), float("nan"))[:, 0]
+    copied: list[Tensor] = []
+
+    def launch(kernel: Any, table: Table, *args: Any, **constants: Any) -> None:
+        (p, _, b) = rows[0].tensors(table)[0]
+        b.copy_(p)
+        p.add_(1)
+
+    class Remembered(triton_table.Rows):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            rows.append(self)
+
+    def copy_bits(to: Tensor, source: Tensor) -> None:
+        original(to, source)
+        if to is w and (w == 2).all():
+            copied.append(to)
+            raise KeyboardInterrupt
+
+    rows: list[triton_table.Rows] = []
+    original = triton_table._copy_bits
+    monkeypatch.setattr(launches, "_launch", launch)
+    monkeypatch.setattr(launches, "_norms", lambda *args: (torch.ones(()), torch.ones(())))
+    monkeypatch.setattr(launches, "Rows", Remembered)
+    monkeypatch.setattr(triton_table, "_copy_bits", copy_bits)
+    with pytest.raises(KeyboardInterrupt):
+        launches.perturb_([w], [torch.ones(4)], [backup], [0.1], False, 0.0)
+    assert copied
+    assert (w == 1).all()
+    assert (backup == 1).all()
+
+
+@pytest.mark.parametrize(("width", "warps"), [(32, 32), (64, 16)])
+def test_a_program_has_no_more_than_1024_threads(
+    monkeypatch: pytest.MonkeyPatch, width: int, warps: int
+) -> None:
+    device = torch.device("cuda", 60 + width // 32)  # the answer is kept
+
+    class Properties:
+        warp_size = width
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert most_warps(device) == warps
