@@ -4,7 +4,8 @@
 //
 // Bytes moved: each logit once, and each probability where the target has them; per row a class,
 // 4 for the loss and 12 for the statistics, if they are wanted. Selection: topk/select.cuh; the
-// losses it reads lie in the cache. Launches: 1.
+// losses it reads lie in the cache. Launches: 1; for more than kSelectedByBlock rows selection is
+// one more.
 #include "loss/loss_row.h"
 #include "loss/target.cuh"
 #include "topk/select.cuh"
