@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import ksam_kernels
@@ -164,7 +165,12 @@ class Update:
             optimizer.step(*arguments)
         else:
             self.scaler.unscale_(optimizer)
-            self.scaler.step(optimizer, *arguments)
+            try:
+                self.scaler.step(optimizer, *arguments)
+            except BaseException:
+                # The next step has new gradients, which it may unscale.
+                self.scaler._per_optimizer_states[id(optimizer)]["stage"] = OptState.READY
+                raise
 
 
 class _InKernels:

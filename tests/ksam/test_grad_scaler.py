@@ -147,6 +147,30 @@ def test_a_forgotten_update_is_told_and_loses_nothing(backend: str) -> None:
     assert not all_same_bits(weights(model), before)
 
 
+@pytest.mark.parametrize("updates", [True, False])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_step_after_one_that_failed_in_the_base(
+    backend: str, base: type[torch.optim.Optimizer], updates: bool
+) -> None:
+    model, twin = network(), network()
+    grad_scaler = scaler()
+    optimizer = KSAM(model.parameters(), base, lr=0.01, grad_scaler=grad_scaler)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("boom")
+
+    hook = optimizer.base.register_step_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="boom"):
+        optimizer.step(loss_of(model), batch())
+    hook.remove()
+    if updates:  # as a loop that catches the error may
+        grad_scaler.update()
+    optimizer.step(loss_of(model), batch())
+    grad_scaler.update()
+    KSAM(twin.parameters(), base, lr=0.01).step(loss_of(twin), batch())
+    assert all_same_bits(weights(model), weights(twin))
+
+
 def test_a_copy_has_a_scaler_of_its_own(backend: str) -> None:
     model = network()
     grad_scaler = scaler()
