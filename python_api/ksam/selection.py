@@ -32,9 +32,12 @@ def check_k(k: object, name: str = "k") -> K:
 
 
 def subset_size(k: K, batch_size: int) -> int:
-    """Samples selected from a batch: max(1, round(k B)) for a fraction, min(k, B) for a count."""
+    """Samples selected from a batch: round(k B) for a fraction, min(k, B) for a count.
+
+    A fraction takes at least min(2, B), as BatchNorm cannot train on one sample.
+    """
     if isinstance(k, float):
-        return max(1, round(k * batch_size))
+        return max(min(2, batch_size), round(k * batch_size))
     return min(k, batch_size)
 
 
@@ -146,7 +149,9 @@ def cross_entropy(
     """Per-sample cross-entropy in float32: :func:`ksam_kernels.cross_entropy`, same arguments.
 
     In the selection pass of :meth:`ksam.KSAM.step` the loss and the top-k selection are one
-    operator call, and policies read the gradient's bound from the logits.
+    operator call, and policies read the gradient's bound from the logits. If the whole loss
+    function is under ``torch.compile`` they are two, and a share is that of the losses: compile the
+    model.
     """
     options: dict[str, Any] = {
         "weight": weight,
