@@ -52,7 +52,13 @@ def parameter_names(groups: Sequence[dict[str, Any]], model: nn.Module | None) -
     return names
 
 
-def check_takes_no_closure(base: Optimizer) -> None:
+def check_base(base: Optimizer) -> None:
+    """It steps without a closure, and leaves the name rho to the radius."""
+    if "rho" in base.defaults:
+        raise ValueError(
+            f"base must have no hyperparameter of the name rho, which is the radius's in "
+            f"param_groups, got {type(base).__name__} with rho={base.defaults['rho']!r}"
+        )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"base {type(base).__name__} needs a closure, which a K-SAM step has not")

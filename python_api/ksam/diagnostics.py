@@ -16,10 +16,10 @@ import ksam_kernels
 from ksam import batchnorm, interrupts, page
 from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
-from ksam.passes import PerSampleLoss
+from ksam.passes import PerSampleLoss, containers_copied
 from ksam.result import StepResult
 from ksam.selection import check_rho
-from ksam.tables import Index, sample_rows
+from ksam.tables import Index, check_rows, sample_rows
 from ksam.when import check_count
 from ksam.writers import Row, Writer
 
@@ -37,8 +37,9 @@ class Diagnostics:
     before: ``sharp``, the fraction of sharpness-aware steps; ``cost``, the mean cost of a step in
     units of a plain one; ``share``, the mean share of the batch's gradient bounds that the
     selection carries (see :class:`ksam.Representative`; NaN where no step knows it); and, of its
-    own batch, ``alignment`` (:func:`alignment`; NaN if turned off). Between rows nothing waits for
-    the device.
+    own batch, ``alignment`` (:func:`alignment` of as many samples as a sharpness-aware step
+    selects; NaN if that is all of them, or it is turned off). Between rows nothing waits for the
+    device.
 
     Args:
         optimizer: any of the family. Its steps report their share from now on.
@@ -102,6 +103,7 @@ class Diagnostics:
 
     def _count(self, result: StepResult, batch: Any) -> None:
         rows = sample_rows(batch, self._index)
+        check_rows(rows, ksam_kernels.batch_size(batch), self._size or 0)
         if self._counts is None:
             self._counts = torch.zeros(2, self._size or 0, dtype=torch.int64, device=rows.device)
         seen, selected = self._counts
@@ -114,8 +116,9 @@ class Diagnostics:
         self, step: int, result: StepResult, per_sample_loss: PerSampleLoss, batch: Any
     ) -> None:
         cosine = math.nan
-        if self._measure_alignment:
-            k = result.indices.shape[0]
+        samples = ksam_kernels.batch_size(batch)
+        k = self._optimizer.selected(samples, step)
+        if self._measure_alignment and k < samples:
             cosine = float(alignment(self._optimizer, per_sample_loss, batch, k))
         row = {
             "step": step,
@@ -196,7 +199,7 @@ def alignment(
 
 def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
     torch.clear_autocast_cache()  # of other weights, or without gradients
-    output = per_sample_loss(batch)
+    output = per_sample_loss(containers_copied(batch))
     losses: Tensor = output[0] if isinstance(output, tuple) else output
     return losses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,21 +32,24 @@ class Momentum(Part):
     def __init__(self, rho: float | None = None) -> None:
         self.rho = None if rho is None else check_rho(rho)
 
-    def check(self, base: Optimizer) -> None:
+    @staticmethod
+    def check(base: Optimizer, group: Mapping[str, Any]) -> None:
         """A base that keeps no momentum would never be perturbed, in silence.
 
         Raises:
-            ValueError: ``momentum`` is 0 in a group of the base.
+            ValueError: the group has neither a ``momentum`` that is not 0, nor ``betas``.
         """
-        for group in base.param_groups:
-            if group.get("momentum", 1) == 0:
-                raise ValueError(
-                    f"base must have momentum to perturb along, got momentum={group['momentum']!r}"
-                )
+        if "betas" in group or group.get("momentum", 0) != 0:
+            return
+        found = f"momentum={group['momentum']!r}" if "momentum" in group else "neither"
+        raise ValueError(
+            f"base must have momentum or betas, and so a momentum to perturb along; "
+            f"got {type(base).__name__} with {found}"
+        )
 
     def directions(self, base: Optimizer, params: list[Tensor]) -> list[Tensor | None]:
-        """v of every parameter, to go down along; None where there is none yet."""
-        return [_momentum(base.state.get(p, {})) for p in params]
+        """v of every parameter, to go down along; None where there is none yet, or it is frozen."""
+        return [_momentum(base.state.get(p, {})) if p.requires_grad else None for p in params]
 
     def radius(self, of_group: float) -> float:
         """Of parameters in a group with its own rho; negative, as v is gone down."""

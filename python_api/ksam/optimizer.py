@@ -13,49 +13,22 @@ from torch.optim import Optimizer
 
 import ksam_kernels
 from ksam import batchnorm, interrupts
-from ksam.base import (
-    build_base,
-    check_no_overlap,
-    check_takes_no_closure,
-    parameter_names,
-    parameters,
-)
+from ksam.arguments import check_arguments, check_group
+from ksam.base import build_base, parameter_names
 from ksam.distributed import mean_over_ranks
 from ksam.geometry import Geometry, Moving
 from ksam.momentum import Momentum
+from ksam.over_base import OverBase
 from ksam.parts import Part, Sampler
 from ksam.passes import Passes, PerSampleLoss
 from ksam.result import StepResult
 from ksam.samplers import All
-from ksam.selection import Schedule, check_rho
+from ksam.selection import Schedule
 from ksam.update import Update
 from ksam.when import Policy
 
-SCALES = ("mean", "batch", "share")
-STATISTICS = ("subset", "matched", "full", "running")
 
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return str(value)
-
-
-def _check_when(when: Any) -> Any:
-    if when is not None and not callable(when) and not isinstance(when, Policy):
-        raise TypeError(f"when must be a function of the step or a policy, got {when!r}")
-    return when
-
-
-def _check_otherwise(otherwise: object, when: object) -> Momentum | None:
-    if otherwise is not None and not isinstance(otherwise, Momentum):
-        raise TypeError(f"otherwise must be a Momentum or None, got {otherwise!r}")
-    if otherwise is not None and when is None:
-        raise ValueError(f"otherwise needs a when that leaves it steps, got {otherwise!r} alone")
-    return otherwise
-
-
-class SharpnessAware(Optimizer):
+class SharpnessAware(OverBase):
     r"""The engine under every method of the family; the methods are in :mod:`ksam.methods`.
 
     A step perturbs the weights along an **ascent** direction in a **geometry**, takes the
@@ -69,10 +42,12 @@ class SharpnessAware(Optimizer):
         base: the class of the base optimizer, built with ``base_kwargs``, or an instance over the
             same parameters. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` are updated by the fused
             kernels, every other base (and these with ``foreach`` or ``fused``, hooks on them, ...)
-            by its own ``step()`` on the restored weights.
+            by its own ``step()`` on the restored weights. Not with ``maximize``, nor a base that
+            calls a hyperparameter rho (Adadelta).
         ascent: the samples whose gradient is climbed, or :class:`~ksam.momentum.Momentum`; None:
             weights are not perturbed.
-        descent: the samples whose gradient is descended; None: those of the ascent.
+        descent: the samples whose gradient is descended; None: those of the ascent, which then has
+            some.
         geometry: of the perturbation; default: Euclidean.
         rho: radius of the perturbation, >= 0, or a function of the step (from 0). It stands in
             ``param_groups``; the norm is one over all groups.
@@ -89,7 +64,8 @@ class SharpnessAware(Optimizer):
         statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
             statistics, these ``"matched"`` to the full batch's (its values, BatchNorm's gradient:
             Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones. Needs ``model``.
-        seed: of methods that draw samples or weights; the same in a resumed run.
+        seed: of methods that draw samples or weights, an int in [0, 2**31); the same in a resumed
+            run.
         grad_scaler: scales the losses of both gradients, for float16. A step whose descent gradient
             is not finite leaves weights and state as they were; call ``grad_scaler.update()`` after
             every step, as with any optimizer.
@@ -120,52 +96,26 @@ class SharpnessAware(Optimizer):
         grad_scaler: GradScaler | None = None,
         **base_kwargs: Any,
     ) -> None:
+        options = {"scale": scale, "statistics": statistics, "model": model, "seed": seed}
+        parts = {"ascent": ascent, "descent": descent, "when": when, "otherwise": otherwise}
+        check_arguments({**options, **parts, "geometry": geometry})
         self.ascent, self.descent = ascent, descent
         self.geometry = geometry or Geometry()
-        self.when = _check_when(when)
-        self.otherwise = _check_otherwise(otherwise, when)
-        self.scale = _check_choice("scale", scale, SCALES)
-        self.statistics = _check_choice("statistics", statistics, STATISTICS)
+        self.when, self.otherwise = when, otherwise
+        self.scale, self.statistics = scale, statistics
         self.seed = seed
         self.model = model
-        self.steps_done = 0
         self.report_share = False
-        self._rho = rho if callable(rho) else check_rho(rho)
-        self._rho_schedules: list[Schedule | None] = []
         self._looked_for_batchnorm = False
         self._scratch()
-        self.base = build_base(params, base, base_kwargs)
+        super().__init__(build_base(params, base, base_kwargs), rho)
         self._update = Update(self.base, grad_scaler)
-        check_takes_no_closure(self.base)
-        check_no_overlap(parameters(self.base.param_groups))
-        super().__init__(self.base.param_groups, dict(self.base.defaults))
-        self._share_groups()
-        for part in (ascent, otherwise):
-            if isinstance(part, Momentum):
-                part.check(self.base)
 
     def _scratch(self) -> None:
         """Working memory: part of no checkpoint and no copy."""
         self._backup: dict[Tensor, Tensor] = {}
         self._snapshot = batchnorm.Snapshot()
         self._kept = batchnorm.Kept()
-
-    def _share_groups(self) -> None:
-        """One list of groups and one state, whoever looks: schedulers, the base, checkpoints."""
-        self.param_groups = self.base.param_groups
-        self.state = self.base.state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with the default rho unless the group has its own."""
-        rho = param_group.get("rho", self._rho)
-        value = check_rho(rho(self.steps_done) if callable(rho) else rho)
-        if not any(param_group is group for group in self.base.param_groups):
-            if not isinstance(param_group["params"], Tensor):
-                param_group["params"] = list(param_group["params"])
-            check_no_overlap(parameters([*self.base.param_groups, param_group]))
-            self.base.add_param_group(param_group)
-        param_group["rho"] = value
-        self._rho_schedules.append(rho if callable(rho) else None)
 
     def _parts(self) -> dict[str, Part]:
         parts = {
@@ -176,35 +126,15 @@ class SharpnessAware(Optimizer):
         }
         return {name: part for name, part in parts.items() if isinstance(part, Part)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups; under ``"ksam"`` the steps done and the parts'."""
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        own = {name: state for name, state in parts.items() if state}
-        return {**self.base.state_dict(), "ksam": {"steps_done": self.steps_done, **own}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; a plain base optimizer's is taken too, as step 0."""
-        rhos = [group["rho"] for group in self.param_groups]
-        own = state_dict.get("ksam", {})
-        self.base.load_state_dict({n: v for n, v in state_dict.items() if n != "ksam"})
-        self._share_groups()
-        for group, rho in zip(self.param_groups, rhos, strict=True):
-            group.setdefault("rho", rho)
-        for name, part in self._parts().items():
-            if name in own:
-                part.load_state_dict(own[name])
-        self.steps_done = int(own.get("steps_done", 0))
-
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "ascent", "descent", "geometry", "when", "otherwise", "scale", "statistics")
-        more = ("seed", "model", "steps_done", "report_share", "_update", "_rho", "_rho_schedules")
-        names = (*own, *more, "_looked_for_batchnorm")
+        parts = ("ascent", "descent", "geometry", "when", "otherwise")
+        options = ("scale", "statistics", "seed", "model", "report_share")
+        names = (*parts, *options, "_update", "_looked_for_batchnorm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._scratch()
-        self._share_groups()
 
     def cost(self, samples: int, step: int | None = None) -> float:
         """Cost of a sharpness-aware step on a batch of ``samples``, in units of a plain one.
@@ -217,6 +147,21 @@ class SharpnessAware(Optimizer):
             return (ascent + self.descent.cost(samples, step)) / (3 * samples)
         assert isinstance(self.ascent, Sampler)
         return (ascent + 3 * self.ascent.size(samples, step)) / (3 * samples)
+
+    def selected(self, samples: int, step: int | None = None) -> int:
+        """How many of ``samples`` a sharpness-aware step selects; all, where it selects none."""
+        step = self.steps_done if step is None else step
+        return self._selector(samples, step).selects(samples, step)
+
+    def _selector(self, samples: int, step: int) -> Sampler:
+        """The ascent's sampler; the descent's, where the ascent is not on a selection."""
+        ascent, descent = self.ascent, self.descent
+        if isinstance(ascent, Sampler) and ascent.selects(samples, step) < samples:
+            return ascent
+        if descent is not None:
+            return descent
+        assert isinstance(ascent, Sampler)
+        return ascent
 
     def step(self, per_sample_loss: PerSampleLoss, batch: Any) -> StepResult:  # type: ignore[override]
         """One step.
@@ -234,12 +179,16 @@ class SharpnessAware(Optimizer):
 
         Raises:
             TypeError, ValueError: a batch, losses or scheduled values that are not as described.
-                Whatever is raised, by this method or by the function, KeyboardInterrupt included:
-                weights and BatchNorm statistics are bit for bit what they were.
+                Whatever is raised before the base optimizer's own step, by this method or by the
+                function, KeyboardInterrupt included: weights and BatchNorm statistics are bit for
+                bit what they were. What the base raises in its step may leave its state changed.
         """
         samples = ksam_kernels.batch_size(batch)
         if samples == 0:
             raise ValueError("batch must hold at least one sample, got 0")
+        for sampler in self._samplers():
+            sampler.check(batch, samples)
+        self._adopt_groups()
         cost = self.cost(samples)
         sharp = self._is_sharp(cost)
         norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._kept)
@@ -268,6 +217,13 @@ class SharpnessAware(Optimizer):
             torch.clear_autocast_cache()  # of the perturbed weights
         return result
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        along_momentum = any(isinstance(part, Momentum) for part in (self.ascent, self.otherwise))
+        check_group(self.base, group, along_momentum)
+
+    def _samplers(self) -> list[Sampler]:
+        return [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]
+
     def _is_sharp(self, cost: float) -> bool:
         if self.when is None:
             return True
@@ -284,7 +240,6 @@ class SharpnessAware(Optimizer):
         norms: batchnorm.Norms,
     ) -> Passes:
         step = self.steps_done
-        samplers = [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]
         return Passes(
             function,
             batch,
@@ -292,20 +247,11 @@ class SharpnessAware(Optimizer):
             scale=self._update.scale,
             step=step,
             seed=self.seed,
-            whole=not sharp or any(sampler.whole(step) for sampler in samplers),
+            whole=not sharp or any(sampler.whole(step) for sampler in self._samplers()),
             norms=norms,
             trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
         )
-
-    def _schedule_rho(self) -> None:
-        schedules = self._rho_schedules
-        values = [
-            check_rho(schedule(self.steps_done) if schedule else group["rho"])
-            for schedule, group in zip(schedules, self.param_groups, strict=True)
-        ]
-        for group, value in zip(self.param_groups, values, strict=True):
-            group["rho"] = value
 
     def _descent_gradient(
         self, passes: Passes, sharp: bool, perturbed: dict[Tensor, Tensor]
@@ -345,9 +291,8 @@ class SharpnessAware(Optimizer):
         probed = isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
         if not (wanted or probed) or not passes.knows_the_batch:
             return None
-        sampler = self.ascent if isinstance(self.ascent, Sampler) else self.descent
-        assert sampler is not None
-        return passes.share(sampler.size(passes.samples, self.steps_done))
+        sampler = self._selector(passes.samples, passes.step)
+        return passes.share(sampler.representatives(passes))
 
     def _perturb(
         self, ascent: Sampler | Momentum, perturbed: dict[Tensor, Tensor]
@@ -383,9 +328,8 @@ class SharpnessAware(Optimizer):
 
     def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
         """The weights are updated: now what the parts learn from the step is final too."""
-        for part in (self.ascent, self.descent):
-            if isinstance(part, Sampler):
-                part.observe(passes)
+        for sampler in self._samplers():
+            sampler.observe(passes)
         if isinstance(self.when, Policy):
             self.when.observe(self.steps_done, cost, probe)
         self.steps_done += 1

@@ -56,9 +56,20 @@ class Sampler(Part):
         """How many of ``samples`` it chooses."""
         return samples
 
+    def selects(self, samples: int, step: int) -> int:
+        """How many of ``samples`` make the loss whose gradient is taken."""
+        return self.size(samples, step)
+
+    def check(self, batch: Any, samples: int) -> None:
+        """Raise for what the step would miss in the batch; called before its first pass."""
+
     def choose(self, passes: Passes) -> Subset:
         """The samples of this step."""
         raise NotImplementedError
+
+    def representatives(self, passes: Passes) -> Tensor:
+        """Samples whose share of the batch's gradient bounds is reported: the highest losses."""
+        return passes.highest(self.selects(passes.samples, passes.step))
 
     def cost(self, samples: int, step: int) -> int:
         """Of choosing and of the gradient: a forward pass over one sample is 1, a backward 2."""

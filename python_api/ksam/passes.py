@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -35,6 +37,19 @@ def _per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
     if not losses.is_floating_point():
         raise TypeError(f"per_sample_loss must return floating losses, got {losses.dtype}")
     return losses, aux
+
+
+def containers_copied(batch: Any) -> Any:
+    """The batch's tensors in dicts and lists of their own, from which a function may take some."""
+    if type(batch) is tuple:
+        return tuple(map(containers_copied, batch))
+    if not isinstance(batch, (dict, UserDict, list)):
+        return batch
+    found: Any = copy.copy(batch)
+    for key, value in enumerate(batch) if isinstance(batch, list) else batch.items():
+        if isinstance(value, (dict, UserDict, list, tuple)):
+            found[key] = containers_copied(value)
+    return found
 
 
 class Passes:
@@ -158,7 +173,9 @@ class Passes:
             batchnorm.detector(self._watch and not self._reported) as seen,
             recording(self.samples if is_whole else -1, subset.keep) as recorded,
         ):
-            losses, aux = _per_sample(self._function(subset.batch), subset.samples)
+            losses, aux = _per_sample(
+                self._function(containers_copied(subset.batch)), subset.samples
+            )
             if subset.keep is not None:
                 self.top = recorded.indices(losses)
             if seen:
@@ -175,15 +192,19 @@ class Passes:
         """Whether the reported losses are there, and are those of the whole batch."""
         return self._reported and self.losses.shape[0] == self.samples
 
-    def share(self, size: int) -> Tensor:
-        """Share of the reported losses' gradient bounds that the ``size`` highest losses carry.
+    def highest(self, count: int) -> Tensor:
+        """Indices of the highest of the reported losses."""
+        if self.top is not None and self.top.shape[0] == count:
+            return self.top
+        return ksam_kernels.topk_indices(self.losses, count)
+
+    def share(self, indices: Tensor) -> Tensor:
+        """Share of the reported losses' gradient bounds that these samples carry.
 
         A float32 scalar on the device; NaN where no sample has a gradient.
         """
-        if self.top is None or self.top.shape[0] != size:
-            self.top = ksam_kernels.topk_indices(self.losses, size)
         scores = self.scores()
-        return scores[self.top].sum() / scores.sum()
+        return scores[indices].sum() / scores.sum()
 
     def indices(self) -> Tensor:
         """The selected samples, int64, ascending."""

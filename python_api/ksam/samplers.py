@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ksam_kernels
 from ksam.parts import Part, Sampler, Subset
@@ -67,16 +68,26 @@ class TopK(_AfterForward):
 
     def _some(self, passes: Passes, size: int) -> Subset:
         drawn = round(self.random * size)
-        if drawn == size:  # no loss decides, but the pass is the one that sees the whole batch
-            passes.forward()
-            return passes.select(passes.draw(size))
-        passes.forward(size - drawn)
-        assert passes.top is not None
+        # Where no loss decides, the pass is still the one that sees the whole batch.
+        passes.forward(size - drawn if drawn < size else None)
+        return passes.select(self._indices(passes, size))
+
+    def _indices(self, passes: Passes, size: int) -> Tensor:
+        """By the losses that are known."""
+        drawn = round(self.random * size)
+        if drawn == size:
+            return passes.draw(size)
+        top = passes.highest(size - drawn)
         if drawn == 0:
-            return passes.select(passes.top)
-        keys = passes.random().index_fill(0, passes.top, -1.0)
-        others = ksam_kernels.topk_indices(keys, drawn)
-        return passes.select(torch.cat([passes.top, others]).sort().values)
+            return top
+        others = ksam_kernels.topk_indices(passes.random().index_fill(0, top, -1.0), drawn)
+        return torch.cat([top, others]).sort().values
+
+    def representatives(self, passes: Passes) -> Tensor:
+        """Those that were selected, or in another step would have been."""
+        if passes.subset is not None and passes.subset.indices is not None:
+            return passes.subset.indices
+        return self._indices(passes, self.size(passes.samples, passes.step))
 
 
 class Random(_Some):
@@ -158,8 +169,11 @@ class Ordered(Sampler):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.amount.load_state_dict(state)
 
+    def selects(self, samples: int, step: int) -> int:
+        return self.amount.of(samples, step)
+
     def choose(self, passes: Passes) -> Subset:
-        return passes.everything(keep=self.amount.of(passes.samples, passes.step))
+        return passes.everything(keep=self.selects(passes.samples, passes.step))
 
 
 class AccuracySchedule(Part):

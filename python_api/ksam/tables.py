@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,20 +13,44 @@ from ksam.parts import Sampler, Subset
 from ksam.passes import Passes
 from ksam.selection import Amount, K, Schedule
 from ksam.when import check_count
-from ksam_kernels.checks import INDEX, check_dtype, check_range
+from ksam_kernels.checks import INDEX, check_dtype, check_range, check_shape
 
 Index = Any  # a key of the batch, or Callable[[Any], Tensor]
 
 
 def sample_rows(batch: Any, index: Index) -> Tensor:
     """The indices of a batch's samples in the data set, int64 ``[B]``."""
-    rows = index(batch) if callable(index) else batch[index]
+    if callable(index):
+        rows = index(batch)
+    else:
+        try:
+            rows = batch[index]
+        except (KeyError, IndexError, TypeError) as error:
+            kind = type(batch).__name__
+            raise KeyError(f"index must be a key of the batch, a {kind}, got {index!r}") from error
     check_dtype("the batch's sample index", rows, INDEX)
     if rows.dim() != 1:
         raise ValueError(
             f"the batch's sample index must be one-dimensional, got shape {tuple(rows.shape)}"
         )
     return rows.long()  # type: ignore[no-any-return]
+
+
+def check_rows(rows: Tensor, samples: int, size: int) -> None:
+    """One index in [0, size) for each of the samples; on a GPU its range is not waited for.
+
+    Raises:
+        ValueError, IndexError: another number of them, or one out of range.
+    """
+    check_shape("the batch's sample index", rows, (samples,), "one entry per sample")
+    if rows.device.type == "cpu":
+        low, high = (int(bound) for bound in rows.aminmax())
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise IndexError(
+                f"the batch's sample index must be in [0, {size}), the size of the data set, "
+                f"got {wrong}: out of range"
+            )
 
 
 class _Table(Sampler):
@@ -48,6 +73,9 @@ class _Table(Sampler):
 
     def size(self, samples: int, step: int) -> int:
         return self.amount.of(samples, step)
+
+    def check(self, batch: Any, samples: int) -> None:
+        check_rows(sample_rows(batch, self.index), samples, self.entries)
 
     def rows(self, batch: Any) -> Tensor:
         """The indices of the batch's samples, int64 ``[B]``; the table moves to their device."""
@@ -131,9 +159,10 @@ class SharpnessSample(_Table):
     The score of a sample is the mean of :math:`|L_i(\hat w) - L_i(w)|` over the steps that selected
     it. Within a batch scores are mapped linearly to [``low``, f], normalized to probabilities, and
     :math:`\alpha M` samples are drawn without replacement. f rises from ``low`` to ``high`` over
-    the first ``ramp`` epochs; the first epoch takes every sample. Epochs are counted by
-    ``size`` / M steps. Settings and rule are those of the authors' code; they give probabilities
-    proportional to the scaled scores within the batch.
+    the first ``ramp`` epochs; the first epoch takes every sample. An epoch is ``size`` / M steps,
+    rounded up, with the largest M so far, as the last batch may be smaller. Settings and rule are
+    those of the authors' code; they give probabilities proportional to the scaled scores within the
+    batch.
 
     Args:
         alpha: fraction of the batch (float), count (int), or a function of the step.
@@ -159,9 +188,17 @@ class SharpnessSample(_Table):
         check_range("low", low, 1e-6, high)
         check_count("ramp", ramp, 1)
         self.low, self.high, self.ramp = low, high, ramp
+        self._largest = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "largest": self._largest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._largest = int(state.get("largest", 0))
 
     def _epoch(self, samples: int, step: int) -> int:
-        return step // max(1, self.entries // samples)
+        return step // math.ceil(self.entries / max(self._largest, samples))
 
     def whole(self, step: int) -> bool:
         return False
@@ -189,6 +226,7 @@ class SharpnessSample(_Table):
         return scaled / scaled.sum()
 
     def observe(self, passes: Passes) -> None:
+        self._largest = max(self._largest, passes.samples)
         if passes.before is None or passes.after is None:  # a plain step
             return
         rows = self.seen(passes)

@@ -78,6 +78,25 @@ def test_alignment_is_the_cosine_of_two_gradients(backend: str) -> None:
     torch.testing.assert_close(found.double(), F.cosine_similarity(a, b, 0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("sharp", [True, False])
+def test_rows_have_the_alignment_of_a_selection(backend: str, sharp: bool) -> None:
+    """Of a plain step too, which selects none itself."""
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=lambda step: sharp)
+    diagnostics = Diagnostics(optimizer, every=2)
+    run(optimizer, diagnostics, model, 2)
+    expected = ksam.alignment(optimizer, loss_of(model), batch(1), 8)
+    assert diagnostics.rows[0]["alignment"] == pytest.approx(float(expected))
+
+
+def test_no_selection_has_no_alignment(backend: str) -> None:
+    model = network()
+    optimizer = ksam.MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    diagnostics = Diagnostics(optimizer, every=1)
+    run(optimizer, diagnostics, model, 1)
+    assert math.isnan(diagnostics.rows[0]["alignment"])
+
+
 def test_alignment_leaves_gradients_and_statistics_alone(backend: str) -> None:
     model = network(batchnorm=True)
     unused = nn.Parameter(torch.ones(2))

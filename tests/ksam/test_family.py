@@ -187,15 +187,13 @@ def test_msam_climbs_along_adams_momentum(
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
-def test_msam_takes_one_gradient_and_needs_momentum(backend: str) -> None:
+def test_msam_takes_one_gradient(backend: str) -> None:
     model = network(dtype=torch.float64)
     calls: list[int] = []
     ksam.MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9).step(
         lambda b: (calls.append(1), losses(model)(b))[1], data_of(0)
     )
     assert calls == [1]
-    with pytest.raises(ValueError, match=r"momentum .*got momentum=0"):
-        ksam.MSAM(model.parameters(), torch.optim.SGD, lr=0.1)
 
 
 def test_ordered_sgd_descends_with_accuracy() -> None:
@@ -254,6 +252,17 @@ def test_ausam_draws_by_recorded_change(backend: str) -> None:
         assert torch.corrcoef(torch.stack([score[half], count[half]]))[0, 1] > 0.7
 
 
+def test_ausams_epochs_end_with_a_smaller_batch() -> None:
+    """48 samples in batches of 20, 20 and 8: three steps are an epoch."""
+    optimizer = build("AUSAM", network(dtype=torch.float64), alpha=0.5)
+    sizes = []
+    for step, (size, first) in enumerate([(20, 0), (20, 20), (8, 40)] * 2):
+        data = {**batch(step, size, torch.float64), "index": torch.arange(first, first + size)}
+        loss = losses(optimizer.model)  # type: ignore[arg-type]
+        sizes.append(len(optimizer.step(loss, data).indices))
+    assert sizes == [20, 20, 8, 10, 10, 4]
+
+
 @pytest.mark.parametrize("name", ["RandomSubsetSAM", "KSAM"])
 def test_random_samples_are_exactly_as_many_and_change(backend: str, name: str) -> None:
     model = network(dtype=torch.float64)
@@ -270,6 +279,30 @@ def test_half_of_the_mixed_selection_has_the_highest_losses(backend: str) -> Non
     data = data_of(0)
     highest = plain.largest(losses(model)(data).detach(), 4).tolist()
     assert set(highest) < set(build("KSAM", model).step(losses(model), data).indices.tolist())
+
+
+@pytest.mark.parametrize("sharp", [True, False])
+@pytest.mark.parametrize("random", [0.0, 0.5, 1.0])
+def test_the_share_is_that_of_the_selection(backend: str, random: float, sharp: bool) -> None:
+    """In a plain step, of what a sharpness-aware one would select."""
+    found = []
+    for when in (None, lambda step: sharp):
+        model = network(dtype=torch.float64)
+        optimizer = build("KSAM", model, random=random, when=when)
+        optimizer.report_share = True
+        found.append(optimizer.step(losses(model), data_of(0)))
+    selected, reported = found
+    share = selected.losses[selected.indices].sum() / selected.losses.sum()
+    torch.testing.assert_close(reported.share, share, check_dtype=False)
+
+
+def test_the_share_of_ordered_sgd_is_that_of_its_q(backend: str) -> None:
+    optimizer = build("OrderedSGD", network(dtype=torch.float64))
+    optimizer.report_share = True
+    result = optimizer.step(losses(optimizer.model), data_of(0))  # type: ignore[arg-type]
+    assert len(result.indices) == 9
+    share = result.losses[result.indices].sum() / result.losses.sum()
+    torch.testing.assert_close(result.share, share, check_dtype=False)
 
 
 def test_importance_sampling_is_unbiased(backend: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ksam
-from ksam.optimizer import STATISTICS
+from ksam.arguments import STATISTICS
 from tests.helpers import all_same_bits
 from tests.ksam.models import network, weights
 from tests.ksam.test_family import NAMES, build, data_of, losses
@@ -133,30 +133,43 @@ def test_asam_needs_names() -> None:
     assert all_same_bits(weights(model), before)
 
 
+INDEX = torch.arange(24)
+
+
+@pytest.mark.parametrize("step", [0, 2])  # on the whole batch, on a selection
 @pytest.mark.parametrize("name", ["StaleKSAM", "AUSAM"])
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [
-        (torch.arange(24.0), TypeError, "sample index must be int64, int32, got torch.float32"),
-        (
-            torch.zeros(24, 1, dtype=torch.int64),
-            ValueError,
-            r"one-dimensional, got shape \(24, 1\)",
-        ),
-        (torch.arange(24) + 30, IndexError, "out of range|out of bounds"),
+        (INDEX.float(), TypeError, "sample index must be int64, int32, got torch.float32"),
+        (INDEX[:, None], ValueError, r"one-dimensional, got shape \(24, 1\)"),
+        (None, KeyError, r"index must be a key of the batch, a dict, got 'index'"),
+        (INDEX + 30, IndexError, r"in \[0, 48\), .*got 53|out of bounds"),
+        (INDEX - 1, IndexError, r"in \[0, 48\), .*got -1|out of bounds"),
     ],
 )
 def test_a_bad_sample_index_changes_nothing(
-    backend: str, name: str, index: Any, error: type[Exception], message: str
+    backend: str, name: str, step: int, index: Any, error: type[Exception], message: str
 ) -> None:
-    model = network(dtype=torch.float64)
-    optimizer = build(name, model, refresh=100) if name == "StaleKSAM" else build(name, model)
-    optimizer.steps_done = 2
-    before = weights(model)
+    model = network(batchnorm=True, dtype=torch.float64)
+    optimizer = build(name, model)
+    optimizer.steps_done = step
+    before, calls = state(model), []
+    data = {**data_of(0), "index": index}
+    if index is None:
+        del data["index"]
     with pytest.raises(error, match=message):
-        optimizer.step(losses(model), {**data_of(0), "index": index})
-    assert all_same_bits(weights(model), before)
-    assert optimizer.steps_done == 2
+        optimizer.step(lambda b: (calls.append(b), losses(model)(b))[1], data)
+    assert all_same_bits(state(model), before)
+    assert optimizer.steps_done == step
+    assert not optimizer.state
+    assert not calls
+
+
+def test_an_index_of_another_length_is_refused() -> None:
+    optimizer = build("AUSAM", network(dtype=torch.float64), index=lambda b: INDEX[:3])
+    with pytest.raises(ValueError, match=r"one entry per sample, \(24,\), got shape \(3,\)"):
+        optimizer.step(losses(optimizer.model), data_of(0))  # type: ignore[arg-type]
 
 
 def test_a_table_of_another_data_set_is_refused() -> None:

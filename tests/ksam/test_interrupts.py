@@ -73,10 +73,10 @@ class Run:
 def test_an_interrupted_step_is_whole_or_none(statistics: str) -> None:
     done = Run(statistics)
     before = done.tensors()
-    trace = AtLine(-1)
+    tracing, trace = sys.gettrace(), AtLine(-1)
     sys.settrace(trace)
     done.step()
-    sys.settrace(None)
+    sys.settrace(tracing)
     last_time = {where: n for n, where in enumerate(trace.lines)}
     for where, n in last_time.items():
         run = Run(statistics)
@@ -86,7 +86,7 @@ def test_an_interrupted_step_is_whole_or_none(statistics: str) -> None:
             with pytest.raises(KeyboardInterrupt):
                 run.step()
         finally:
-            sys.settrace(None)
+            sys.settrace(tracing)
         steps = run.optimizer.steps_done
         assert all_same_bits(run.tensors(), {1: before, 2: done.tensors()}[steps]), (steps, where)
         assert run.settings() == settings, where

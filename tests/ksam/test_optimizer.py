@@ -22,9 +22,9 @@ from tests.ksam.models import batch, loss_of, network, weights
 
 @pytest.mark.parametrize(
     ("k", "size", "expected"),
-    [(1 / 3, 128, 43), (1 / 3, 1, 1), (0.001, 10, 1), (1.0, 7, 7), (5, 3, 3), (1, 3, 1)],
+    [(1 / 3, 128, 43), (1 / 3, 1, 1), (0.001, 10, 2), (1.0, 7, 7), (5, 3, 3), (1, 3, 1)],
 )
-def test_k_is_a_fraction_or_a_count(k: float, size: int, expected: int) -> None:
+def test_k_is_a_fraction_of_two_at_least_or_a_count(k: float, size: int, expected: int) -> None:
     assert subset_size(k, size) == expected
 
 
@@ -264,6 +264,26 @@ def test_base_can_be_an_instance_over_the_same_parameters() -> None:
         KSAM(model.parameters(), torch.optim.LBFGS)
     with pytest.raises(TypeError, match="base must be"):
         KSAM(model.parameters(), "SGD")  # type: ignore[arg-type]
+
+
+def test_batchnorm_trains_on_a_small_last_batch(backend: str) -> None:
+    model = network(batchnorm=True)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    assert len(optimizer.step(loss_of(model), batch(size=4)).indices) == 2
+
+
+def test_the_function_may_take_things_out_of_the_batch(backend: str) -> None:
+    model = network()
+    data = {"inputs": [batch()["x"], "name"], "labels": batch()["y"]}
+
+    def per_sample_loss(b: dict[str, Any]) -> Tensor:
+        return loss_of(model)({"x": b["inputs"].pop(0), "y": b.pop("labels")})
+
+    for k in (8, 1.0):
+        optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=k)
+        optimizer.step(per_sample_loss, data)
+    assert list(data) == ["inputs", "labels"]
+    assert len(data["inputs"]) == 2
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ksam
 from ksam import KSAM, SAM
-from ksam.optimizer import STATISTICS
+from ksam.arguments import STATISTICS
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
 from tests.ksam.models import Batch, batch, loss_of, network, weights

@@ -256,7 +256,7 @@ def test_the_radius_along_momentum_is_of_the_base_s_kind(
 
 def test_the_automatic_k_sam_needs_momentum_unless_told_otherwise() -> None:
     params = [*network().parameters()]
-    with pytest.raises(ValueError, match=r"momentum .*got momentum=0"):
+    with pytest.raises(ValueError, match=r"momentum .*got SGD with momentum=0"):
         AutoKSAM(params, torch.optim.SGD, lr=0.1)
     assert AutoKSAM(params, torch.optim.SGD, lr=0.1, momentum_rho=None).otherwise is None
     with pytest.raises(ValueError, match="threshold"):

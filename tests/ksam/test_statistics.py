@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ksam import ESAM, KSAM, cross_entropy
-from ksam.optimizer import STATISTICS
+from ksam.arguments import STATISTICS
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 

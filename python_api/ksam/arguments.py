@@ -1,0 +1,88 @@
+"""Checks of what an optimizer is built with; each names the argument and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ksam.geometry import Geometry
+from ksam.momentum import Momentum
+from ksam.parts import Sampler
+from ksam.samplers import Ordered
+from ksam.when import Policy
+
+SCALES = ("mean", "batch", "share")
+STATISTICS = ("subset", "matched", "full", "running")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_type(name: str, value: object, kinds: tuple[type, ...], meaning: str) -> None:
+    if value is not None and not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {meaning} or None, got {value!r}")
+
+
+def _check_samplers(ascent: object, descent: object, scale: str) -> None:
+    _check_type("ascent", ascent, (Sampler, Momentum), "a Sampler, a Momentum")
+    _check_type("descent", descent, (Sampler,), "a Sampler")
+    if descent is None and not isinstance(ascent, Sampler):
+        raise ValueError(
+            f"descent must be given where the ascent is not on samples, got None with "
+            f"ascent={ascent!r}"
+        )
+    if scale != "mean" and any(isinstance(part, Ordered) for part in (ascent, descent)):
+        raise ValueError(
+            f'scale must be "mean" for the highest losses of a whole batch, got {scale!r}'
+        )
+
+
+def _check_when(when: object, otherwise: object) -> None:
+    if when is not None and not callable(when) and not isinstance(when, Policy):
+        raise TypeError(f"when must be a function of the step or a policy, got {when!r}")
+    _check_type("otherwise", otherwise, (Momentum,), "a Momentum")
+    if otherwise is not None and when is None:
+        raise ValueError(f"otherwise needs a when that leaves it steps, got {otherwise!r} alone")
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Of :class:`ksam.optimizer.SharpnessAware`, by name; rho and ``grad_scaler`` check themselves.
+
+    Raises:
+        TypeError, ValueError: one out of its range.
+    """
+    _check_choice("scale", arguments["scale"], SCALES)
+    _check_choice("statistics", arguments["statistics"], STATISTICS)
+    _check_samplers(arguments["ascent"], arguments["descent"], arguments["scale"])
+    _check_when(arguments["when"], arguments["otherwise"])
+    _check_type("geometry", arguments["geometry"], (Geometry,), "a Geometry")
+    _check_type("model", arguments["model"], (nn.Module,), "a torch.nn.Module")
+    seed = arguments["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int in [0, 2**31), got {seed!r}")
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be in [0, 2**31), got {seed!r}")
+
+
+def check_group(base: Optimizer, group: Mapping[str, Any], momentum: bool) -> None:
+    """Of parameters, as the base will complete it.
+
+    Args:
+        momentum: whether a method climbs along it.
+
+    Raises:
+        ValueError: ``maximize``, or no momentum where one is needed.
+    """
+    group = {**base.defaults, **group}
+    if group.get("maximize"):
+        raise ValueError(
+            f"maximize must be False, got {group['maximize']!r}: sharpness is that of a loss; "
+            f"minimize its negative"
+        )
+    if momentum:
+        Momentum.check(base, group)

@@ -1,0 +1,156 @@
+"""An optimizer over another: the same groups and state, whoever looks, and one checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ksam.base import check_base, check_no_overlap, parameters
+from ksam.parts import Part
+from ksam.selection import Schedule, check_rho
+
+
+class OverBase(Optimizer):
+    """Groups, each with a rho, and state are the base optimizer's; parts have state of their own.
+
+    Args:
+        base: the optimizer that takes the steps.
+        rho: of groups without one: a radius >= 0, or a function of the step.
+
+    Attributes:
+        base: as given.
+        steps_done: steps so far, those of a resumed run included.
+    """
+
+    # torch.optim.Optimizer sets empty groups and state when it is built.
+    _built = False
+
+    def __init__(self, base: Optimizer, rho: float | Schedule) -> None:
+        check_base(base)
+        self.base = base
+        self.steps_done = 0
+        self._rho = rho if callable(rho) else check_rho(rho)
+        self._rho_schedules: list[Schedule | None] = []
+        self._rhos: list[float] = []
+        super().__init__(base.param_groups, dict(base.defaults))
+        self._built = True
+        self._initial = copy.deepcopy(self._states())
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._built:
+            self.base.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base optimizer's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        if self._built:
+            self.base.state = state
+
+    def _parts(self) -> dict[str, Part]:
+        """Those that may have state."""
+        raise NotImplementedError
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise for one that the method cannot take."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with the default rho unless the group has its own."""
+        if not any(param_group is group for group in self.base.param_groups):
+            if not isinstance(param_group["params"], Tensor):
+                param_group["params"] = list(param_group["params"])
+            self._radius(param_group)
+            check_no_overlap(parameters([*self.base.param_groups, param_group]))
+            self.base.add_param_group(param_group)
+        self._adopt_groups()
+
+    def _radius(self, group: dict[str, Any]) -> float:
+        """The rho of a group that is new here, and may be taken."""
+        self._check_group(group)
+        rho = group.get("rho", self._rho)
+        return check_rho(rho(self.steps_done) if callable(rho) else rho)
+
+    def _adopt_groups(self) -> None:
+        """Every group has a rho, also those that the base was given or has loaded by itself."""
+        groups, known = self.param_groups, len(self._rhos)
+        self._rhos = [
+            group.setdefault("rho", rho)
+            for group, rho in zip(groups[:known], self._rhos, strict=True)
+        ]
+        if len(groups) > known:
+            check_no_overlap(parameters(groups))
+        for group, rho in [(group, self._radius(group)) for group in groups[known:]]:
+            schedule = group.get("rho", self._rho)
+            self._rho_schedules.append(schedule if callable(schedule) else None)
+            self._rhos.append(rho)
+            group["rho"] = rho
+
+    def _schedule_rho(self) -> None:
+        schedules = self._rho_schedules
+        values = [
+            check_rho(schedule(self.steps_done) if schedule else group["rho"])
+            for schedule, group in zip(schedules, self.param_groups, strict=True)
+        ]
+        for group, value in zip(self.param_groups, values, strict=True):
+            group["rho"] = value
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def _load_parts(self, states: dict[str, dict[str, Any]]) -> None:
+        for name, part in self._parts().items():
+            if states.get(name):
+                part.load_state_dict(states[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and groups; under ``"ksam"`` the steps done and the parts'."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        own = {name: state for name, state in self._states().items() if state}
+        found = {**self.base.state_dict(), "ksam": {"steps_done": self.steps_done, **own}}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, found)
+            found = found if replaced is None else replaced
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave; a plain base optimizer's is taken too, as step 0.
+
+        Parts that have no state in it begin anew. If anything in it is refused, nothing is loaded.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        own = {"steps_done": 0, **copy.deepcopy(self._initial), **state_dict.get("ksam", {})}
+        steps_done = int(own.pop("steps_done"))
+        self._adopt_groups()
+        present = copy.deepcopy(self._states())
+        try:
+            self._load_parts(own)
+            self.base.load_state_dict({n: v for n, v in state_dict.items() if n != "ksam"})
+        except BaseException:
+            self._load_parts(present)
+            raise
+        self.steps_done = steps_done
+        self._adopt_groups()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("base", "steps_done", "_rho", "_rho_schedules", "_rhos", "_built", "_initial")
+        return {"defaults": self.defaults, **{name: getattr(self, name) for name in names}}

@@ -1,0 +1,100 @@
+"""What an optimizer cannot be built of is refused, by name and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ksam import KSAM, MSAM, AutoKSAM, Momentum, OrderedSGD, SharpnessAware
+from ksam.samplers import All
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"ascent": None}, ValueError, "descent must be given .*ascent=None"),
+        ({"ascent": Momentum()}, ValueError, "descent must be given .*ascent=<.*Momentum"),
+        ({"ascent": 0.3}, TypeError, r"ascent must be a Sampler, a Momentum or None, got 0\.3"),
+        ({"descent": "all"}, TypeError, "descent must be a Sampler or None, got 'all'"),
+        ({"geometry": 1}, TypeError, "geometry must be a Geometry or None, got 1"),
+        ({"model": {}}, TypeError, r"model must be a torch\.nn\.Module or None, got {}"),
+        ({"when": 3}, TypeError, "when must be a function of the step or a policy, got 3"),
+        ({"seed": 1.0}, TypeError, r"seed must be an int .*1\.0"),
+        ({"seed": True}, TypeError, "seed must be an int .*True"),
+        ({"seed": -1}, ValueError, "seed must be in .*-1"),
+        ({"seed": 2**31}, ValueError, "seed must be in .*2147483648"),
+    ],
+)
+def test_arguments_are_checked(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        SharpnessAware(
+            network().parameters(), torch.optim.SGD, lr=0.1, **{"ascent": All(), **arguments}
+        )
+
+
+@pytest.mark.parametrize("scale", ["batch", "share"])
+def test_ordered_sgd_has_one_scale(scale: Any) -> None:
+    with pytest.raises(ValueError, match=f'scale must be "mean" .*{scale}'):
+        OrderedSGD(network().parameters(), torch.optim.SGD, lr=0.1, scale=scale)
+
+
+def test_a_base_with_a_rho_of_its_own_is_refused() -> None:
+    base = torch.optim.Adadelta(network().parameters(), rho=0.8)
+    with pytest.raises(ValueError, match=r"base must have no .* rho.* Adadelta with rho=0\.8"):
+        KSAM(None, base)
+
+
+def test_maximizing_is_refused() -> None:
+    model, late = network(), nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="maximize must be False, got True"):
+        KSAM(model.parameters(), torch.optim.SGD, lr=0.1, maximize=True)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="maximize must be False, got True"):
+        optimizer.add_param_group({"params": late, "maximize": True})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "ASGD", "Rprop", "RMSprop", "SGD"])
+@pytest.mark.parametrize("method", [MSAM, AutoKSAM])
+def test_a_base_without_momentum_is_refused(method: type[Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"base must have momentum or betas.*got {name} with"):
+        method(network().parameters(), getattr(torch.optim, name), lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adamax", "NAdam", "RAdam"])
+def test_a_base_with_betas_has_a_direction(backend: str, name: str) -> None:
+    model = network()
+    optimizer = MSAM(model.parameters(), getattr(torch.optim, name), lr=0.01)
+    norms = [float(optimizer.step(loss_of(model), batch()).grad_norm) for _ in range(2)]
+    assert norms[0] == 0 < norms[1]
+
+
+def test_a_group_without_momentum_is_refused() -> None:
+    optimizer = MSAM(network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=r"momentum .*SGD with momentum=0\.0"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(())), "momentum": 0.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_frozen_weights_are_not_perturbed(backend: str) -> None:
+    """Frozen in mid-run, they have a momentum but no direction."""
+    model = network()
+    optimizer = MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.step(loss_of(model), batch())
+    model[0].weight.requires_grad_(False)
+    seen: list[list[torch.Tensor]] = [weights(model)]
+
+    def spy(b: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(weights(model))
+        return loss_of(model)(b)
+
+    optimizer.step(spy, batch())
+    assert all_same_bits(seen[0][:1], seen[1][:1])
+    assert not all_same_bits(seen[0][1:], seen[1][1:])

@@ -1,0 +1,111 @@
+"""Checkpoints: hooks, loads that are refused, and a base optimizer that is used by itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ksam import KSAM, Representative
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
+from tests.ksam.test_family import build, data_of, losses
+
+
+def hooked(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """What its four hooks saw, in a save and a load; those that may replace a state do."""
+    seen: list[Any] = []
+
+    def replaces(name: str, state: dict[str, Any]) -> dict[str, Any]:
+        seen.append((name, sorted(set(state) - {"ksam"})))
+        return {**state, name: 1}
+
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("saves"))
+    optimizer.register_state_dict_post_hook(lambda _, state: replaces("saved", state))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: replaces("loads", state))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    return seen
+
+
+def test_hooks_run_as_those_of_any_optimizer() -> None:
+    expected = hooked(torch.optim.SGD(network().parameters(), lr=0.1))
+    assert hooked(KSAM(network().parameters(), torch.optim.SGD, lr=0.1)) == expected
+    assert len(expected) == 4
+
+
+@pytest.mark.parametrize("wrong", ["part", "groups", "steps"])
+def test_a_load_that_fails_changes_nothing(backend: str, wrong: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build("StaleKSAM", model, when=Representative(every=1))
+    for step in range(3):
+        optimizer.step(losses(model), data_of(step))
+    state = copy.deepcopy(build("StaleKSAM", network()).state_dict())
+    if wrong == "part":
+        state["ksam"]["when"] = {"on": True}
+    elif wrong == "groups":
+        state["param_groups"].append(state["param_groups"][0])
+    else:
+        state["ksam"]["steps_done"] = "three"
+    twin = copy.deepcopy(optimizer)
+    with pytest.raises((KeyError, ValueError)):
+        optimizer.load_state_dict(state)
+    assert optimizer.steps_done == 3
+    for step in range(3):
+        optimizer.step(losses(model), data_of(step))
+        twin.step(losses(twin.model), data_of(step))  # type: ignore[arg-type]
+    assert all_same_bits(weights(model), weights(twin.model))  # type: ignore[arg-type]
+
+
+def test_parts_begin_anew_where_the_checkpoint_has_none() -> None:
+    """That of a plain base optimizer, as at step 0."""
+    model = network(dtype=torch.float64)
+    policy = Representative(every=1)
+    optimizer = build("StaleKSAM", model, when=policy)
+    fresh = copy.deepcopy(optimizer.state_dict()["ksam"])
+    optimizer.step(losses(model), data_of(0))
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    own = optimizer.state_dict()["ksam"]
+    assert own["when"] == fresh["when"]
+    assert own["steps_done"] == 0
+    assert torch.equal(own["ascent"]["loss"], fresh["ascent"]["loss"])
+
+
+def test_the_base_may_load_by_itself(backend: str) -> None:
+    """A plain optimizer's checkpoint has no rho, and its groups are new objects."""
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
+    optimizer.step(loss_of(model), batch())
+    optimizer.param_groups[0]["rho"] = 0.2
+    optimizer.step(loss_of(model), batch())
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    plain.load_state_dict(optimizer.base.state_dict())
+    state = plain.state_dict()
+    del state["param_groups"][0]["rho"]
+    optimizer.base.load_state_dict(state)
+    for each in (optimizer, copy.deepcopy(optimizer)):
+        scheduler = torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5)
+        for step in range(2):
+            each.step(loss_of(model), batch(step))
+            scheduler.step()
+        assert each.param_groups is each.base.param_groups
+        assert each.state is each.base.state
+        assert each.base.param_groups[0]["lr"] == 0.025
+        assert each.param_groups[0]["rho"] == 0.2
+
+
+def test_the_base_may_be_given_groups(backend: str) -> None:
+    model, late = network(), nn.Parameter(torch.ones(()))
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3)
+    optimizer.base.add_param_group({"params": late, "lr": 0.5})
+    optimizer.step(lambda b: loss_of(model)(b) * late, batch())
+    assert [group["rho"] for group in optimizer.param_groups] == [0.3, 0.3]
+    assert late.item() != 1
+    optimizer.base.add_param_group({"params": nn.Parameter(torch.ones(())), "maximize": True})
+    before = weights(model)
+    with pytest.raises(ValueError, match="maximize must be False"):
+        optimizer.step(loss_of(model), batch())
+    assert all_same_bits(weights(model), before)
