@@ -56,11 +56,6 @@ def _can_match(norm: _BatchNorm) -> bool:
 SETTINGS = ("training", "track_running_stats", "momentum", "forward", "_buffers")
 
 
-def _settings(norm: _BatchNorm) -> dict[str, Any]:
-    found = {name: vars(norm)[name] for name in SETTINGS if name in vars(norm)}
-    return {**found, "_buffers": dict(norm._buffers)}
-
-
 class Norms:
     """What BatchNorm does in the passes of one step.
 
@@ -87,7 +82,9 @@ class Norms:
         self.modules = [] if model is None else _updating(model.modules())
         self._statistics = statistics
         self._kept = Kept() if kept is None else kept
-        self._before = {norm: _settings(norm) for norm in self.modules}
+        self._before = {
+            norm: {**vars(norm), "_buffers": dict(vars(norm)["_buffers"])} for norm in self.modules
+        }
         self._of_batch: dict[_BatchNorm, Statistics] = {}
         self._has_matched = False
 
@@ -121,8 +118,10 @@ class Norms:
                 # become the batch's statistics, or stay the running ones where the pass does not
                 # come by.
                 mean, var = map(torch.clone, _running(norm))
-                norm.running_mean, norm.running_var = self._of_batch[norm] = mean, var
-                norm.momentum = 1.0
+                settings = vars(norm)
+                settings["_buffers"].update(running_mean=mean, running_var=var)
+                settings["momentum"] = 1.0
+                self._of_batch[norm] = mean, var
             yield
         _average(self._of_batch)
 
@@ -150,7 +149,8 @@ class Norms:
         with interrupts.undone(lambda: self.put_back("momentum", "_buffers")):
             self.put_back("forward")
             for norm in self.modules:
-                norm.momentum, norm._buffers["num_batches_tracked"] = 0.0, None
+                settings = vars(norm)
+                settings["momentum"], settings["_buffers"]["num_batches_tracked"] = 0.0, None
             yield
 
     @contextmanager

@@ -63,7 +63,8 @@ class SharpnessAware(OverBase):
             (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
         statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
             statistics, these ``"matched"`` to the full batch's (its values, BatchNorm's gradient:
-            Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones. Needs ``model``.
+            Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones. Needs ``model``. See
+            :class:`ksam.batchnorm.Norms` for modules that are as with ``"subset"``.
         seed: of methods that draw samples or weights, an int in [0, 2**31); the same in a resumed
             run.
         grad_scaler: scales the losses of both gradients, for float16. A step whose descent gradient

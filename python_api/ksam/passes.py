@@ -184,7 +184,8 @@ class Passes:
                 self.losses, self.aux = losses.detach(), aux
                 self.scores = recorded.scores(losses)
                 self._reported = True
-            with self._norms.recomputing() if reports else nullcontext():
+            backward = reports and torch.is_grad_enabled()
+            with self._norms.recomputing() if backward else nullcontext():
                 yield losses
 
     @property
