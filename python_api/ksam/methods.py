@@ -36,8 +36,7 @@ class KSAM(SharpnessAware):
     Args:
         rho: radius of the perturbation, >= 0, or a function of the step (from 0). It stands in
             ``param_groups``; the norm is one over all groups.
-        k: samples selected: a fraction of the batch in (0, 1] (float), which is at least two
-            samples, as BatchNorm cannot train on one; a count (int), taken as given; or a function
+        k: samples selected: a fraction of the batch in (0, 1] (float), a count (int), or a function
             of the step that returns either.
         adaptive: weight the perturbation by :math:`T = |w| + \eta`.
         eta: the floor of T, >= 0.

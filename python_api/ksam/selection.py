@@ -32,12 +32,9 @@ def check_k(k: object, name: str = "k") -> K:
 
 
 def subset_size(k: K, batch_size: int) -> int:
-    """Samples selected from a batch: round(k B) for a fraction, min(k, B) for a count.
-
-    A fraction takes at least min(2, B), as BatchNorm cannot train on one sample.
-    """
+    """Samples selected from a batch: max(1, round(k B)) for a fraction, min(k, B) for a count."""
     if isinstance(k, float):
-        return max(min(2, batch_size), round(k * batch_size))
+        return max(1, round(k * batch_size))
     return min(k, batch_size)
 
 
@@ -149,9 +146,7 @@ def cross_entropy(
     """Per-sample cross-entropy in float32: :func:`ksam_kernels.cross_entropy`, same arguments.
 
     In the selection pass of :meth:`ksam.KSAM.step` the loss and the top-k selection are one
-    operator call, and policies read the gradient's bound from the logits. If the whole loss
-    function is under ``torch.compile`` they are two, and a share is that of the losses: compile the
-    model.
+    operator call, and policies read the gradient's bound from the logits.
     """
     options: dict[str, Any] = {
         "weight": weight,

@@ -266,12 +266,6 @@ def test_base_can_be_an_instance_over_the_same_parameters() -> None:
         KSAM(model.parameters(), "SGD")  # type: ignore[arg-type]
 
 
-def test_batchnorm_trains_on_a_small_last_batch(backend: str) -> None:
-    model = network(batchnorm=True)
-    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
-    assert len(optimizer.step(loss_of(model), batch(size=4)).indices) == 2
-
-
 def test_the_function_may_take_things_out_of_the_batch(backend: str) -> None:
     model = network()
     data = {"inputs": [batch()["x"], "name"], "labels": batch()["y"]}
