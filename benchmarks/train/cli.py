@@ -60,13 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run_group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run_group.add_argument(
-        "--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's)"
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="CPU threads (default: PyTorch's; of a study's processes: 1)",
     )
     run_group.add_argument(
         "--timing-rounds",
         type=_number(int, lambda n: n >= 0, "a count >= 0"),
         metavar="N",
-        help="rounds of the side-by-side step timing, 0 for none "
+        help="rounds of the side-by-side step timing, 0 for none; no part of a study "
         "(default: at least 15 and about 15 seconds' worth)",
     )
     run_group.add_argument(
@@ -97,8 +100,8 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--equal-cost",
         action="store_true",
-        help="divide the epochs of every method by the cost of its step, by count: all then cost "
-        "what the base optimizer's --epochs do",
+        help="divide the epochs of every method by the cost of its step, by count, and round them: "
+        "all then cost about what the base optimizer's --epochs do",
     )
     group.add_argument("--batch-size", type=positive_int, metavar="M")
     group.add_argument("--lr", type=positive_float, help="peak learning rate")

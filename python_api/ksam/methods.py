@@ -81,7 +81,9 @@ class KSAM(SharpnessAware):
 
 
 class AutoKSAM(KSAM):
-    r"""K-SAM where the selection represents the batch, MSAM elsewhere: to switch on and forget; 1.
+    r"""K-SAM where the selection represents the batch, MSAM elsewhere: to switch on and forget.
+
+    A step costs at most 1 on average (``budget``).
 
     :class:`~ksam.when.Representative` says where. There the sum over the selection, divided by M,
     is nearly the batch's gradient (``scale="batch"``; the mean over it is up to M / k times as
@@ -119,7 +121,9 @@ class AutoKSAM(KSAM):
 
 
 class ImportanceKSAM(SharpnessAware):
-    r"""K-SAM with k samples drawn by their gradient bound, weighted to be unbiased; M + 6k.
+    r"""K-SAM with k samples drawn by their gradient bound, weighted to be unbiased.
+
+    A step costs (M + 6k) / 3M.
 
     See :class:`~ksam.samplers.Importance` (Katharopoulos & Fleuret 2018) for the distribution.
 
@@ -141,7 +145,7 @@ class ImportanceKSAM(SharpnessAware):
 
 
 class SAM(SharpnessAware):
-    r"""Sharpness-aware minimization (Foret et al. 2020): both gradients on the batch; 2.
+    r"""Sharpness-aware minimization (Foret et al. 2020): both gradients on the batch, a cost of 2.
 
     :math:`\epsilon = \rho\, g / \lVert g \rVert_2`, all parameters, one norm. Weight decay is the
     base optimizer's and not part of g (in the authors' JAX code it is).
@@ -152,7 +156,9 @@ class SAM(SharpnessAware):
 
 
 class ASAM(SharpnessAware):
-    r"""Adaptive SAM (Kwon et al. 2021): :math:`\epsilon = \rho\, T^2 g / \lVert T g \rVert_2`; 2.
+    r"""Adaptive SAM (Kwon et al. 2021): :math:`\epsilon = \rho\, T^2 g / \lVert T g \rVert_2`.
+
+    A step costs 2.
 
     Args:
         rho: radius; the authors use 0.5 for CIFAR-10 and 1.0 for CIFAR-100.
@@ -181,7 +187,7 @@ class ESAM(SharpnessAware):
     r"""Efficient SAM (Du et al. 2022): random tensors perturbed, descent where the loss rose most.
 
     Ascent on the whole batch, a forward pass at :math:`\hat w`, descent on :math:`\gamma M`
-    samples: (4 + 3γ) / 3, 1.83 at γ = 0.5; nothing is saved by perturbing fewer tensors.
+    samples: a step costs (4 + 3γ) / 3, 1.83 at γ = 0.5; perturbing fewer tensors saves nothing.
 
     Args:
         beta: probability of a tensor to be perturbed (:class:`~ksam.geometry.StochasticWeights`).
@@ -211,7 +217,7 @@ class ESAM(SharpnessAware):
 
 
 class RandomSubsetSAM(SharpnessAware):
-    """SAM whose ascent sees a random part of the batch (Bahri et al. 2021); 1 + ``share``.
+    """SAM whose ascent sees a random part of the batch (Bahri et al. 2021): a cost of 1 + share.
 
     Args:
         share: the part, as ``k`` in :class:`KSAM`. The descent gradient is that of the whole batch,
@@ -225,7 +231,9 @@ class RandomSubsetSAM(SharpnessAware):
 
 
 class OrderedSGD(SharpnessAware):
-    """Descent on the mean of the q highest losses, no perturbation (Kawaguchi & Lu 2020); 1.
+    """Descent on the mean of the q highest losses, no perturbation (Kawaguchi & Lu 2020).
+
+    A step costs 1: autograd skips no sample.
 
     Args:
         q: as ``k`` in :class:`KSAM`, or :class:`~ksam.samplers.AccuracySchedule` (the default),
@@ -244,10 +252,10 @@ class OrderedSGD(SharpnessAware):
 
 
 class MSAM(SharpnessAware):
-    r"""Momentum-SAM (Becker et al. 2024): :math:`\hat w = w - \rho\, v / \lVert v \rVert_2`; 1.
+    r"""Momentum-SAM (Becker et al. 2024): :math:`\hat w = w - \rho\, v / \lVert v \rVert_2`.
 
-    v is the base optimizer's momentum before the step, so the descent gradient is the only one.
-    Between steps the weights are the unperturbed ones: evaluate them as they are.
+    v is the base optimizer's momentum before the step, so the descent gradient is the only one: a
+    step costs 1. Between steps the weights are the unperturbed ones: evaluate them as they are.
 
     Args:
         rho: radius; the authors use 0.3 to 3, larger than SAM's.
@@ -276,9 +284,9 @@ class MSAM(SharpnessAware):
 
 
 class StaleKSAM(SharpnessAware):
-    """K-SAM that selects by the last known losses: no selection pass in most steps; 2k/M.
+    """K-SAM that selects by the last known losses: no selection pass in most steps.
 
-    Plus 1 / (3 ``refresh``). See :class:`~ksam.tables.StaleTopK`.
+    A step costs 2k / M + 1 / (3 refresh). See :class:`~ksam.tables.StaleTopK`.
 
     Args:
         k: as in :class:`KSAM`; M/2 costs what SGD does.
@@ -302,9 +310,9 @@ class StaleKSAM(SharpnessAware):
 
 
 class AUSAM(SharpnessAware):
-    r"""SAM on samples drawn by their recorded loss increase (Deng et al. 2025); 2α.
+    r"""SAM on samples drawn by their recorded loss increase (Deng et al. 2025).
 
-    See :class:`~ksam.tables.SharpnessSample`. The first epoch is SAM.
+    A step costs 2α. See :class:`~ksam.tables.SharpnessSample`. The first epoch is SAM.
 
     Args:
         alpha: the part of the batch, as ``k`` in :class:`KSAM`; 1/2 costs what SGD does.

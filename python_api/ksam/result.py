@@ -12,8 +12,10 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: mean of ``losses``, a scalar.
-        losses: of the step's first pass over the whole batch, ``[B]``, at the weights before the
-            step if the method has a pass there; of its first pass if none is over the whole batch.
+        losses: of the whole batch, ``[B]``, at the weights before the update; at the perturbed
+            ones where the step's only pass over the batch is there (MSAM, RandomSubsetSAM); of the
+            selected samples alone where none is over the batch (AUSAM, StaleKSAM between
+            refreshes).
         indices: the samples that the ascent gradient was taken on (the descent's, where there is
             none or it was taken on all), int64, ascending.
         grad_norm: norm of the ascent direction, float32 scalar; 0, inf or NaN mean that the descent
