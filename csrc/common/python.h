@@ -18,8 +18,8 @@ const dlpack::ExchangeApi& torch_api();
 
 // Whether `object` is a plain tensor with memory of its own device: exactly torch.Tensor or
 // torch.nn.Parameter (a subclass may mean anything by its data), dense, with storage and without
-// torch's negative bit. What is not
-// is declined by every function of this module, which then returns False and has written nothing.
+// torch's negative bit. What is not is declined by every function of this module, which then
+// returns False and has written nothing.
 bool read_tensor(pybind11::handle object, Tensor* out);
 bool read_tensors(pybind11::handle list, std::vector<Tensor>* out);
 

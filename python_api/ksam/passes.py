@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
-from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,7 +15,7 @@ import ksam_kernels
 from ksam import batchnorm
 from ksam.parts import Subset
 from ksam.selection import recording
-from ksam_kernels.compact.tree import batched_tensors
+from ksam_kernels.compact.tree import batched_tensors, map_batched
 
 PerSampleLoss = Callable[[Any], Any]
 
@@ -40,16 +38,8 @@ def _per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
 
 
 def containers_copied(batch: Any) -> Any:
-    """The batch's tensors in dicts and lists of their own, from which a function may take some."""
-    if type(batch) is tuple:
-        return tuple(map(containers_copied, batch))
-    if not isinstance(batch, (dict, UserDict, list)):
-        return batch
-    found: Any = copy.copy(batch)
-    for key, value in enumerate(batch) if isinstance(batch, list) else batch.items():
-        if isinstance(value, (dict, UserDict, list, tuple)):
-            found[key] = containers_copied(value)
-    return found
+    """The batch's tensors in containers of their own, from which a function may take some."""
+    return map_batched(lambda tensor: tensor, batch)
 
 
 class Passes:

@@ -116,14 +116,19 @@ def test_matched_values_have_the_gradient_of_batchnorm(backend: str, affine: boo
         torch.testing.assert_close(p.grad, g)
 
 
+def train(method: type[Any], model: nn.Module, statistics: str, **options: Any) -> None:
+    """Two steps."""
+    optimizer = method(
+        model.parameters(), torch.optim.SGD, lr=0.1, model=model, statistics=statistics, **options
+    )
+    for step in range(2):
+        optimizer.step(loss_of(model), batch(step))
+
+
 def test_nothing_is_matched_where_the_ascent_is_not_on_the_subset(backend: str) -> None:
     model, twin = network(batchnorm=True), network(batchnorm=True)
-    for m, statistics in ((model, "matched"), (twin, "subset")):
-        optimizer = ESAM(
-            m.parameters(), torch.optim.SGD, lr=0.1, gamma=8, model=m, statistics=statistics
-        )
-        for step in range(2):
-            optimizer.step(loss_of(m), batch(step))
+    train(ESAM, model, "matched", gamma=8)
+    train(ESAM, twin, "subset", gamma=8)
     assert all_same_bits(weights(model), weights(twin))
     assert "forward" not in vars(model[1])
 
@@ -148,12 +153,8 @@ def test_a_forward_that_is_not_batchnorms_own_is_kept(backend: str, of: str) -> 
     model, twin = build(), build()
     outputs: list[Tensor] = []
     model[1].register_forward_hook(lambda _, __, out: outputs.append(out))
-    for m, statistics in ((model, "matched"), (twin, "subset")):
-        optimizer = KSAM(
-            m.parameters(), torch.optim.SGD, lr=0.1, k=8, model=m, statistics=statistics
-        )
-        for step in range(2):
-            optimizer.step(loss_of(m), batch(step))
+    train(KSAM, model, "matched", k=8)
+    train(KSAM, twin, "subset", k=8)
     assert all_same_bits(weights(model), weights(twin))
     assert all(float(out.detach().min()) >= 0 for out in outputs)
     assert ("forward" in vars(model[1])) == (of == "instance")
