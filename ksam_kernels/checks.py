@@ -64,6 +64,15 @@ def check_int(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
 
 
+def check_count(name: str, value: Any, low: int, below: int | None = None) -> None:
+    """An int, ``low <= value < below``."""
+    bound = f">= {low}" if below is None else f"in [{low}, {below})"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int {bound}, got {value!r}")
+    if value < low or (below is not None and value >= below):
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+
+
 # No function of ``math`` below: torch.compile traces comparisons of a number that changes, such as
 # a learning rate, but no call of these.
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:

@@ -13,6 +13,7 @@ from ksam.momentum import Momentum
 from ksam.parts import Sampler
 from ksam.samplers import Ordered
 from ksam.when import Policy
+from ksam_kernels.checks import check_count
 
 SCALES = ("mean", "batch", "share")
 STATISTICS = ("subset", "matched", "full", "running")
@@ -62,11 +63,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     _check_when(arguments["when"], arguments["otherwise"])
     _check_type("geometry", arguments["geometry"], (Geometry,), "a Geometry")
     _check_type("model", arguments["model"], (nn.Module,), "a torch.nn.Module")
-    seed = arguments["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int in [0, 2**31), got {seed!r}")
-    if not 0 <= seed < 2**31:
-        raise ValueError(f"seed must be in [0, 2**31), got {seed!r}")
+    check_count("seed", arguments["seed"], 0, below=2**31)
 
 
 def check_group(base: Optimizer, group: Mapping[str, Any], momentum: bool) -> None:

@@ -20,8 +20,8 @@ from ksam.passes import PerSampleLoss, containers_copied
 from ksam.result import StepResult
 from ksam.selection import check_rho
 from ksam.tables import Index, check_rows, sample_rows
-from ksam.when import check_count
 from ksam.writers import Row, Writer
+from ksam_kernels.checks import check_count
 
 
 class Diagnostics:

@@ -12,8 +12,7 @@ import ksam_kernels
 from ksam.parts import Sampler, Subset
 from ksam.passes import Passes
 from ksam.selection import Amount, K, Schedule
-from ksam.when import check_count
-from ksam_kernels.checks import INDEX, check_dtype, check_range, check_shape
+from ksam_kernels.checks import INDEX, check_count, check_dtype, check_range, check_shape
 
 Index = Any  # a key of the batch, or Callable[[Any], Tensor]
 

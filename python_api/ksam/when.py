@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from ksam.parts import Part
-from ksam_kernels.checks import check_range
-
-
-def check_count(name: str, value: object, low: int) -> None:
-    """An int >= low."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= {low}, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be >= {low}, got {value!r}")
+from ksam_kernels.checks import check_count, check_range
 
 
 @dataclass(frozen=True)
