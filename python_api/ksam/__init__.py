@@ -16,6 +16,7 @@ from ksam.methods import (
 )
 from ksam.momentum import Momentum
 from ksam.optimizer import SharpnessAware
+from ksam.radius import ByLearningRate
 from ksam.result import StepResult
 from ksam.samplers import AccuracySchedule
 from ksam.selection import cross_entropy
@@ -32,6 +33,7 @@ __all__ = [
     "SAM",
     "AccuracySchedule",
     "AutoKSAM",
+    "ByLearningRate",
     "CSVWriter",
     "Diagnostics",
     "EveryNth",

@@ -17,8 +17,8 @@ from ksam import batchnorm, interrupts, page
 from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
 from ksam.passes import PerSampleLoss, containers_copied
+from ksam.radius import check_rho
 from ksam.result import StepResult
-from ksam.selection import check_rho
 from ksam.tables import Index, check_rows, sample_rows
 from ksam.writers import Row, Writer
 from ksam_kernels.checks import check_count

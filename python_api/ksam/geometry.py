@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ksam_kernels
 from ksam.parts import Part
-from ksam.selection import check_rho
+from ksam.radius import check_rho
 from ksam_kernels.checks import check_range
 
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 from ksam.geometry import Geometry, NamedAdaptive, StochasticWeights, named_weight
 from ksam.momentum import Momentum
 from ksam.optimizer import SharpnessAware
+from ksam.radius import Rho
 from ksam.samplers import AccuracySchedule, All, Importance, LossIncrease, Ordered, Random, TopK
 from ksam.selection import Amount, K, Schedule
 from ksam.tables import SharpnessSample, StaleTopK
@@ -34,8 +35,9 @@ class KSAM(SharpnessAware):
     k = M/3. With k = 1.0 it is SAM (Foret et al. 2020), with ``adaptive`` ASAM (Kwon et al. 2021).
 
     Args:
-        rho: radius of the perturbation, >= 0, or a function of the step (from 0). It stands in
-            ``param_groups``; the norm is one over all groups.
+        rho: radius of the perturbation, >= 0, a function of the step (from 0), or
+            :class:`~ksam.radius.ByLearningRate`. It stands in ``param_groups``; the norm is one
+            over all groups.
         k: samples selected: a fraction of the batch in (0, 1] (float), a count (int), or a function
             of the step that returns either.
         adaptive: weight the perturbation by :math:`T = |w| + \eta`.
@@ -52,7 +54,7 @@ class KSAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
-        rho: float | Schedule = 0.05,
+        rho: Rho = 0.05,
         k: K | Schedule = 1 / 3,
         adaptive: bool = False,
         eta: float = 0.0,
@@ -102,7 +104,7 @@ class AutoKSAM(KSAM):
         params: Params,
         base: Base,
         *,
-        momentum_rho: float | Literal["auto"] | None = "auto",
+        momentum_rho: Rho | Literal["auto"] | None = "auto",
         threshold: float = 0.9,
         every: int = 10,
         budget: float | None = 1.0,
@@ -174,7 +176,7 @@ class ASAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
-        rho: float | Schedule = 0.5,
+        rho: Rho = 0.5,
         eta: float = 0.01,
         scaled: Callable[[str], bool] | None = named_weight,
         **options: Any,
@@ -258,7 +260,8 @@ class MSAM(SharpnessAware):
     step costs 1. Between steps the weights are the unperturbed ones: evaluate them as they are.
 
     Args:
-        rho: radius; the authors use 0.3 to 3, larger than SAM's.
+        rho: radius; the authors use 0.3 to 3, larger than SAM's. The larger, the better it decays
+            with the learning rate: :class:`~ksam.radius.ByLearningRate`.
         adaptive, eta: as in :class:`KSAM`.
     """
 
@@ -267,7 +270,7 @@ class MSAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
-        rho: float | Schedule = 0.3,
+        rho: Rho = 0.3,
         adaptive: bool = False,
         eta: float = 0.0,
         **options: Any,
@@ -328,7 +331,7 @@ class AUSAM(SharpnessAware):
         size: int,
         index: Any,
         alpha: K | Schedule = 0.5,
-        rho: float | Schedule = 0.1,
+        rho: Rho = 0.1,
         low: float = 0.1,
         high: float = 0.5,
         ramp: int = 30,

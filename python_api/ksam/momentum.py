@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ksam.parts import Part
-from ksam.selection import check_rho
+from ksam.radius import Rho, check_radius, radius_at
 
 #: Where optimizers keep their momentum in ``state``: SGD and RMSprop; Adam, AdamW, NAdam and RAdam.
 _NAMES = ("momentum_buffer", "exp_avg")
@@ -23,14 +23,15 @@ class Momentum(Part):
     optimizer keeps it. At a parameter's first step there is no v, and it does not move.
 
     Args:
-        rho: radius >= 0 of the perturbation; None: that of the parameter groups.
+        rho: radius >= 0 of the perturbation, or :class:`~ksam.radius.ByLearningRate`; None: that of
+            the parameter groups.
 
     Raises:
         TypeError, ValueError: a negative, non-finite or non-numeric rho.
     """
 
-    def __init__(self, rho: float | None = None) -> None:
-        self.rho = None if rho is None else check_rho(rho)
+    def __init__(self, rho: Rho | None = None) -> None:
+        self.rho = None if rho is None else check_radius(rho)
 
     @staticmethod
     def check(base: Optimizer, group: Mapping[str, Any]) -> None:
@@ -51,9 +52,9 @@ class Momentum(Part):
         """v of every parameter, to go down along; None where there is none yet, or it is frozen."""
         return [_momentum(base.state.get(p, {})) if p.requires_grad else None for p in params]
 
-    def radius(self, of_group: float) -> float:
-        """Of parameters in a group with its own rho; negative, as v is gone down."""
-        return -(of_group if self.rho is None else self.rho)
+    def radius(self, group: dict[str, Any], step: int) -> float:
+        """Of a group's parameters at a step; negative, as v is gone down."""
+        return -(group["rho"] if self.rho is None else radius_at(self.rho, step, group))
 
 
 def _momentum(state: dict[str, Any]) -> Tensor | None:

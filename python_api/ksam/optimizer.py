@@ -21,9 +21,9 @@ from ksam.momentum import Momentum
 from ksam.over_base import OverBase
 from ksam.parts import Part, Sampler
 from ksam.passes import Passes, PerSampleLoss
+from ksam.radius import Rho
 from ksam.result import StepResult
 from ksam.samplers import All
-from ksam.selection import Schedule
 from ksam.update import Update
 from ksam.when import Policy
 
@@ -49,8 +49,9 @@ class SharpnessAware(OverBase):
         descent: the samples whose gradient is descended; None: those of the ascent, which then has
             some.
         geometry: of the perturbation; default: Euclidean.
-        rho: radius of the perturbation, >= 0, or a function of the step (from 0). It stands in
-            ``param_groups``; the norm is one over all groups.
+        rho: radius of the perturbation, >= 0, a function of the step (from 0), or
+            :class:`~ksam.radius.ByLearningRate`. It stands in ``param_groups``; the norm is one
+            over all groups.
         model: the module whose BatchNorm statistics a step updates exactly once, in the pass over
             the whole batch. Without it every pass updates them. In data-parallel training the
             DistributedDataParallel, over whose ranks a policy's shares are averaged.
@@ -87,7 +88,7 @@ class SharpnessAware(OverBase):
         ascent: Sampler | Momentum | None,
         descent: Sampler | None = None,
         geometry: Geometry | None = None,
-        rho: float | Schedule = 0.05,
+        rho: Rho = 0.05,
         model: nn.Module | None = None,
         when: Callable[[int], bool] | Policy | None = None,
         otherwise: Momentum | None = None,
@@ -301,10 +302,12 @@ class SharpnessAware(OverBase):
         """Climb; every moved parameter stands in ``perturbed`` with its backup."""
         params = self._parameters()
         along: list[Tensor | None] = [p.grad for p in params]
-        radii = [group["rho"] for group in self.param_groups for _ in group["params"]]
+        radii = [group["rho"] for group in self.param_groups]
         if isinstance(ascent, Momentum):
             along = ascent.directions(self.base, params)
-            radii = list(map(ascent.radius, radii))
+            radii = [ascent.radius(group, self.steps_done) for group in self.param_groups]
+        pairs = zip(radii, self.param_groups, strict=True)
+        of_params = [radius for radius, group in pairs for _ in group["params"]]
         known = [direction is not None for direction in along]
         if not any(known):
             return None
@@ -313,7 +316,7 @@ class SharpnessAware(OverBase):
             params=params,
             directions=[direction for direction in along if direction is not None],
             backup=self._backups_of(params),
-            radii=list(compress(radii, known)),
+            radii=list(compress(of_params, known)),
             names=[],
         )
         if self.geometry.needs_names:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from ksam.base import check_base, check_no_overlap, parameters
 from ksam.parts import Part
-from ksam.selection import Schedule, check_rho
+from ksam.radius import Rho, check_radius, radius_at
+from ksam_kernels.checks import is_number
 
 
 class OverBase(Optimizer):
@@ -19,7 +20,7 @@ class OverBase(Optimizer):
 
     Args:
         base: the optimizer that takes the steps.
-        rho: of groups without one: a radius >= 0, or a function of the step.
+        rho: of groups without one: a radius >= 0, or what gives one at every step.
 
     Attributes:
         base: as given.
@@ -29,12 +30,12 @@ class OverBase(Optimizer):
     # torch.optim.Optimizer sets empty groups and state when it is built.
     _built = False
 
-    def __init__(self, base: Optimizer, rho: float | Schedule) -> None:
+    def __init__(self, base: Optimizer, rho: Rho) -> None:
         check_base(base)
         self.base = base
         self.steps_done = 0
-        self._rho = rho if callable(rho) else check_rho(rho)
-        self._rho_schedules: list[Schedule | None] = []
+        self._rho = check_radius(rho)
+        self._rho_schedules: list[Rho | None] = []
         self._rhos: list[float] = []
         super().__init__(base.param_groups, dict(base.defaults))
         self._built = True
@@ -82,7 +83,7 @@ class OverBase(Optimizer):
         """The rho of a group that is new here, and may be taken."""
         self._check_group(group)
         rho = group.get("rho", self._rho)
-        return check_rho(rho(self.steps_done) if callable(rho) else rho)
+        return radius_at(rho, self.steps_done, {**self.base.defaults, **group})
 
     def _adopt_groups(self) -> None:
         """Every group has a rho, also those that the base was given or has loaded by itself."""
@@ -94,15 +95,15 @@ class OverBase(Optimizer):
         if len(groups) > known:
             check_no_overlap(parameters(groups))
         for group, rho in [(group, self._radius(group)) for group in groups[known:]]:
-            schedule = group.get("rho", self._rho)
-            self._rho_schedules.append(schedule if callable(schedule) else None)
+            given = group.get("rho", self._rho)
+            self._rho_schedules.append(None if is_number(given) else given)
             self._rhos.append(rho)
             group["rho"] = rho
 
     def _schedule_rho(self) -> None:
         schedules = self._rho_schedules
         values = [
-            check_rho(schedule(self.steps_done) if schedule else group["rho"])
+            radius_at(group["rho"] if schedule is None else schedule, self.steps_done, group)
             for schedule, group in zip(schedules, self.param_groups, strict=True)
         ]
         for group, value in zip(self.param_groups, values, strict=True):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import ksam_kernels
 from ksam.parts import Part
-from ksam_kernels.checks import check_range
 
 K = float | int
 Schedule = Callable[[int], float | int]
@@ -57,14 +56,6 @@ class Amount(Part):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if isinstance(self.value, Part):
             self.value.load_state_dict(state)
-
-
-def check_rho(value: object, name: str = "rho") -> float:
-    """A finite number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    check_range(name, float(value), 0)
-    return float(value)
 
 
 class Recording:

@@ -1,0 +1,65 @@
+"""The radius of a perturbation: a number, a function of the step, or one that follows the rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from ksam_kernels.checks import check_range
+
+
+def check_rho(value: object, name: str = "rho") -> float:
+    """A finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number >= 0, got {value!r}")
+    check_range(name, float(value), 0)
+    return float(value)
+
+
+@dataclass(frozen=True)
+class ByLearningRate:
+    r"""A radius :math:`\rho_t = \rho\, \eta_t / \eta_{max}` in proportion to the learning rate.
+
+    That of GSAM (Zhuang et al. 2022) with lower ends of 0. :math:`\eta_{max}` is the highest rate
+    of the group so far, or what a scheduler of torch notes as ``initial_lr`` or ``max_lr``; it
+    stands in ``param_groups`` as ``peak_lr``. With a constant rate the radius is constant.
+
+    Args:
+        rho: radius >= 0 at the highest learning rate.
+
+    Raises:
+        TypeError, ValueError: a negative, non-finite or non-numeric rho; a rate that is none.
+    """
+
+    rho: float
+
+    def __post_init__(self) -> None:
+        check_rho(self.rho)
+
+    def of(self, group: dict[str, Any]) -> float:
+        """Of a group; waits for a learning rate that is a tensor on a device."""
+        rates = [group.get(name) for name in ("lr", "peak_lr", "initial_lr", "max_lr")]
+        lr, *others = [float(rate) if isinstance(rate, Tensor) else rate for rate in rates]
+        check_range("lr", lr, 0)  # type: ignore[arg-type]
+        assert lr is not None
+        peak = group["peak_lr"] = max(lr, *(rate for rate in others if rate is not None), 0.0)
+        return self.rho * lr / peak if peak > 0 else 0.0
+
+
+Rho = float | Callable[[int], float | int] | ByLearningRate
+
+
+def check_radius(rho: object) -> Rho:
+    """A number >= 0, or what gives one at every step."""
+    return rho if callable(rho) or isinstance(rho, ByLearningRate) else check_rho(rho)
+
+
+def radius_at(rho: Rho, step: int, group: dict[str, Any]) -> float:
+    """At a step, of a group."""
+    if isinstance(rho, ByLearningRate):
+        return rho.of(group)
+    return check_rho(rho(step) if callable(rho) else rho)

@@ -1,0 +1,149 @@
+"""A radius that follows the learning rate, wherever a radius can stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from ksam import KSAM, MSAM, ByLearningRate, EveryNth, Momentum
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
+
+SGD: dict[str, Any] = {"lr": 0.4, "momentum": 0.9}
+
+
+def warmup_and_decay(step: int) -> float:
+    return (step + 1) / 2 if step < 2 else 1 / step
+
+
+@pytest.mark.parametrize("method", [KSAM, MSAM])
+def test_it_is_the_schedule_of_the_learning_rate(backend: str, method: type[Any]) -> None:
+    """Bit for bit what the same radii do as a function of the step."""
+    model, twin = network(), network()
+    follows = method(model.parameters(), torch.optim.SGD, rho=ByLearningRate(0.2), **SGD)
+    told = method(
+        twin.parameters(), torch.optim.SGD, rho=lambda step: 0.2 * warmup_and_decay(step), **SGD
+    )
+    schedulers = [lr_scheduler.LambdaLR(each, warmup_and_decay) for each in (follows, told)]
+    for step in range(5):
+        follows.step(loss_of(model), batch())
+        told.step(loss_of(twin), batch())
+        [group] = follows.param_groups
+        assert group["rho"] == pytest.approx(0.2 * warmup_and_decay(step), rel=1e-12)
+        assert group["peak_lr"] == 0.4
+        for scheduler in schedulers:
+            scheduler.step()
+    for one, other in zip(weights(model), weights(twin), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # Begins at a 25th of max_lr.
+        (lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=2.0, total_steps=9), 0.04),
+        (lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=0.25), 0.25),
+        (lambda optimizer: lr_scheduler.ConstantLR(optimizer, factor=1.0), 1.0),
+        (lambda optimizer: None, 1.0),
+    ],
+    ids=["max_lr", "initial_lr", "constant", "none"],
+)
+def test_the_peak_is_what_schedulers_note(
+    backend: str, schedule: Callable[[Any], object], expected: float
+) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, rho=ByLearningRate(1.0), **SGD)
+    schedule(optimizer)
+    optimizer.step(loss_of(model), batch())
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_a_scheduler_it_is_the_highest_rate_so_far_also_after_a_resume(
+    backend: str,
+) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, rho=ByLearningRate(1.0), **SGD)
+
+    def radii(optimizer: KSAM, rates: list[float]) -> list[float]:
+        found = []
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step(loss_of(model), batch())
+            found.append(optimizer.param_groups[0]["rho"])
+        return found
+
+    assert radii(optimizer, [0.0, 0.25, 0.5, 0.125]) == [0.0, 1.0, 1.0, 0.25]
+    resumed = KSAM(model.parameters(), torch.optim.SGD, rho=ByLearningRate(1.0), **SGD)
+    resumed.param_groups[0]["lr"] = 0.0
+    resumed.load_state_dict(optimizer.state_dict())
+    assert radii(resumed, [0.125]) == [0.25]
+
+
+def test_every_group_follows_its_own_rate(backend: str) -> None:
+    model = network()
+    first, *others = model.parameters()
+    groups = [{"params": [first], "lr": 0.4, "rho": ByLearningRate(0.5)}, {"params": others}]
+    optimizer = KSAM(groups, torch.optim.SGD, rho=0.1, **SGD)
+    assert [group["rho"] for group in optimizer.param_groups] == [0.5, 0.1]
+    optimizer.add_param_group({"params": torch.nn.Parameter(torch.ones(2)), "lr": 0.1})
+    lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    optimizer.step(loss_of(model), batch())
+    assert [group["rho"] for group in optimizer.param_groups] == [0.25, 0.1, 0.1]
+
+
+def test_steps_along_the_momentum_follow_it_too(backend: str) -> None:
+    """With a radius of their own, beside K-SAM's constant one."""
+    model, twin = network(), network()
+    mixed = KSAM(
+        model.parameters(), torch.optim.SGD, rho=0.0, k=1.0, when=EveryNth(100),
+        otherwise=Momentum(ByLearningRate(0.3)), **SGD,
+    )  # fmt: skip
+    alone = MSAM(twin.parameters(), torch.optim.SGD, rho=ByLearningRate(0.3), **SGD)
+    for optimizer in (mixed, alone):
+        lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    # The first is K-SAM's with radius 0, as MSAM's, which has no momentum yet.
+    for _ in range(3):
+        mixed.step(loss_of(model), batch())
+        alone.step(loss_of(twin), batch())
+    assert mixed.param_groups[0]["rho"] == 0.0
+    assert all_same_bits(weights(model), weights(twin))
+    constant = network()
+    other = MSAM(constant.parameters(), torch.optim.SGD, rho=0.3, lr=0.2, momentum=0.9)
+    for _ in range(3):
+        other.step(loss_of(constant), batch())
+    assert not all_same_bits(weights(constant), weights(twin))
+
+
+@pytest.mark.parametrize(
+    ("rho", "error"), [(-0.1, ValueError), (float("nan"), ValueError), ("1", TypeError)]
+)
+def test_a_radius_out_of_range_is_refused(rho: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"rho .*{rho}"):
+        ByLearningRate(rho)
+
+
+def test_a_learning_rate_that_is_none_is_refused(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, rho=ByLearningRate(1.0), **SGD)
+    before = weights(model)
+    for wrong in (float("nan"), -0.1):
+        optimizer.param_groups[0]["lr"] = wrong
+        with pytest.raises(ValueError, match=f"lr .*{wrong}"):
+            optimizer.step(loss_of(model), batch())
+        assert all_same_bits(weights(model), before)
+
+
+def test_a_rate_that_is_a_tensor_is_read(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(
+        model.parameters(), torch.optim.SGD, rho=ByLearningRate(1.0), lr=torch.tensor(0.5),
+        foreach=True,
+    )  # fmt: skip
+    optimizer.step(loss_of(model), batch())
+    optimizer.param_groups[0]["lr"].mul_(0.25)
+    optimizer.step(loss_of(model), batch())
+    assert optimizer.param_groups[0]["rho"] == 0.25
