@@ -15,7 +15,7 @@ METHODS = (
     *DEFAULT_METHODS,
     *("ksam-auto", "late-ksam", "late-sam", "nth-sam"),
     *("asam", "esam"),
-    *("random-sam", "ordered", "ordered-half", "msam", "ausam", "stale-ksam"),
+    *("random-sam", "ordered", "ordered-half", "msam", "msam-lr", "ausam", "stale-ksam"),
     # Parts of K-SAM in isolation.
     *("importance-ksam", "random-ksam", "mixed-ksam", "ksam-batch", "ksam-share"),
     *("ksam-full", "ksam-matched", "ksam-running"),
