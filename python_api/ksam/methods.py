@@ -93,8 +93,8 @@ class AutoKSAM(KSAM):
     ``model``). All other steps are those of :class:`MSAM`, at the same cost.
 
     Args:
-        momentum_rho: radius of MSAM's steps; "auto": 0.05 with Adam and its kin, whose steps are
-            shorter, else 0.3. None: they are plain, and ``base`` need not have momentum.
+        momentum_rho: radius of MSAM's steps, as ``rho``; "auto": 0.05 with Adam and its kin, whose
+            steps are shorter, else 0.3. None: they are plain, and ``base`` need not have momentum.
         threshold, every, budget: as in :class:`~ksam.when.Representative`.
         options: those of :class:`KSAM`, but for ``when`` and ``otherwise``.
     """
