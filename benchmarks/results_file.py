@@ -37,8 +37,8 @@ class ResultsFile:
         self._file.close()
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Write rows, with the time; they are on disk when this returns."""
+        """Write rows, with the time where they have none; they are on disk when this returns."""
         timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         for row in rows:
-            self._writer.writerow({**self._constant, **row, "timestamp": timestamp})
+            self._writer.writerow({**self._constant, "timestamp": timestamp, **row})
         self._file.flush()

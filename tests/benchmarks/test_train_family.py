@@ -189,12 +189,16 @@ def test_the_study_goes_on_where_it_stopped(cli: Callable[..., Any], tmp_path: P
     # The last epoch of a run is lost, as if it had been cut off.
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     cut = [line for line in lines if ",ksam," not in line or ",2," not in line]
+    long_ago = "2001-01-01T00:00:00+00:00"
+    cut = [cut[0], *(f"{line.rpartition(',')[0]},{long_ago}\n" for line in cut[1:])]
     path.write_text("".join(cut), encoding="utf-8")
     result = cli(*arguments, "--seeds", 2, command="study")
     assert result.status == 0, result.err
     assert "1 runs complete, 3 to do" in result.out
     rows = read_rows(path)
     assert len(rows) == 8
+    old = [(r["method"], r["seed"]) for r in rows if r["timestamp"] == long_ago]
+    assert old == [("sgd", "0")] * 2
 
     def accuracy(table: list[dict[str, str]]) -> dict[tuple[str, str], str]:
         return {(r["method"], r["epoch"]): r["test_accuracy"] for r in table if r["seed"] == "0"}
