@@ -107,7 +107,11 @@ SPECS: dict[str, Spec] = {
     "ordered": Spec("Ordered SGD", lambda run: _ordered(run, None), rho=None),
     "ordered-half": Spec("Ordered SGD, q=1/2", lambda run: _ordered(run, 0.5), rho=None),
     "msam": Spec("MSAM", lambda run: run.build(ksam.MSAM, rho=run.config.msam_rho), rho="msam_rho"),
-    "msam-lr": Spec("MSAM, rho by lr", lambda run: _msam_by_rate(run), rho="msam_rho"),
+    "msam-lr": Spec(
+        "MSAM, rho by lr",
+        lambda run: run.build(ksam.MSAM, rho=ksam.ByLearningRate(run.config.msam_rho)),
+        rho="msam_rho",
+    ),
     "ausam": Spec("AUSAM", lambda run: run.build(ksam.AUSAM, **run.table)),
     "stale-ksam": Spec(
         "stale K-SAM, k=1/2", lambda run: run.build(ksam.StaleKSAM, **run.table), k="0.5"
@@ -129,10 +133,6 @@ SPECS: dict[str, Spec] = {
         "K-SAM, k={k}, running BN", lambda run: run.ksam(statistics="running"), k=_K
     ),
 }
-
-
-def _msam_by_rate(run: Run) -> SharpnessAware:
-    return run.build(ksam.MSAM, rho=ksam.ByLearningRate(run.config.msam_rho))
 
 
 def _ordered(run: Run, q: float | None) -> SharpnessAware:

@@ -260,8 +260,8 @@ class MSAM(SharpnessAware):
     step costs 1. Between steps the weights are the unperturbed ones: evaluate them as they are.
 
     Args:
-        rho: radius; the authors use 0.3 to 3, larger than SAM's. The larger, the better it decays
-            with the learning rate: :class:`~ksam.radius.ByLearningRate`.
+        rho: radius; the authors use 0.3 to 3, larger than SAM's. Of a large one
+            :class:`~ksam.radius.ByLearningRate` lost less on CIFAR-10 than a constant one.
         adaptive, eta: as in :class:`KSAM`.
     """
 

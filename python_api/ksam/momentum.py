@@ -23,8 +23,8 @@ class Momentum(Part):
     optimizer keeps it. At a parameter's first step there is no v, and it does not move.
 
     Args:
-        rho: radius >= 0 of the perturbation, or :class:`~ksam.radius.ByLearningRate`; None: that of
-            the parameter groups.
+        rho: radius of the perturbation, a number >= 0, a function of the step (from 0), or
+            :class:`~ksam.radius.ByLearningRate`; None: that of the parameter groups.
 
     Raises:
         TypeError, ValueError: a negative, non-finite or non-numeric rho.

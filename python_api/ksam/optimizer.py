@@ -301,11 +301,13 @@ class SharpnessAware(OverBase):
     ) -> Tensor | None:
         """Climb; every moved parameter stands in ``perturbed`` with its backup."""
         params = self._parameters()
-        along: list[Tensor | None] = [p.grad for p in params]
-        radii = [group["rho"] for group in self.param_groups]
+        along: list[Tensor | None]
         if isinstance(ascent, Momentum):
             along = ascent.directions(self.base, params)
             radii = [ascent.radius(group, self.steps_done) for group in self.param_groups]
+        else:
+            along = [p.grad for p in params]
+            radii = [group["rho"] for group in self.param_groups]
         pairs = zip(radii, self.param_groups, strict=True)
         of_params = [radius for radius, group in pairs for _ in group["params"]]
         known = [direction is not None for direction in along]

@@ -25,8 +25,9 @@ class ByLearningRate:
     r"""A radius :math:`\rho_t = \rho\, \eta_t / \eta_{max}` in proportion to the learning rate.
 
     That of GSAM (Zhuang et al. 2022) with lower ends of 0. :math:`\eta_{max}` is the highest rate
-    of the group so far, or what a scheduler of torch notes as ``initial_lr`` or ``max_lr``; it
-    stands in ``param_groups`` as ``peak_lr``. With a constant rate the radius is constant.
+    of the group that it has met, or what a scheduler of torch notes as ``initial_lr`` or
+    ``max_lr``; it stands in ``param_groups`` as ``peak_lr``. With a constant rate the radius is
+    constant.
 
     Args:
         rho: radius >= 0 at the highest learning rate.
@@ -42,11 +43,11 @@ class ByLearningRate:
 
     def of(self, group: dict[str, Any]) -> float:
         """Of a group; waits for a learning rate that is a tensor on a device."""
-        rates = [group.get(name) for name in ("lr", "peak_lr", "initial_lr", "max_lr")]
-        lr, *others = [float(rate) if isinstance(rate, Tensor) else rate for rate in rates]
-        check_range("lr", lr, 0)  # type: ignore[arg-type]
-        assert lr is not None
-        peak = group["peak_lr"] = max(lr, *(rate for rate in others if rate is not None), 0.0)
+        noted = map(group.get, ("lr", "peak_lr", "initial_lr", "max_lr"))
+        rates: list[Any] = [float(rate) if isinstance(rate, Tensor) else rate for rate in noted]
+        lr = rates[0]
+        check_range("lr", lr, 0)
+        peak = group["peak_lr"] = max(rate for rate in rates if rate is not None)
         return self.rho * lr / peak if peak > 0 else 0.0
 
 

@@ -22,7 +22,7 @@ def warmup_and_decay(step: int) -> float:
 
 @pytest.mark.parametrize("method", [KSAM, MSAM])
 def test_it_is_the_schedule_of_the_learning_rate(backend: str, method: type[Any]) -> None:
-    """Bit for bit what the same radii do as a function of the step."""
+    """The weights are those of the same radii, up to their rounding, as a function of the step."""
     model, twin = network(), network()
     follows = method(model.parameters(), torch.optim.SGD, rho=ByLearningRate(0.2), **SGD)
     told = method(
