@@ -79,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of plots; takes some training time",
     )
     run_group.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for results (default: runs/train-<data>)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for results (default: runs/<command>-<data>)",
     )
 
 

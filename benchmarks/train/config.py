@@ -131,7 +131,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
         label_noise=args.label_noise,
         timing_rounds=args.timing_rounds,
         diagnostics=args.diagnostics,
-        out=args.out or Path("runs") / f"train-{args.data}",
+        out=args.out or Path("runs") / f"{args.command}-{args.data}",
     )
 
 

@@ -53,6 +53,11 @@ def test_defaults_depend_on_the_data_set() -> None:
     assert config("--base", "adamw").lr < digits.lr
 
 
+def test_a_study_does_not_write_over_what_train_wrote() -> None:
+    study = resolve(build_parser(["study"]).parse_args(["study"]))
+    assert study.out == Path("runs/study-digits") != config().out
+
+
 def test_text_defaults_to_adamw(tmp_path: Path) -> None:
     rte = config("--data", "rte", "--data-root", str(tmp_path), "--model", "some/folder/model")
     assert rte.base == "adamw"
