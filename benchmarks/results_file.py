@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,13 +18,23 @@ class ResultsFile:
 
     Args:
         constant: figures that all rows share.
+        kept: rows that it starts with. What the file held is there until these are.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], constant: dict[str, Any]) -> None:
-        self._file = path.open("w", newline="", encoding="utf-8")
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str],
+        constant: dict[str, Any],
+        kept: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        new = path.with_name(f"{path.name}.new")
+        self._file = new.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns)
         self._writer.writeheader()
         self._constant = constant
+        self.append(*kept)
+        os.replace(new, path)
 
     def __enter__(self: Self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -130,3 +131,9 @@ def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -
     error = (actual - expected).abs()[finite]
     worst = (error / tolerance[finite].clamp_min(1e-300)).max().item() if error.numel() else 0.0
     assert worst <= 1, f"error is {worst:.3g} times the bound"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file with a header."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

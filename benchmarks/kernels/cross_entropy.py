@@ -98,7 +98,7 @@ class CrossEntropy:
             logits, target, weight, reduction="none", label_smoothing=self.label_smoothing
         )
         if self.k is not None:
-            return losses, torch.topk(losses, self.k).indices
+            return losses, torch.topk(losses, self.k, sorted=False).indices
         return losses
 
     def eager_float(self, logits: Tensor, target: Tensor, weight: Tensor | None) -> Any:

@@ -251,7 +251,8 @@ CONTESTANTS: dict[str, type[SamStep]] = {
 
 LEGEND = {
     "davda54": "a loop over parameters, pointer swap to restore, foreach=True base",
-    "foreach": "torch._foreach_*, copied back to restore, foreach=True base",
+    "foreach": "torch._foreach_*, copied back to restore, foreach=True base; "
+    "AdamW, this and the loop's, is capturable on a GPU: its bias corrections are launches",
     "swap+fused": "torch.add into a second buffer, pointer swap to restore, fused=True base; "
     "moves the parameters' storage and reads the norm on the host",
     "pytorch-optimizer": "its SAM with foreach=True, first_step() and second_step()",

@@ -65,9 +65,9 @@ def train(
             loss_sum += step(batch)
             scheduler.step()
             on_step()
-        step.end_epoch()
         synchronize(workload.device)
         seconds += time.perf_counter() - start
+        step.end_epoch()
         yield EpochResult(
             method=method.name,
             seed=seed,

@@ -18,6 +18,7 @@ from benchmarks.train.workload import INDEX, LABEL, Batch, Workload
 from ksam import KSAM, SharpnessAware, cross_entropy
 
 _ROWS = 100  # of diagnostics in a training
+_STEPS = 20  # in an epoch, to count costs; StaleKSAM refreshes at every tenth
 BASE_LABELS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
@@ -161,10 +162,14 @@ class Method:
 
     @property
     def epochs(self) -> int:
-        """Of a run."""
-        if not self.config.equal_cost:
-            return self.config.epochs
-        return max(1, round(self.config.epochs / self.theoretical_cost(self.config.batch_size)))
+        """Of a run; at equal cost as many as cost what the base optimizer's do, rounded."""
+        epochs = self.config.epochs
+        if self.config.equal_cost:
+            # AUSAM's first epoch costs more than the others: how dear a step is depends on them.
+            for _ in range(3):
+                cost = statistics.fmean(self._costs(self.config.batch_size, epochs))
+                epochs = max(1, round(self.config.epochs / cost))
+        return epochs
 
     def theoretical_cost(self, batch_size: int) -> float:
         """Return the mean cost of a step in units of the base optimizer's, 3M.
@@ -173,23 +178,37 @@ class Method:
         cost 6k; choosing them costs a forward pass of all M, which SAM does not need. What a policy
         will do is not known: at most its budget is assumed.
         """
+        return statistics.fmean(self._costs(batch_size, self.epochs))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one step is like another, so that the first few tell what a step costs."""
         if self.is_base:
-            return 1.0
-        # A data set of one batch: only the first step is in the first epoch.
-        parameter = nn.Parameter(torch.zeros(1))
-        options = {"lr": 0.0, "momentum": 0.9}
-        run = Run(self.config, [("weight", parameter)], torch.optim.SGD, options, batch_size, 1000)
-        optimizer = SPECS[self.name].build(run)
+            return True
+        one = self._optimizer(self.config.batch_size, epochs=1).when is None
+        return one and len(set(self._costs(self.config.batch_size, self.epochs))) == 1
+
+    def _costs(self, batch_size: int, epochs: int) -> list[float]:
+        """Of the steps of a short training of so many epochs."""
+        if self.is_base:
+            return [1.0]
+        optimizer = self._optimizer(batch_size, epochs)
         when = optimizer.when
         if isinstance(when, ksam.Policy):
             cost = optimizer.cost(batch_size)
-            return cost if self.config.budget is None else min(cost, self.config.budget)
-        # Ten steps around: StaleKSAM's refresh; and both sides of what happens late.
-        steps = [step for step in range(1, run.steps) if step % 50 < 10]
-        return statistics.fmean(
+            return [cost if self.config.budget is None else min(cost, self.config.budget)]
+        return [
             1.0 if when is not None and not when(step) else optimizer.cost(batch_size, step)
-            for step in steps
-        )
+            for step in range(_STEPS * epochs)
+        ]
+
+    def _optimizer(self, batch_size: int, epochs: int) -> SharpnessAware:
+        """As it would be with `_STEPS` batches an epoch, over one weight."""
+        parameter = nn.Parameter(torch.zeros(1))
+        options = {"lr": 0.0, "momentum": 0.9}
+        steps, size = _STEPS * epochs, _STEPS * batch_size
+        run = Run(self.config, [("weight", parameter)], torch.optim.SGD, options, size, steps)
+        return SPECS[self.name].build(run)
 
 
 def make_method(name: str, config: TrainConfig) -> Method:

@@ -54,7 +54,8 @@ def plot_accuracy(
     for number, method in enumerate(methods):
         spent, mean, sd = accuracy_curve(method, results, over_cost)
         color, marker = _style(method.name, number)
-        axes.plot(spent, 100 * mean, color=color, marker=marker, ms=4, label=method.label)
+        label = _label(method, results)
+        axes.plot(spent, 100 * mean, color=color, marker=marker, ms=4, label=label)
         if sd is not None:
             axes.fill_between(
                 spent, 100 * (mean - sd), 100 * (mean + sd), color=color, alpha=0.2, lw=0
@@ -88,9 +89,13 @@ def _spent(result: EpochResult, over_cost: bool) -> float:
     return result.gradient_cost * result.epoch if over_cost else result.train_seconds
 
 
+def _label(method: Method, results: Sequence[EpochResult]) -> str:
+    runs = len({result.seed for result in results if result.method == method.name})
+    return f"{method.label}, {runs} run{'s' if runs > 1 else ''}"
+
+
 def _title(config: TrainConfig) -> str:
-    seeds = f"mean ± sd of {config.seeds} seeds" if config.seeds > 1 else "1 seed"
     return (
         f"{config.data}, {config.model_label}, base {BASE_LABELS[config.base]}: "
-        f"k = {format_k(config.k)}, rho = {config.rho:g}, {seeds}"
+        f"k = {format_k(config.k)}, rho = {config.rho:g}, mean ± sd"
     )

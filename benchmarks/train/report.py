@@ -31,7 +31,13 @@ class TrainResults(ResultsFile):
     `rho` are empty where the method has none; `gradient_cost` is the mean cost of a step by count.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, device: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: TrainConfig,
+        device: str,
+        kept: Sequence[dict[str, Any]] = (),
+    ) -> None:
         constant = {
             "data": config.data,
             "model": config.model_label,
@@ -42,7 +48,7 @@ class TrainResults(ResultsFile):
             "torch": torch.__version__,
             "device": device,
         }
-        super().__init__(path, COLUMNS, constant)
+        super().__init__(path, COLUMNS, constant, kept)
 
     def write(self, method: Method, result: EpochResult) -> None:
         """Append a row; it is on disk when this returns."""
@@ -78,7 +84,7 @@ def format_table(config: TrainConfig, summaries: Sequence[MethodSummary], batch_
     """
     base = BASE_LABELS[config.base]
     header = (
-        "method", "test accuracy [%]", f"over {base}, paired", "training time [s]",
+        "method", "runs", "test accuracy [%]", f"over {base}, paired", "training time [s]",
         f"step cost [x {base}]", "theory",
     )  # fmt: skip
     rows = [header, *(_table_row(summary) for summary in summaries)]
@@ -104,6 +110,7 @@ def _table_row(summary: MethodSummary) -> tuple[str, ...]:
     mark = "*" if summary.non_finite_runs else ""
     return (
         summary.method.label,
+        str(summary.runs),
         _format_spread(summary.accuracy, scale=100) + mark,
         "-" if summary.gain is None else _format_spread(summary.gain, scale=100, sign="+"),
         _format_spread(summary.seconds),
@@ -131,16 +138,21 @@ def _align(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _notes(config: TrainConfig, summaries: Sequence[MethodSummary], batch_size: int) -> list[str]:
-    seeds = f"mean ± sd over {config.seeds} seeds" if config.seeds > 1 else "one seed"
-    notes = [f"accuracy: after the last epoch, {seeds}; time: training steps only"]
+    spread = ", mean ± sd over runs" if any(summary.runs > 1 for summary in summaries) else ""
+    notes = [f"accuracy: after the last epoch{spread}; time: training steps only"]
     if any(summary.gain is not None and summary.gain.sd is not None for summary in summaries):
         notes.append("paired: difference between runs of one seed, mean ± standard error")
     if config.equal_cost:
-        epochs = ", ".join(f"{s.method.label} {s.method.epochs}" for s in summaries)
-        notes.append(f"epochs, so that all cost the same by count: {epochs}")
+        spent = ", ".join(
+            f"{s.method.label} {s.method.epochs} ({s.theory * s.method.epochs:.3g})"
+            for s in summaries
+        )
+        notes.append(f"epochs (by count as many of {BASE_LABELS[config.base]}'s): {spent}")
     rounds = max((summary.cost.rounds for summary in summaries if summary.cost), default=0)
     if rounds:
         notes.append(f"step cost: median [quartiles] of {rounds} rounds measured side by side")
+        if any(not summary.method.is_uniform for summary in summaries):
+            notes.append("step cost: not measured where some steps are dearer than others")
     notes.append(
         f"theory: forward 1, backward 2 per sample; {BASE_LABELS[config.base]} 3M, SAM 6M, "
         f"K-SAM M + 6k, with M = {batch_size}, k = {subset_size(config.k, batch_size)}"

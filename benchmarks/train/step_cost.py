@@ -38,7 +38,8 @@ def measure_step_costs(
     """Time single steps of all methods in turn; return their costs by the method's name.
 
     Args:
-        methods: the first one is the yardstick, the base optimizer alone.
+        methods: the first one is the yardstick, the base optimizer alone. Those whose steps are not
+            all alike are left out: what the first steps of a training cost, the others need not.
         config: with `timing_rounds` 0 there are no costs, just a few steps of each method to warm
             up the libraries for what is timed next.
 
@@ -49,7 +50,7 @@ def measure_step_costs(
     batches = list(
         itertools.islice(workload.train_batches(config.batch_size, data_generator(0)), _BATCHES)
     )
-    steps = {m.name: _new_step(m, workload, config) for m in methods}
+    steps = {m.name: _new_step(m, workload, config) for m in methods if m.is_uniform}
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     plan, start = _plan(config.timing_rounds), time.perf_counter()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import json
 import multiprocessing
+import os
 import queue
 import time
 import traceback
@@ -70,23 +73,23 @@ def run(args: argparse.Namespace) -> None:
     require_matplotlib()
     started = time.time()
     device, config = select_device(args.device), resolve(args)
-    path = _prepare(config)
-    done, rows = _complete(path, config)
-    tasks = [(m, s) for s in range(config.seeds) for m in config.methods if (m, s) not in done]
     deadline = None if args.minutes is None else started + 60 * args.minutes
     worker = _Worker(config, str(device), args.threads or 1, deadline)
-    print(f"{len(done)} runs complete, {len(tasks)} to do, {path}", flush=True)
-    errors = []
-    with TrainResults(path, config, device_name(device)) as file:
-        file.append(*rows)
-        for message in _run_all(worker, tasks, min(args.processes, len(tasks))):
-            if isinstance(message, EpochResult):
-                file.write(make_method(message.method, config), message)
-                _print(message, config, time.time() - started)
-            else:
-                errors.append(message)
-                print(message, flush=True)
-    _report(path, config)
+    torch.set_num_threads(worker.threads)  # as in the processes: the rows name it
+    with _folder(config) as path:
+        done, rows = _complete(path, config)
+        tasks = [(m, s) for s in range(config.seeds) for m in config.methods if (m, s) not in done]
+        print(f"{len(done)} runs complete, {len(tasks)} to do, {path}", flush=True)
+        errors = []
+        with TrainResults(path, config, device_name(device), rows) as file:
+            for message in _run_all(worker, tasks, min(args.processes, len(tasks))):
+                if isinstance(message, EpochResult):
+                    file.write(make_method(message.method, config), message)
+                    _print(message, config, time.time() - started)
+                else:
+                    errors.append(message)
+                    print(message, flush=True)
+        _report(path, config)
     if errors:
         raise UsageError(errors[0] if len(errors) == 1 else f"{len(errors)} times: {errors[0]}")
 
@@ -154,14 +157,27 @@ def _late(worker: _Worker) -> bool:
     return worker.deadline is not None and time.time() > worker.deadline
 
 
-def _prepare(config: TrainConfig) -> Path:
-    """Make the folder, or check that what is in it has the same settings; return the CSV's path."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    settings = {name: value for name, value in settings.items() if name not in _FREE}
+@contextlib.contextmanager
+def _folder(config: TrainConfig) -> Iterator[Path]:
+    """The CSV's path in a folder that no other study writes to meanwhile."""
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {config.out}: cannot make the folder: {error}") from error
+    folder = os.open(config.out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _prepare(config)
+    except BlockingIOError as error:
+        raise UsageError(f"--out {config.out}: another study is writing there") from error
+    finally:
+        os.close(folder)
+
+
+def _prepare(config: TrainConfig) -> Path:
+    """Check that what is in the folder has the same settings; return the CSV's path."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    settings = {name: value for name, value in settings.items() if name not in _FREE}
     path = config.out / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -178,7 +194,8 @@ def _complete(path: Path, config: TrainConfig) -> tuple[set[Task], list[dict[str
     if not path.exists():
         return set(), []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        # A last line that was cut off lacks columns.
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
     names = {row["method"] for row in rows}
     unknown = names - set(METHODS)
     if unknown:

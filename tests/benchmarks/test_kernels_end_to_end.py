@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from benchmarks.kernels import topk
 from benchmarks.kernels.measure import Row
 from benchmarks.kernels.report import COLUMNS, Table, format_ratio, summary_lines
 from benchmarks.timing import Quartiles
-from tests.helpers import threads
+from tests.helpers import read_rows, threads
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +45,7 @@ def test_quick_topk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "\nloss\n" not in printed
     assert "\nhost" not in printed
 
-    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(out / "results.csv")
     assert tuple(rows[0]) == COLUMNS
     assert [row["contestant"] for row in rows[:3]] == ["ksam", "topk", "sort"]
     assert [row["backend"] for row in rows[:3]] == ["reference", "torch", "torch"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 import struct
@@ -13,11 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.train.report import COLUMNS
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+from tests.helpers import read_rows
 
 
 def png_size(path: Path) -> tuple[int, int]:

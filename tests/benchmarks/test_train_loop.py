@@ -23,7 +23,7 @@ from benchmarks.train.loop import (
     train,
     warmup_cosine,
 )
-from benchmarks.train.methods import make_method, make_step, parameter_groups
+from benchmarks.train.methods import Step, make_method, make_step, parameter_groups
 from benchmarks.train.models import build_image_model
 from benchmarks.train.plot import accuracy_curve
 from benchmarks.train.report import format_table
@@ -216,6 +216,34 @@ def test_step_costs_are_ratios_to_the_first_method(rounds: int) -> None:
         assert (costs["sgd"].q1, costs["sgd"].median, costs["sgd"].q3) == (1.0, 1.0, 1.0)
 
 
+def test_steps_that_differ_are_not_timed() -> None:
+    """By a schedule, a policy, or by what they cost: the first ones are not the others."""
+    config = make_config("--timing-rounds", "1")
+    names = ("sgd", "late-sam", "nth-sam", "ausam", "stale-ksam", "ksam-auto", "msam")
+    methods = [make_method(name, config) for name in names]
+    costs = measure_step_costs(RecordingWorkload(), methods, config)
+    assert list(costs) == ["sgd", "msam"]
+    results = [EpochResult(name, 0, 2, 1.0, 0.5, 0.5) for name in names]
+    table = format_table(config, summarize(methods, results, costs, 32), 32)
+    assert "step cost: not measured where some steps are dearer" in table
+
+
+def test_what_is_drawn_after_an_epoch_is_not_training_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.train.loop.time.perf_counter", lambda: now[0])
+
+    def draw(step: Step) -> None:
+        now[0] += 100.0
+
+    monkeypatch.setattr("benchmarks.train.methods._SharpStep.end_epoch", draw)
+    config = make_config()
+    results = train(RecordingWorkload(), make_method("ksam", config), config, 0, lambda: None)
+    assert [result.train_seconds for result in results] == [0.0, 0.0]
+    assert now == [200.0]
+
+
 def test_summary_takes_the_last_epoch_and_the_sample_sd() -> None:
     config = make_config("--methods", "ksam", "--seeds", "2")
     method = make_method("ksam", config)
@@ -230,6 +258,7 @@ def test_summary_takes_the_last_epoch_and_the_sample_sd() -> None:
     assert summary.seconds.mean == pytest.approx(20.5)
     assert summary.theory == 1.0
     assert summary.non_finite_runs == 0
+    assert summary.runs == 2
     table = format_table(config, [summary], batch_size=30)
     assert "60.00 ± 14.14" in table
     assert "20.50 ± 0.71" in table

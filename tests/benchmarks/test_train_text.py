@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from benchmarks.errors import UsageError
 from benchmarks.train.glue import GlueSplit
 from benchmarks.train.text import TextWorkload
 from benchmarks.train.workload import LABEL
+from tests.helpers import read_rows
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra: text)")
-
 CPU = torch.device("cpu")
 WORDS = ["good", "fine", "bad", "poor", "film", "plot", "a", "the"]
 
@@ -123,8 +122,7 @@ def test_command_line(
         "--timing-rounds", 1, "--out", tmp_path / "out",
     )  # fmt: skip
     assert result.status == 0, result.err
-    with (tmp_path / "out" / "results.csv").open(newline="", encoding="utf-8") as file:
-        written = list(csv.DictReader(file))
+    written = read_rows(tmp_path / "out" / "results.csv")
     assert [(row["method"], row["epoch"], row["base"]) for row in written] == [
         (method, epoch, base) for method in ("sgd", "sam", "ksam") for epoch in "12345678"
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
 import types
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 import ksam
 from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter, page
-from tests.helpers import all_same_bits
+from tests.helpers import all_same_bits, read_rows
 from tests.ksam import plain
 from tests.ksam.models import batch, loss_of, network, weights
 
@@ -121,8 +120,7 @@ def test_selections_are_counted_by_sample(backend: str, tmp_path: Path) -> None:
     assert diagnostics.seen.tolist() == [5] * 24 + [4] * 24 + [0] * 2
     assert math.isnan(diagnostics.rows[0]["alignment"])
     diagnostics.save_counts(tmp_path / "counts.csv")
-    with (tmp_path / "counts.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "counts.csv")
     assert [int(row["selected"]) for row in rows] == expected.tolist()
     assert [int(row["index"]) for row in rows] == list(range(50))
     with pytest.raises(ValueError, match=r"size must be given .*None"):
