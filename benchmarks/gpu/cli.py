@@ -11,10 +11,12 @@ import torch
 
 from benchmarks.environment import device_name, select_device
 from benchmarks.errors import UsageError
-from benchmarks.gpu.part import Context
-from benchmarks.gpu.run import PARTS, run_in_process, run_parts
+from benchmarks.gpu.part import PARTS, Context
+from benchmarks.gpu.run import run_in_process, run_parts
+from ksam_kernels import requested_backend
 
 _RESULTS = Path(__file__).parent.parent / "results"
+_DRY_RUN = Path("runs/gpu-dry-run")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for results (default: benchmarks/results/<name of the GPU>)",
+        help="folder for results (default: benchmarks/results/<name of the GPU>; "
+        f"of a dry run: {_DRY_RUN})",
     )
     parser.add_argument(
-        "--again", action="store_true", help="also repeat parts whose results are in the folder"
+        "--again", action="store_true", help="measure afresh what the folder has results of"
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.5, help="of the whole run (default: 8.5)"
+        "--minutes", type=_positive_float, default=8.5, help="of the whole run (default: 8.5)"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="all of it on the CPU, in seconds: does it run?"
@@ -50,24 +53,37 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device("cpu") if args.dry_run else select_device("cuda")
     context = Context(
         device=device,
-        out=args.out or default_folder(device),
+        out=args.out or (_DRY_RUN if args.dry_run else default_folder(device)),
         dry_run=args.dry_run,
         deadline=time.monotonic() + 60 * args.minutes,
+        again=args.again or args.dry_run,
     )
     if args.here:
         (name,) = args.only
         run_in_process(name, context)
         return
     try:
-        run_parts(args.only, context, again=args.again)
+        run_parts(args.only, context)
     except OSError as error:
         raise UsageError(f"{context.out}: cannot write results: {error}") from error
 
 
 def default_folder(device: torch.device) -> Path:
-    """benchmarks/results/nvidia-h100-80gb-hbm3, say."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return _RESULTS / slug
+    """benchmarks/results/nvidia-h100-80gb-hbm3, say; of a backend asked for by name, -triton."""
+    backend = requested_backend()
+    name = device_name(device) if backend == "auto" else f"{device_name(device)} {backend}"
+    return _RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# As in benchmarks.train.cli, which needs numpy; a bare machine has none.
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
 
 
 def _parse_parts(text: str) -> tuple[str, ...]:

@@ -190,31 +190,45 @@ def _line(rows: Rows) -> str:
 
 def run(context: Context, file: PartFile) -> None:
     """All cases, as far as the time goes; those that an earlier run measured are kept."""
-    left = None if context.dry_run else file.load()
-    earlier: Rows = [] if left is None or left["complete"] else left["results"].get("rows", [])
+    cases = list(kernel_cases(context.device, tiny=context.dry_run))
+    found = _measured_before(cases, file)
     before = copy_bandwidth(context)
     print(f"copy: {before.median / 1e9:.0f} GB/s", flush=True)
     plan = _DRY_PLAN if context.dry_run else _PLAN
-    rows: Rows = []
-    failures: dict[str, str] = {}
-    left_out: list[str] = []
-    file.results = {
-        "copy_bytes_per_second": {"before": vars(before)},
-        "failures": failures,
-        "left_out": left_out,
-        "rows": rows,
-    }
-    for case in kernel_cases(context.device, tiny=context.dry_run):
-        name = f"{case.label} {case.shape} {case.dtype}"
-        known = [row for row in earlier if name_of(row) == name]
-        if not known and context.seconds_left < 8:
-            left_out.append(name)
-            continue
-        try:
-            rows += known or measure(case, context.device, plan, before.median)
-            print(_line(known or rows[-len(case.contestants) :]), flush=True)
-        except Exception as error:
-            failures[name] = reason(error)
-            print(f"{name}: {failures[name]}", flush=True)
-        file.write(complete=False)
+    file.results = {"copy_bytes_per_second": {"before": vars(before)}, **_summary(found)}
+    for name, case in zip(found, cases, strict=True):
+        if not found[name] and context.seconds_left >= 8:
+            found[name] = _measured(case, context.device, plan, before.median)
+            file.results |= _summary(found)
+            file.write(complete=False)
+        if found[name]:
+            print(_line(found[name]), flush=True)
     file.results["copy_bytes_per_second"]["after"] = vars(copy_bandwidth(context))
+
+
+def _measured_before(cases: list[Case], file: PartFile) -> dict[str, Rows]:
+    """Rows by case, in the order of the cases; none of what is to be measured, or failed."""
+    found: dict[str, Rows] = {f"{case.label} {case.shape} {case.dtype}": [] for case in cases}
+    left = file.unfinished()
+    for row in left.get("rows", []):
+        if name_of(row) in found and name_of(row) not in left["failures"]:
+            found[name_of(row)].append(row)
+    return found
+
+
+def _measured(case: Case, device: torch.device, plan: Plan, bandwidth: float) -> Rows:
+    """The case's rows; where it fails, ksam's, which says so."""
+    try:
+        return measure(case, device, plan, bandwidth)
+    except Exception as error:
+        row = row_of(case, case.contestants[0], "", note=reason(error))
+        return [{**dataclasses.asdict(row), "failure": row.note}]
+
+
+def _summary(found: dict[str, Rows]) -> dict[str, Any]:
+    first = {name: rows[0] for name, rows in found.items() if rows}
+    return {
+        "failures": {name: row["failure"] for name, row in first.items() if "failure" in row},
+        "left_out": [name for name, rows in found.items() if not rows],
+        "rows": [row for rows in found.values() for row in rows],
+    }

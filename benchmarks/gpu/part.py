@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +14,23 @@ from typing import Any
 
 import torch
 
+import ksam
+import ksam_kernels
 from benchmarks.environment import device_name
+
+# part: (what it does, the most seconds it gets). In the order of the run: what is quick comes
+# first, and of the rest what matters most.
+PARTS = {
+    "build": ("versions, architectures built, backends, the GPU", 40),
+    "sync": ("steps in which waiting for the GPU is an error", 40),
+    "graph": ("a step captured in a CUDA graph, replayed, compared bit for bit", 60),
+    "launches": ("kernels launched per operation and per step, from the profiler", 60),
+    "host": ("host time of the calls of a step", 40),
+    "training": ("whole training steps: SGD, SAM and K-SAM", 70),
+    "kernels": ("times against PyTorch, percent of the bandwidth of a copy", 240),
+    "sanitizer": ("memcheck and racecheck over every kernel", 100),
+    "tests": ("the contract tests on the GPU", 300),
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,7 @@ class Context:
     out: Path
     dry_run: bool
     deadline: float = float("inf")  # of time.monotonic(): what does not begin before is left out
+    again: bool = False  # measure everything, whatever an earlier run has left
 
     @property
     def seconds_left(self) -> float:
@@ -33,6 +52,34 @@ class Context:
     def prefix(self) -> str:
         """Before file names: figures of a dry run must not look like a GPU's."""
         return "dry-run-" if self.dry_run else ""
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of ksam as it would run: its Python files, Triton's kernels among them, and what was
+    compiled."""
+    digest = hashlib.sha256()
+    for folder in (*ksam.__path__, *ksam_kernels.__path__):
+        for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".py", ".so")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def measured(device: torch.device) -> dict[str, str]:
+    """What figures are of. Those of anything else are no part of this run."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "backend": ksam_kernels.requested_backend(),
+        "code": _code(),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file; a reader never sees half of it."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 @dataclass
@@ -49,26 +96,34 @@ class PartFile:
         return self.context.out / f"{self.context.prefix}{self.name}.json"
 
     def load(self) -> dict[str, Any] | None:
-        """What an earlier run left; None if it left nothing."""
+        """What an earlier run left; None if that is nothing, or not of what is measured now."""
         try:
             content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return content
+        return content if measured(self.context.device).items() <= content.items() else None
+
+    def unfinished(self) -> dict[str, Any]:
+        """The results of an earlier run that was cut off, for this one to go on from."""
+        left = None if self.context.again else self.load()
+        return {} if left is None or left["complete"] else left["results"]
 
     def write(self, *, complete: bool) -> None:
-        """Replace the file; a reader never sees half of it."""
+        """Replace the file."""
         content = {
             "part": self.name,
             "complete": complete,
-            "device": device_name(self.context.device),
-            "torch": torch.__version__,
+            **measured(self.context.device),
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "results": self.results,
         }
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self.path)
+        write_json(self.path, content)
+
+    def fail(self, failure: str) -> None:
+        """Write how the part broke off beside what it has written, or an earlier run has."""
+        left = self.load()
+        self.results = {**(self.results if left is None else left["results"]), "failure": failure}
+        self.write(complete=False)
 
 
 # Fills `file.results`, and writes the file as often as there is something to lose.

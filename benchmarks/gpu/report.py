@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.aims import Aim, Results, aims
-from benchmarks.gpu.part import Context
+from benchmarks.gpu.part import PARTS, Context, PartFile, measured, write_json
 from benchmarks.kernels.case import KSAM
 from benchmarks.kernels.measure import Row
 from benchmarks.results_file import ResultsFile
@@ -32,8 +31,9 @@ def write_report(context: Context) -> list[Aim]:
     rows = results.get("kernels", {}).get("rows", [])
     _write_csv(context, parts, rows)
     plotted = _plot(context, rows)
-    summary = {"parts": _states(parts), "aims": [vars(aim) for aim in found], "results": results}
-    _file(context, "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    states = _states(parts, context)
+    summary = {"parts": states, "aims": [vars(aim) for aim in found], "results": results}
+    write_json(_file(context, "summary.json"), summary)
     lines = [*_heading(parts, context), *_aims(found), *_training(results), *_times(rows)]
     lines += _launches(results)
     lines += [*_failures(parts), *([f"![Ratios]({plotted.name})"] if plotted else [])]
@@ -47,16 +47,12 @@ def _file(context: Context, name: str) -> Path:
 
 def _read_parts(context: Context) -> dict[str, dict[str, Any]]:
     """The files of the parts, in the order in which they were written."""
-    found = []
-    for path in context.out.glob(f"{context.prefix}*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if "part" in content and path.name == f"{context.prefix}{content['part']}.json":
-            found.append(content)
+    found = filter(None, (PartFile(name, context).load() for name in PARTS))
     return {content["part"]: content for content in sorted(found, key=lambda c: c["written"])}
 
 
-def _states(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    names = ("complete", "written", "device", "torch")
+def _states(parts: dict[str, dict[str, Any]], context: Context) -> dict[str, Any]:
+    names = ("complete", "written", *measured(context.device))
     return {part: {name: content[name] for name in names} for part, content in parts.items()}
 
 

@@ -15,36 +15,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.gpu.aims import Aim
-from benchmarks.gpu.part import Context, PartFile, Run, reason
+from benchmarks.gpu.part import PARTS, Context, PartFile, Run, reason
 from benchmarks.gpu.report import write_report
-
-# part: (what it does, the most seconds it gets). In the order of the run: what is quick comes
-# first, and of the rest what matters most.
-PARTS = {
-    "build": ("versions, architectures built, backends, the GPU", 40),
-    "sync": ("steps in which waiting for the GPU is an error", 40),
-    "graph": ("a step captured in a CUDA graph, replayed, compared bit for bit", 60),
-    "launches": ("kernels launched per operation and per step, from the profiler", 60),
-    "host": ("host time of the calls of a step", 40),
-    "training": ("whole training steps: SGD, SAM and K-SAM", 70),
-    "kernels": ("times against PyTorch, percent of the bandwidth of a copy", 240),
-    "sanitizer": ("memcheck and racecheck over every kernel", 100),
-    "tests": ("the contract tests on the GPU", 300),
-}
 
 # The profiler's own notes stay out of the output; a library of matrix products that has this much
 # workspace chooses alike inside and outside of graphs.
 _ENVIRONMENT = {**os.environ, "KINETO_LOG_LEVEL": "99", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
-def run_parts(names: Sequence[str], context: Context, *, again: bool) -> None:
+def run_parts(names: Sequence[str], context: Context) -> None:
     """Run the parts that are not there yet, and write the report after each of them."""
     context.out.mkdir(parents=True, exist_ok=True)
     aims: list[Aim] = []
     for name in names:
         file = PartFile(name, context)
         left = file.load()
-        if left is not None and left["complete"] and not again:
+        if left is not None and left["complete"] and not context.again:
             print(f"{name}: there already ({file.path}); --again repeats it", flush=True)
         elif context.seconds_left < 5:
             print(f"{name}: no time left; run the same command again", flush=True)
@@ -74,6 +60,7 @@ def _run_in_child(name: str, context: Context, seconds: float) -> None:
     """Run `--only name --here` in a process, which gets some seconds more to stop by itself."""
     command = [sys.executable, "-m", "benchmarks", "gpu", "--here", "--only", name]
     command += ["--out", str(context.out), "--minutes", str(seconds / 60)]
+    command += ["--again"] if context.again else []
     file = PartFile(name, context)
     before = file.load()
     try:
@@ -88,20 +75,18 @@ def _run_in_child(name: str, context: Context, seconds: float) -> None:
     if failure is not None:
         print(f"{name}: {failure}", flush=True)
         after = file.load()
-        # What it wrote until then stays; where it wrote nothing, the failure itself is the result.
-        file.results = after["results"] if after is not None and after != before else {}
-        file.results["failure"] = failure
-        file.write(complete=False)
+        if after is None or after == before or "failure" not in after["results"]:
+            file.fail(failure)  # else it has written itself why
 
 
 def run_in_process(name: str, context: Context) -> None:
     """Run one part here. What it raises is its result: a traceback, and a file that says so."""
-    run: Run = importlib.import_module(f"benchmarks.gpu.{name}").run
     file = PartFile(name, context)
     try:
+        run: Run = importlib.import_module(f"benchmarks.gpu.{name}").run
         run(context, file)
     except Exception as error:
-        file.results["failure"] = reason(error)
-        file.write(complete=False)
+        file.fail(reason(error))
         raise
-    file.write(complete=file.results.get("left_out") in (None, []))
+    # What failed is worth another try by the next run, as what there was no time for.
+    file.write(complete=not (file.results.get("left_out") or file.results.get("failures")))

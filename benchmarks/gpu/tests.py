@@ -116,34 +116,26 @@ def _start(share: Share, log: Path, context: Context) -> subprocess.Popen[bytes]
         )
 
 
-def _passed_before(context: Context, file: PartFile) -> dict[str, Any]:
-    """The shares that a run which was cut off found to pass."""
-    left = None if context.dry_run else file.load()
-    if left is None or left["complete"]:
-        return {}
-    shares = left["results"].get("shares", {})
-    return {name: found for name, found in shares.items() if found["status"] == 0}
-
-
 def run(context: Context, file: PartFile) -> None:
     """All shares, some at once; at the deadline those that still run are ended, the rest left."""
-    found = _passed_before(context, file)
-    queue = [share for share in all_shares(context) if share.name not in found]
+    shares = list(all_shares(context))
+    before = file.unfinished().get("shares", {})
+    found = {share.name: before.get(share.name, nothing("not started")) for share in shares}
+    queue = [share for share in shares if found[share.name]["status"] != 0]
     workers = max((os.cpu_count() or 1) - 2, 1)
-    if found:
-        print(f"tests: {len(found)} shares passed before", flush=True)
+    if len(queue) < len(shares):
+        print(f"tests: {len(shares) - len(queue)} shares passed before", flush=True)
     print(f"tests: {len(queue)} shares, {workers} at a time", flush=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     started: dict[str, float] = {}
     while queue or running:
         ended = context.seconds_left < 3
-        while queue and (ended or len(running) < workers):
+        if ended:
+            queue.clear()
+        while queue and len(running) < workers:
             share = queue.pop(0)
-            if ended:
-                found[share.name] = nothing("not started")
-            else:
-                running[share.name] = _start(share, _log(share.name, context), context)
-                started[share.name] = time.monotonic()
+            running[share.name] = _start(share, _log(share.name, context), context)
+            started[share.name] = time.monotonic()
         for name, process in list(running.items()):
             status: int | str | None = process.poll()
             seconds = time.monotonic() - started[name]

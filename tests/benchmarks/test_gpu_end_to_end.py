@@ -1,10 +1,9 @@
-"""The whole command as a dry run on the CPU: every part, its file, the report, and going on."""
+"""The whole command as a dry run on the CPU: every part, its file and the report."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import sync
-from benchmarks.gpu.run import PARTS
+from benchmarks.gpu.part import PARTS
 from benchmarks.gpu.tests import SHARES
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,59 +94,11 @@ def test_the_report_is_a_page_that_says_what_it_is(out: Path) -> None:
     assert set(summary["parts"]) == set(PARTS) - {"tests"}
 
 
-def test_what_is_there_is_not_repeated_and_the_rest_goes_on(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ran: list[str] = []
-    monkeypatch.setattr(gpu_run, "run_in_process", lambda name, _: ran.append(name))
-    (tmp_path / "dry-run-build.json").write_text((out / "dry-run-build.json").read_text())
-    unfinished = {**read(out, "sync"), "complete": False}
-    (tmp_path / "dry-run-sync.json").write_text(json.dumps(unfinished))
-    assert dry_run(tmp_path, "--only", "sync,build,graph") == 0
-    assert ran == ["sync", "graph"]
-    assert "build: there already" in capsys.readouterr().out
-    assert dry_run(tmp_path, "--only", "build", "--again") == 0
-    assert ran[2:] == ["build"]
-    assert dry_run(tmp_path, "--only", "graph", "--minutes", "0.01") == 0
-    assert "graph: no time left" in capsys.readouterr().out
-    assert ran[3:] == []
-
-
-def child(monkeypatch: pytest.MonkeyPatch, code: str) -> Callable[..., object]:
-    """Have `python -m benchmarks gpu --here ...` replaced by other Python code."""
-    original = gpu_run.subprocess.run
-
-    def run(command: list[str], **options: Any) -> object:
-        return original([command[0], "-c", code, *command[1:]], **options)
-
-    monkeypatch.setattr(gpu_run.subprocess, "run", run)
-    return run
-
-
-@pytest.mark.parametrize("wrote", [False, True], ids=["nothing", "half"])
-def test_a_part_that_dies_leaves_what_it_wrote_and_how_it_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrote: bool
-) -> None:
-    context = gpu_run.Context(torch.device("cpu"), tmp_path, dry_run=False)
-    half = {"part": "host", "complete": False, "results": {"step": 1}, "written": "", "torch": ""}
-    path = tmp_path / "host.json"
-    write = f"open({str(path)!r}, 'w').write({json.dumps(half)!r});" if wrote else ""
-    child(monkeypatch, f"import os; {write} os.abort()")
-    gpu_run._run_part("host", context)
-    found = json.loads(path.read_text(encoding="utf-8"))
-    assert not found["complete"]
-    assert found["results"]["failure"] == "its process ended with status -6"
-    assert found["results"].get("step") == (1 if wrote else None)
-
-
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         return
     assert main(["gpu"]) == 2
     assert "sees no CUDA device" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["gpu", "--only", "attic"])
-    assert "comma-separated list of build, sync" in capsys.readouterr().err
 
 
 def test_the_shares_of_the_tests_are_all_of_the_contract_tests() -> None:

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.gpu import cases, graph, kernels, sanitizer
 from benchmarks.gpu.aims import Results, aims
-from benchmarks.gpu.cli import default_folder
 from benchmarks.gpu.launches import DeviceType, tally, waits_for_device
 from benchmarks.kernels.case import EXACT, KSAM, Case, Contestant, stateless
 from benchmarks.timing import Plan
@@ -231,8 +230,3 @@ def test_aims_are_met_or_missed_or_not_measured() -> None:
     assert "94.0 % at worst (512x128256 float32, native), 2 cases" in aims(bad)[0].figure
     waits = {**step, "waits": {"cudaStreamSynchronize": 1}}
     assert aims({**good, "launches": {"step": {"together": waits}}})[7].met is False
-
-
-def test_the_folder_is_named_after_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.gpu.cli.device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    assert default_folder(CPU).parts[-3:] == ("benchmarks", "results", "nvidia-h100-80gb-hbm3")

@@ -1,0 +1,282 @@
+"""The run on a GPU over its parts: what is kept, what is repeated, what breaks off, and where."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.gpu import kernels, part
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu.cli import default_folder
+from benchmarks.gpu.part import Context, PartFile
+from benchmarks.gpu.report import write_report
+from benchmarks.timing import Quartiles
+from ksam_kernels import use_backend
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(CPU, tmp_path, dry_run=False)
+
+
+def left(name: str, context: Context, results: dict[str, Any], *, complete: bool) -> Path:
+    """The file that an earlier run wrote."""
+    file = PartFile(name, context, results)
+    file.write(complete=complete)
+    return file.path
+
+
+def on_disk(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def test_what_is_there_is_not_repeated_and_the_rest_goes_on(
+    context: Context, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(gpu_run, "_run_part", lambda name, _: ran.append(name))
+    left("build", context, {}, complete=True)
+    left("sync", context, {}, complete=False)
+    gpu_run.run_parts(("build", "sync", "graph"), context)
+    assert ran == ["sync", "graph"]
+    assert "build: there already" in capsys.readouterr().out
+    gpu_run.run_parts(("build",), replace(context, again=True))
+    assert ran[2:] == ["build"]
+    gpu_run.run_parts(("graph",), replace(context, deadline=0))
+    assert "graph: no time left" in capsys.readouterr().out
+    assert ran[3:] == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_part_that_was_cut_off_begins_anew_only_where_asked_to(
+    context: Context, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    context = replace(context, again=again)
+    left("kernels", context, {"rows": [1]}, complete=False)
+    assert PartFile("kernels", context).unfinished() == ({} if again else {"rows": [1]})
+    commands: list[list[str]] = []
+    child(monkeypatch, "pass", commands)
+    gpu_run._run_part("kernels", context)
+    assert ("--again" in commands[0]) == again
+
+
+@pytest.mark.parametrize("other", ["device", "torch", "backend", "code"])
+def test_what_was_measured_of_anything_else_is_not_there(context: Context, other: str) -> None:
+    path = left("kernels", context, {"rows": [1]}, complete=False)
+    assert PartFile("kernels", context).load() == on_disk(path)
+    path.write_text(json.dumps({**on_disk(path), other: "another"}), encoding="utf-8")
+    assert PartFile("kernels", context).load() is None
+    assert PartFile("kernels", context).unfinished() == {}
+    assert write_report(context) == []
+
+
+@pytest.mark.parametrize("name", ["_C.so", "loss/triton.py"])
+def test_code_is_other_code_when_a_kernel_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    kernel = tmp_path / name
+    kernel.parent.mkdir(exist_ok=True)
+    monkeypatch.setattr(part.ksam_kernels, "__path__", [str(tmp_path)])
+    codes = []
+    for content in (b"one", b"two", b"one"):
+        kernel.write_bytes(content)
+        codes.append(part._code.__wrapped__())
+    assert codes[0] == codes[2] != codes[1]
+
+
+def child(
+    monkeypatch: pytest.MonkeyPatch, code: str, commands: list[list[str]] | None = None
+) -> None:
+    """Have `python -m benchmarks gpu --here ...` replaced by other Python code."""
+    original = gpu_run.subprocess.run
+
+    def run(command: list[str], **options: Any) -> object:
+        if commands is not None:
+            commands.append(command)
+        return original([command[0], "-c", code, *command[1:]], **options)
+
+    monkeypatch.setattr(gpu_run.subprocess, "run", run)
+
+
+EARLIER, HALF = {"step": {"together": 1}}, {"step": 1}
+
+
+@pytest.mark.parametrize("wrote", [False, True], ids=["nothing", "half"])
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "again"])
+def test_a_part_that_dies_leaves_what_it_wrote_or_what_was_there(
+    context: Context, monkeypatch: pytest.MonkeyPatch, wrote: bool, earlier: bool
+) -> None:
+    path = left("host", context, HALF, complete=False)
+    half = path.read_text(encoding="utf-8")
+    path.unlink()
+    if earlier:
+        left("host", context, EARLIER, complete=True)
+    write = f"open({str(path)!r}, 'w').write({half!r});" if wrote else ""
+    child(monkeypatch, f"import os; {write} os.abort()")
+    gpu_run._run_part("host", context)
+    found = on_disk(path)
+    assert not found["complete"]
+    kept = HALF if wrote else EARLIER if earlier else {}
+    assert found["results"] == {**kept, "failure": "its process ended with status -6"}
+
+
+def test_a_part_that_raises_says_why_and_keeps_what_was_there(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(context: Context, file: PartFile) -> None:
+        file.results = {"begun": True}
+        if context.deadline == 1:
+            file.write(complete=False)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("benchmarks.gpu.host.run", raises)
+    path = left("host", context, EARLIER, complete=True)
+    for deadline, kept in ((0, EARLIER), (1, {"begun": True})):
+        with pytest.raises(RuntimeError):
+            gpu_run.run_in_process("host", replace(context, deadline=deadline))
+        failed = {**kept, "failure": "RuntimeError: out of memory"}
+        assert on_disk(path)["results"] == failed
+        assert not on_disk(path)["complete"]
+
+
+def test_why_a_part_failed_is_not_replaced_by_its_status(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = left("host", context, {"failure": "RuntimeError: out of memory"}, complete=False)
+    failed = path.read_text(encoding="utf-8")
+    path.unlink()
+    child(monkeypatch, f"open({str(path)!r}, 'w').write({failed!r}); raise SystemExit(1)")
+    gpu_run._run_part("host", context)
+    assert on_disk(path)["results"]["failure"] == "RuntimeError: out of memory"
+    # The next one dies before it says anything: that one's failure is another.
+    monkeypatch.undo()
+    child(monkeypatch, "raise SystemExit(3)")
+    gpu_run._run_part("host", context)
+    assert on_disk(path)["results"]["failure"] == "its process ended with status 3"
+
+
+def test_a_part_with_failures_is_not_complete(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("failures", "left_out"):
+        for found in ({}, {"case": "why"}):
+            run = lambda _, file, found=found: file.results.update({name: found})  # noqa: B023, E731
+            monkeypatch.setattr("benchmarks.gpu.host.run", run)
+            gpu_run.run_in_process("host", context)
+            assert on_disk(PartFile("host", context).path)["complete"] == (not found)
+
+
+def test_half_a_file_does_not_break_the_report(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left("build", context, {}, complete=True)
+    summary = context.out / "summary.json"
+    for name in ("summary.json", "kernels.json"):
+        (context.out / name).write_text('{"part": "ker', encoding="utf-8")
+    write_report(context)
+    assert set(on_disk(summary)["parts"]) == {"build"}
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    before = summary.read_bytes()
+    left("sync", context, {}, complete=True)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write_report(context)
+    assert summary.read_bytes() == before
+
+
+def a_case(name: str) -> Any:
+    return SimpleNamespace(label=name, shape="1", dtype="float32", contestants=["ksam"])
+
+
+def rows_of(name: str, us: float | None, **more: Any) -> list[dict[str, Any]]:
+    """As a case with one contestant leaves them."""
+    times = None if us is None else {"q25": us, "median": us, "q75": us}
+    named = {"room": "topk", "operation": name, "extra": "", "shape": "1", "dtype": "float32"}
+    figures = {"microseconds": times, "share_of_copy": us, "note": "", "backend": "native"}
+    return [{**named, **figures, "contestant": "ksam", "ratio": 1.0, **more}]
+
+
+def test_cases_that_were_measured_are_kept_and_those_that_failed_are_not(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [a_case(name) for name in "abcd"]
+    monkeypatch.setattr(kernels, "kernel_cases", lambda *_, **__: iter(found))
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda _: Quartiles.of([1e9]))
+    monkeypatch.setattr(kernels, "measure", lambda case, *_: rows_of(case.label, 2.0))
+    rows = [*rows_of("a", 1.0), *rows_of("b", None, failure="wrong"), *rows_of("d", 1.0)]
+    left("kernels", context, {"rows": rows, "failures": {"b 1 float32": "wrong"}}, complete=False)
+    file = PartFile("kernels", context)
+    kernels.run(context, file)
+    times = {row["operation"]: row["share_of_copy"] for row in file.results["rows"]}
+    assert list(times.items()) == [("a", 1.0), ("b", 2.0), ("c", 2.0), ("d", 1.0)]
+    assert file.results["failures"] == {}
+    # Without time nothing is measured, and what was is still there.
+    left("kernels", context, {"rows": rows, "failures": {"b 1 float32": "wrong"}}, complete=False)
+    kernels.run(replace(context, deadline=0), file)
+    assert [row["operation"] for row in file.results["rows"]] == ["a", "d"]
+    assert file.results["left_out"] == ["b 1 float32", "c 1 float32"]
+
+
+def test_a_dry_run_repeats_everything_in_a_folder_that_git_ignores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran: list[str] = []
+    for _ in range(2):
+        assert main(["gpu", "--dry-run", "--only", "build"]) == 0
+        monkeypatch.setattr(gpu_run, "run_in_process", lambda name, _: ran.append(name))
+    assert ran == ["build"]
+    (path,) = (path for path in tmp_path.rglob("*") if path.name == "dry-run-build.json")
+    assert path.relative_to(tmp_path).parts[0] == "runs"
+    ignored = Path(__file__).parent.parent.parent / ".gitignore"
+    assert "runs/" in ignored.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_command_says_what_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    seen: list[tuple[tuple[str, ...], Context]] = []
+    monkeypatch.setattr("benchmarks.gpu.cli.select_device", lambda _: CPU)
+    monkeypatch.setattr("benchmarks.gpu.cli.run_parts", lambda *args: seen.append(args))
+    options = ["--again"] if again else []
+    assert main(["gpu", "--only", "host,build", "--out", str(tmp_path), *options]) == 0
+    ((names, context),) = seen
+    assert names == ("build", "host")
+    assert replace(context, deadline=0) == Context(CPU, tmp_path, False, 0, again)
+
+
+@pytest.mark.parametrize("minutes", ["nan", "-3", "0", "inf", "soon"])
+def test_minutes_are_a_positive_number(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["gpu", "--minutes", minutes])
+    assert f"'{minutes}' is not a positive number" in capsys.readouterr().err
+
+
+def test_parts_go_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["gpu", "--only", "attic"])
+    assert "comma-separated list of build, sync" in capsys.readouterr().err
+
+
+def test_the_folder_is_named_after_the_device_and_a_named_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.cli.device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    with use_backend("auto"):
+        assert default_folder(CPU).parts[-3:] == ("benchmarks", "results", "nvidia-h100-80gb-hbm3")
+    with use_backend("reference"):
+        assert default_folder(CPU).name == "nvidia-h100-80gb-hbm3-reference"
