@@ -70,14 +70,16 @@ def _paths(batch: Any, tensors: list[Tensor]) -> list[str]:
 def _describe(batch: Any, tensors: list[Tensor]) -> str:
     """``batch['x']: 8, batch['y']: 7``, the sizes of dimension 0."""
     paths = _paths(batch, tensors)
-    return ", ".join(f"{path}: {t.shape[0]}" for path, t in zip(paths, tensors, strict=True))
+    return ", ".join(f"{path}: {t.size(0)}" for path, t in zip(paths, tensors, strict=True))
 
 
 def check_dense(batch: Any, tensors: list[Tensor]) -> None:
     """Every tensor has rows of plain numbers in memory."""
     for i, tensor in enumerate(tensors):
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            kind = tensor.dtype if tensor.is_quantized else tensor.layout
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            kind: Any = tensor.dtype if tensor.is_quantized else tensor.layout
+            if tensor.is_nested:
+                kind = "a nested one"
             raise TypeError(
                 f"batch must hold dense tensors, got {kind} at {_paths(batch, tensors)[i]}"
             )
@@ -85,8 +87,9 @@ def check_dense(batch: Any, tensors: list[Tensor]) -> None:
 
 def check_same_rows(batch: Any, tensors: list[Tensor]) -> None:
     """Every tensor has the same size in dimension 0."""
-    # Not a set of them: sizes that torch.export leaves open cannot be hashed.
-    if any(tensor.shape[0] != tensors[0].shape[0] for tensor in tensors):
+    # Not a set of them: sizes that torch.export leaves open cannot be hashed. Nested tensors have a
+    # size of dimension 0 and may have no shape.
+    if any(tensor.size(0) != tensors[0].size(0) for tensor in tensors):
         raise ValueError(
             f"batch must have one size in dimension 0, got {_describe(batch, tensors)}"
         )
@@ -102,4 +105,4 @@ def batch_size(batch: Any) -> int:
     if not tensors:
         raise ValueError(f"batch must hold a tensor with the samples in dimension 0, got {batch!r}")
     check_same_rows(batch, tensors)
-    return tensors[0].shape[0]
+    return tensors[0].size(0)

@@ -232,6 +232,7 @@ def restore_sgd_(
     """
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
+    check_number("dampening", dampening)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(
             f"nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}"
@@ -298,7 +299,7 @@ def restore_adam_(
     """
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
-    if len(betas) != 2:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
         check_number(f"betas[{i}]", beta)

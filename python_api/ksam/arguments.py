@@ -44,7 +44,7 @@ def _check_samplers(ascent: object, descent: object, scale: str) -> None:
 
 
 def _check_when(when: object, otherwise: object) -> None:
-    if when is not None and not callable(when) and not isinstance(when, Policy):
+    if isinstance(when, type) or not (when is None or callable(when) or isinstance(when, Policy)):
         raise TypeError(f"when must be a function of the step or a policy, got {when!r}")
     _check_type("otherwise", otherwise, (Momentum,), "a Momentum")
     if otherwise is not None and when is None:

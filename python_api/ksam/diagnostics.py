@@ -16,7 +16,7 @@ import ksam_kernels
 from ksam import batchnorm, interrupts, page
 from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
-from ksam.passes import PerSampleLoss, containers_copied
+from ksam.passes import PerSampleLoss, containers_copied, per_sample
 from ksam.radius import check_rho
 from ksam.result import StepResult
 from ksam.tables import Index, check_rows, sample_rows
@@ -63,6 +63,8 @@ class Diagnostics:
         size: int | None = None,
         index: Index = "index",
     ) -> None:
+        if not isinstance(optimizer, SharpnessAware):
+            raise TypeError(f"optimizer must be one of ksam, got {type(optimizer).__name__}")
         check_count("every", every, 1)
         if size is not None:
             check_count("size", size, 1)
@@ -200,8 +202,7 @@ def alignment(
 def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
     torch.clear_autocast_cache()  # of other weights, or without gradients
     output = per_sample_loss(containers_copied(batch))
-    losses: Tensor = output[0] if isinstance(output, tuple) else output
-    return losses
+    return per_sample(output, ksam_kernels.batch_size(batch))[0]
 
 
 def _gradient(loss: Tensor, params: list[Tensor]) -> list[Tensor]:
@@ -244,13 +245,14 @@ def sharpness(
         batches: gone through ``directions + 2`` times, so they are kept in a list.
         rho: norm of the perturbations, over all parameters that require a gradient, >= 0.
         directions: random directions, >= 1.
-        seed: of the random directions.
+        seed: of the random directions, an int >= 0.
 
     Raises:
         TypeError, ValueError: no batch, or an argument out of its range.
     """
     check_rho(rho)
     check_count("directions", directions, 1)
+    check_count("seed", seed, 0)
     batches = list(batches)
     if not batches:
         raise ValueError("batches must hold at least one batch, got none")

@@ -1,8 +1,9 @@
 """The methods of the family: each is a choice of parts for the one engine.
 
-All take the arguments of :class:`ksam.optimizer.SharpnessAware` too: ``params``, ``base``,
-``model``, ``when``, ``seed`` and the base optimizer's own. M is the batch size; costs are in units
-of the base optimizer's step, a forward pass over a sample counted as 1 and a backward pass as 2.
+All take those arguments of :class:`ksam.optimizer.SharpnessAware` too that they do not set
+themselves (``params``, ``base``, ``model``, ``when``, ``seed``, ...), and the base optimizer's. M
+is the batch size; costs are in units of the base optimizer's step, a forward pass over a sample
+counted as 1 and a backward pass as 2.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import Optimizer
 
 from ksam.geometry import Geometry, NamedAdaptive, StochasticWeights, named_weight
-from ksam.momentum import Momentum
+from ksam.momentum import Momentum, momentum_radius
 from ksam.optimizer import SharpnessAware
 from ksam.radius import Rho
 from ksam.samplers import AccuracySchedule, All, Importance, LossIncrease, Ordered, Random, TopK
@@ -43,7 +44,8 @@ class KSAM(SharpnessAware):
         adaptive: weight the perturbation by :math:`T = |w| + \eta`.
         eta: the floor of T, >= 0.
         random: share of the k that is drawn from the other samples instead, in [0, 1].
-        options: those of :class:`~ksam.optimizer.SharpnessAware`, and the base optimizer's.
+        options: those of :class:`~ksam.optimizer.SharpnessAware` but for ``ascent`` and
+            ``geometry``, which are set, and the base optimizer's.
 
     Raises:
         TypeError, ValueError: an argument out of its range, by name.
@@ -85,7 +87,7 @@ class KSAM(SharpnessAware):
 class AutoKSAM(KSAM):
     r"""K-SAM where the selection represents the batch, MSAM elsewhere: to switch on and forget.
 
-    A step costs at most 1 on average (``budget``).
+    A step costs at most 1.02 on average: ``budget``, and 2 % for the rounding of k.
 
     :class:`~ksam.when.Representative` says where. There the sum over the selection, divided by M,
     is nearly the batch's gradient (``scale="batch"``; the mean over it is up to M / k times as
@@ -93,8 +95,8 @@ class AutoKSAM(KSAM):
     ``model``). All other steps are those of :class:`MSAM`, at the same cost.
 
     Args:
-        momentum_rho: radius of MSAM's steps, as ``rho``; "auto": 0.05 with Adam and its kin, whose
-            steps are shorter, else 0.3. None: they are plain, and ``base`` need not have momentum.
+        momentum_rho: radius of MSAM's steps, as ``rho`` of :class:`MSAM`. None: they are plain, and
+            ``base`` need not have momentum.
         threshold, every, budget: as in :class:`~ksam.when.Representative`.
         options: those of :class:`KSAM`, but for ``when`` and ``otherwise``.
     """
@@ -110,14 +112,14 @@ class AutoKSAM(KSAM):
         budget: float | None = 1.0,
         **options: Any,
     ) -> None:
-        if momentum_rho == "auto":
-            kind = base if isinstance(base, type) else type(base)
-            momentum_rho = 0.05 if issubclass(kind, (Adam, AdamW, NAdam, RAdam)) else 0.3
+        otherwise = None
+        if momentum_rho is not None:
+            otherwise = Momentum(momentum_radius(momentum_rho, base, "momentum_rho"))
         super().__init__(
             params,
             base,
             when=Representative(threshold, every, budget),
-            otherwise=None if momentum_rho is None else Momentum(momentum_rho),
+            otherwise=otherwise,
             **{"scale": "batch", "statistics": "matched", **options},
         )
 
@@ -131,7 +133,7 @@ class ImportanceKSAM(SharpnessAware):
 
     Args:
         k, rho: as in :class:`KSAM`.
-        uniform: share of the uniform distribution, in (0, 1].
+        uniform: share of the uniform distribution, in [1e-6, 1].
     """
 
     def __init__(
@@ -260,7 +262,8 @@ class MSAM(SharpnessAware):
     step costs 1. Between steps the weights are the unperturbed ones: evaluate them as they are.
 
     Args:
-        rho: radius; the authors use 0.3 to 3, larger than SAM's. Of a large one
+        rho: radius, as in :class:`KSAM`; "auto": 0.05 with Adam and its kin, whose steps are
+            shorter, else 0.3. The authors use 0.3 to 3 with SGD. Of a large one
             :class:`~ksam.radius.ByLearningRate` lost less on CIFAR-10 than a constant one.
         adaptive, eta: as in :class:`KSAM`.
     """
@@ -270,7 +273,7 @@ class MSAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
-        rho: Rho = 0.3,
+        rho: Rho | Literal["auto"] = "auto",
         adaptive: bool = False,
         eta: float = 0.0,
         **options: Any,
@@ -281,7 +284,7 @@ class MSAM(SharpnessAware):
             ascent=Momentum(),
             descent=All(),
             geometry=Geometry(adaptive, eta),
-            rho=rho,
+            rho=momentum_radius(rho, base),
             **options,
         )
 

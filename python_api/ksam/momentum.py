@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from ksam.parts import Part
 from ksam.radius import Rho, check_radius, radius_at
 
 #: Where optimizers keep their momentum in ``state``: SGD and RMSprop; Adam, AdamW, NAdam and RAdam.
 _NAMES = ("momentum_buffer", "exp_avg")
+
+
+def momentum_radius(
+    rho: Rho | Literal["auto"], base: type[Optimizer] | Optimizer, name: str = "rho"
+) -> Rho:
+    """``rho``; for ``"auto"`` 0.05 with Adam and its kin, whose steps are shorter, else 0.3.
+
+    Raises:
+        TypeError, ValueError: a negative, non-finite or non-numeric rho, by ``name``.
+    """
+    if rho != "auto":
+        return check_radius(rho, name)
+    kind = base if isinstance(base, type) else type(base)
+    return 0.05 if issubclass(kind, (Adam, Adamax, AdamW, NAdam, RAdam)) else 0.3
 
 
 class Momentum(Part):
@@ -49,8 +63,21 @@ class Momentum(Part):
         )
 
     def directions(self, base: Optimizer, params: list[Tensor]) -> list[Tensor | None]:
-        """v of every parameter, to go down along; None where there is none yet, or it is frozen."""
-        return [_momentum(base.state.get(p, {})) if p.requires_grad else None for p in params]
+        """v of every parameter, to go down along; None where there is none yet, or it is frozen.
+
+        Raises:
+            ValueError: there is state, and no momentum in it under a name that is known.
+        """
+        states = [base.state.get(p, {}) if p.requires_grad else {} for p in params]
+        found = [_momentum(state) for state in states]
+        if all(v is None for v in found) and any(states):
+            names = {name for state in states for name in state}
+            if names.isdisjoint(_NAMES):
+                raise ValueError(
+                    f"base must keep its momentum as {' or '.join(_NAMES)} to perturb along it; "
+                    f"got {type(base).__name__} with {', '.join(sorted(map(str, names)))}"
+                )
+        return found
 
     def radius(self, group: dict[str, Any], step: int) -> float:
         """Of a group's parameters at a step; negative, as v is gone down."""

@@ -64,8 +64,8 @@ class SharpnessAware(OverBase):
             (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
         statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
             statistics, these ``"matched"`` to the full batch's (its values, BatchNorm's gradient:
-            Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones. Needs ``model``. See
-            :class:`ksam.batchnorm.Norms` for modules that are as with ``"subset"``.
+            Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones; without ``model`` the
+            subset's. See :class:`ksam.batchnorm.Norms` for modules that are as with ``"subset"``.
         seed: of methods that draw samples or weights, an int in [0, 2**31); the same in a resumed
             run.
         grad_scaler: scales the losses of both gradients, for float16. A step whose descent gradient
@@ -277,11 +277,13 @@ class SharpnessAware(OverBase):
         factor: Tensor | float | None = None
         if subset.indices is not None and self.scale != "mean":
             factor = subset.samples / passes.samples
-            factor = factor / share if self.scale == "share" and share is not None else factor
+            if self.scale == "share" and share is not None:
+                # A share of nothing is NaN: where no sample has a gradient.
+                factor = torch.where(share > 0, factor / share, factor)
         passes.after = passes.gradient(subset, factor)
         if share is None:
             share = self._share(passes, sharp)
-        self._looked_for_batchnorm = True
+        self._looked_for_batchnorm |= passes.taken > 1
         losses = passes.losses
         if norm is None:
             norm = torch.zeros((), device=losses.device)

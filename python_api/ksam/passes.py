@@ -20,7 +20,7 @@ from ksam_kernels.compact.tree import batched_tensors, map_batched
 PerSampleLoss = Callable[[Any], Any]
 
 
-def _per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
+def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
     """Split ``losses`` or ``(losses, aux)`` and check the losses."""
     losses, aux = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
     if not isinstance(losses, Tensor):
@@ -54,6 +54,7 @@ class Passes:
         top: indices of the highest losses of the pass that was asked for them.
         subset: the samples of the ascent gradient, or where it has none, of the descent.
         before, after: the losses of the ascent's and of the descent's gradient pass.
+        taken: passes so far.
     """
 
     losses: Tensor
@@ -78,6 +79,7 @@ class Passes:
         self.subset: Subset | None = None
         self.before: Tensor | None = None
         self.after: Tensor | None = None
+        self.taken = 0
         self._function = function
         self._scale = scale
         self._whole = whole
@@ -158,12 +160,13 @@ class Passes:
         # Within autocast the weights' copies of low precision are kept until it ends: those of the
         # pass before, which may have been at other weights, or without gradients.
         torch.clear_autocast_cache()
+        self.taken += 1
         with (
             context,
-            batchnorm.detector(self._watch and not self._reported) as seen,
+            batchnorm.detector(self._watch and self.taken == 2) as seen,
             recording(self.samples if is_whole else -1, subset.keep) as recorded,
         ):
-            losses, aux = _per_sample(
+            losses, aux = per_sample(
                 self._function(containers_copied(subset.batch)), subset.samples
             )
             if subset.keep is not None:

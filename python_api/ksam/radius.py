@@ -54,9 +54,9 @@ class ByLearningRate:
 Rho = float | Callable[[int], float | int] | ByLearningRate
 
 
-def check_radius(rho: object) -> Rho:
+def check_radius(rho: object, name: str = "rho") -> Rho:
     """A number >= 0, or what gives one at every step."""
-    return rho if callable(rho) or isinstance(rho, ByLearningRate) else check_rho(rho)
+    return rho if callable(rho) or isinstance(rho, ByLearningRate) else check_rho(rho, name)
 
 
 def radius_at(rho: Rho, step: int, group: dict[str, Any]) -> float:

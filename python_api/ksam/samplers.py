@@ -112,7 +112,7 @@ class Importance(_AfterForward):
 
     Args:
         k: as in :class:`TopK`.
-        uniform: share of the uniform distribution mixed into p, in (0, 1]: no weight exceeds
+        uniform: share of the uniform distribution mixed into p, in [1e-6, 1]: no weight exceeds
             1 / uniform.
     """
 

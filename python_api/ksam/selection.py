@@ -94,10 +94,11 @@ class Recording:
         """How to get the bound of every sample's gradient norm, float32 ``[B]``, if it is needed.
 
         With :func:`cross_entropy` the norm of the loss's gradient with respect to the logits,
-        ``||softmax(x) - onehot(y)||_2`` (Katharopoulos & Fleuret 2018); else the loss itself.
+        ``||softmax(x) - onehot(y)||_2`` (Katharopoulos & Fleuret 2018); else the loss itself, or 0
+        where it is negative: shares of the sum are then shares.
         """
         if self._inputs is None or not self._made(losses):
-            return losses.detach().float
+            return lambda: losses.detach().float().clamp_min(0)
         logits, target, options = self._inputs
 
         def bounds() -> Tensor:

@@ -150,12 +150,18 @@ def test_a_dataclass_that_fields_do_not_rebuild_raises(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["sparse", "quantized"])
+@pytest.mark.parametrize("kind", ["sparse", "quantized", "nested"])
 def test_tensors_without_plain_rows_raise(backend: str, kind: str) -> None:
     x = torch.ones(4, 3)
-    bad = x.to_sparse() if kind == "sparse" else torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
-    with pytest.raises(TypeError, match=r"dense tensors, got torch\..* at batch\['x'\]\[0\]"):
-        compact_batch({"w": x, "x": [bad]}, torch.tensor([0]))
+    bad = {
+        "sparse": x.to_sparse,
+        "quantized": lambda: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor([x, x, x, x]),
+    }[kind]()
+    batch = {"w": x, "x": [bad]}
+    assert batch_size(batch) == 4
+    with pytest.raises(TypeError, match=r"dense tensors, got .* at batch\['x'\]\[0\]"):
+        compact_batch(batch, torch.tensor([0]))
 
 
 def test_rows_are_copies_without_gradient(backend: str) -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from ksam import KSAM, MSAM, AutoKSAM, Momentum, OrderedSGD, SharpnessAware
+from ksam import (
+    KSAM,
+    MSAM,
+    AutoKSAM,
+    From,
+    Momentum,
+    OrderedSGD,
+    Representative,
+    SharpnessAware,
+)
 from ksam.samplers import All
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
@@ -24,6 +33,8 @@ from tests.ksam.models import batch, loss_of, network, weights
         ({"geometry": 1}, TypeError, "geometry must be a Geometry or None, got 1"),
         ({"model": {}}, TypeError, r"model must be a torch\.nn\.Module or None, got {}"),
         ({"when": 3}, TypeError, "when must be a function of the step or a policy, got 3"),
+        ({"when": From}, TypeError, "when must be a function .* got <class .*From"),
+        ({"when": Representative}, TypeError, "when must be .*policy, got <class .*Representative"),
         ({"seed": 1.0}, TypeError, r"seed must be an int .*1\.0"),
         ({"seed": True}, TypeError, "seed must be an int .*True"),
         ({"seed": -1}, ValueError, "seed must be in .*-1"),
@@ -74,6 +85,45 @@ def test_a_base_with_betas_has_a_direction(backend: str, name: str) -> None:
     optimizer = MSAM(model.parameters(), getattr(torch.optim, name), lr=0.01)
     norms = [float(optimizer.step(loss_of(model), batch()).grad_norm) for _ in range(2)]
     assert norms[0] == 0 < norms[1]
+
+
+class Unknown(torch.optim.Adam):
+    """Has betas, and keeps what it makes of them under names of its own."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for state in self.state.values():
+            state["z"] = state.pop("exp_avg")
+
+
+def test_a_momentum_that_is_not_found_is_no_silent_plain_step(backend: str) -> None:
+    model = network()
+    optimizer = MSAM(model.parameters(), Unknown, lr=0.01)
+    optimizer.step(loss_of(model), batch())
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"keep its momentum as .*Unknown with exp_avg_sq, step, z"):
+        optimizer.step(loss_of(model), batch())
+    assert all_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(MSAM, "rho"), (AutoKSAM, "momentum_rho")], ids=["MSAM", "AutoKSAM"]
+)
+def test_the_radius_along_the_momentum(method: type[Any], name: str) -> None:
+    """By the base where it is not given; a bad one is named as the user knows it."""
+
+    def radius(base: Any, **arguments: Any) -> Any:
+        optimizer = method(network().parameters(), base, lr=0.1, **arguments)
+        part = optimizer.ascent if method is MSAM else optimizer.otherwise
+        return -part.radius(optimizer.param_groups[0], 0)
+
+    for kin in ("Adam", "Adamax", "AdamW", "NAdam", "RAdam"):
+        assert radius(getattr(torch.optim, kin)) == 0.05
+    assert radius(torch.optim.SGD, momentum=0.9) == 0.3
+    assert radius(torch.optim.AdamW, **{name: 0.7}) == 0.7
+    for bad, error in (("Auto", TypeError), (-1, ValueError), (float("nan"), ValueError)):
+        with pytest.raises(error, match=rf"^{name} must be .*{bad}"):
+            radius(torch.optim.SGD, momentum=0.9, **{name: bad})
 
 
 def test_a_group_without_momentum_is_refused() -> None:

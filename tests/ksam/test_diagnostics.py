@@ -158,6 +158,25 @@ def test_sharpness_against_plain_torch(backend: str) -> None:
     assert found.adversarial > found.random
 
 
+def test_sharpness_is_of_losses_per_sample() -> None:
+    model = network()
+    for reduction in ("mean", "sum"):
+
+        def function(b: dict[str, Tensor], reduction: str = reduction) -> Tensor:
+            return F.cross_entropy(model(b["x"]), b["y"], reduction=reduction)
+
+        with pytest.raises(ValueError, match=r"one loss per sample, shape \(24,\), got \(\)"):
+            ksam.sharpness(model, function, [batch()])
+    with pytest.raises(TypeError, match="seed must be an int >= 0, got 'x'"):
+        ksam.sharpness(model, loss_of(model), [batch()], seed="x")  # type: ignore[arg-type]
+
+
+def test_diagnostics_are_of_this_family() -> None:
+    base = torch.optim.SGD(network().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="optimizer must be one of ksam, got SGD"):
+        Diagnostics(base)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_sharpness_gives_the_weights_back_if_the_function_raises(backend: str, call: int) -> None:
     model = network(batchnorm=True)

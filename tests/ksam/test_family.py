@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ksam
-from ksam import SharpnessAware
+from ksam import KSAM, SharpnessAware
+from tests.helpers import all_same_bits
 from tests.ksam import plain
-from tests.ksam.models import batch, network
+from tests.ksam.models import batch, network, weights
 
 SIZE = 48  # samples in the data set that the methods with tables know
 STEPS = 6
@@ -316,6 +317,36 @@ def test_importance_sampling_is_unbiased(backend: str) -> None:
         optimizer.step(lambda b: ksam.cross_entropy(model(b["x"]), b["y"]), data)
         total += torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
     assert float((total / 400 - exact).norm() / exact.norm()) < 0.1
+
+
+def test_negative_losses_have_a_share_and_can_be_drawn(backend: str) -> None:
+    """Half of them below 0, as log-densities may be: those have a bound of 0."""
+    model = network(dtype=torch.float64)
+
+    def shifted(b: dict[str, Tensor]) -> Tensor:
+        found = losses(model)(b)
+        return found - 1.6
+
+    optimizer = build("ImportanceKSAM", model, uniform=0.1)
+    optimizer.report_share = True
+    for _ in range(8):
+        result = optimizer.step(shifted, data_of(0))
+        positive = result.losses.clamp_min(0)
+        assert 0 < int((positive > 0).sum()) < 24
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        assert 0 <= float(result.share) <= 1
+    ksam_step = build("KSAM", model, random=0.0)
+    ksam_step.report_share = True
+    assert 0 <= float(ksam_step.step(shifted, data_of(0)).share) <= 1
+
+
+@pytest.mark.parametrize("scale", ["mean", "batch", "share"])
+def test_a_batch_without_a_gradient_leaves_finite_weights(backend: str, scale: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, scale=scale)
+    before = weights(model)
+    optimizer.step(lambda b: 0.0 * model(b["x"]).square().sum(1), batch())
+    assert all_same_bits(weights(model), before)
 
 
 @pytest.mark.parametrize(("scale", "factor"), [("mean", 1.0), ("batch", 8 / 24), ("share", None)])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ksam import KSAM
+from ksam import KSAM, MSAM, AutoKSAM
 from ksam.selection import subset_size
 from ksam.update import _step_counter
 from tests.helpers import all_same_bits, same_bits
@@ -307,6 +307,21 @@ def test_batchnorm_without_a_model_is_left_alone_and_told_once(backend: str) -> 
     assert ["pass model=" in str(warning.message) for warning in caught] == [True]
     assert caught[0].filename == __file__
     assert int(model[1].num_batches_tracked) == 6
+
+
+def test_one_pass_a_step_is_no_reason_to_warn(backend: str) -> None:
+    """MSAM's steps have one; AutoKSAM warns with its first step of K-SAM, wherever that is."""
+    model = network(batchnorm=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        msam = MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+        for _ in range(2):
+            msam.step(loss_of(model), batch())
+    assert int(model[1].num_batches_tracked) == 2
+    auto = AutoKSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, threshold=0, every=1)
+    assert not auto.step(loss_of(model), batch()).sharp
+    with pytest.warns(UserWarning, match="pass model="):
+        assert auto.step(loss_of(model), batch()).sharp
 
 
 def test_evaluation_mode_is_respected(backend: str) -> None:

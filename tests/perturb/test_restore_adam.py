@@ -240,6 +240,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight_decay < 0": ({"weight_decay": -1.0}, ValueError, "weight_decay must be .*got -1.0"),
     "beta1 = 1": ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be in \[0, 1\), got 1.0"),
     "beta2 < 0": ({"betas": (0.9, -0.5)}, ValueError, r"betas\[1\] must be .*got -0.5"),
+    "a beta": ({"betas": 0.9}, ValueError, r"betas must be two numbers, got 0\.9"),
     "one beta": ({"betas": (0.9,)}, ValueError, r"betas must be two numbers, got \(0.9,\)"),
     "beta2 None": ({"betas": (0.9, None)}, TypeError, r"betas\[1\] must be a number, got None"),
     "lr a tensor": ({"lr": ONE}, TypeError, "lr must be a number, got tensor"),

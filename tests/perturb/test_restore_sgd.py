@@ -271,6 +271,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lr None": ({"lr": None}, TypeError, "lr must be a number, got None"),
     "momentum < 0": ({"momentum": -0.9}, ValueError, "momentum must be .*got -0.9"),
     "weight_decay < 0": ({"weight_decay": -1.0}, ValueError, "weight_decay must be .*got -1.0"),
+    "dampening a word": ({"dampening": "x"}, TypeError, "dampening must be a number, got 'x'"),
     "nesterov with dampening": (
         *({"nesterov": True, "dampening": 0.5}, ValueError),
         "nesterov needs momentum > 0 and dampening = 0, got 0.9 and 0.5",
