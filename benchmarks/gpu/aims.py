@@ -105,16 +105,20 @@ def _graphs(results: Results) -> Aim:
 def _tests(results: Results) -> Aim:
     found = results.get("tests", {})
     name, aim = "contract tests", "all pass"
-    counts = found.get("by_backend", {})
-    if not counts:
+    statuses = found.get("statuses", {})
+    if not statuses:
         return Aim(name, aim, "not measured", None)
+    counts = found["by_backend"]
     parts = [f"{backend} {c.get('passed', 0)}" for backend, c in counts.items()]
-    figure = f"passed: {', '.join(parts)}; failed: {len(found['failed'])}"
+    figure = f"passed: {', '.join(parts) or 'none'}; failed: {len(found['failed'])}"
     if found["without_form_on_device"]:
         figure += f"; {found['without_form_on_device']} have no form on a GPU"
+    if found["failures"]:
+        figure += f"; {len(found['failures'])} of {len(statuses)} shares failed"
     if found["left_out"]:
-        figure += f"; {len(found['left_out'])} of {len(found['statuses'])} shares not finished"
-    return Aim(name, aim, figure, all(status == 0 for status in found["statuses"].values()))
+        figure += f"; {len(found['left_out'])} of {len(statuses)} shares not finished"
+    passed = bool(counts) and all(status == 0 for status in statuses.values())
+    return Aim(name, aim, figure, passed)
 
 
 def _sanitizer(results: Results) -> Aim:

@@ -159,7 +159,7 @@ def _failures(parts: dict[str, dict[str, Any]]) -> list[str]:
         found = part["results"]
         if "failure" in found:
             lines.append(f"- {name}: {found['failure']}")
-        lines += [f"- {case}: {why}" for case, why in found.get("failures", {}).items()]
+        lines += [f"- {name}, {what}: {why}" for what, why in found.get("failures", {}).items()]
         lines += [f"- {name}: no time left for {what}" for what in found.get("left_out") or []]
     return ["What failed or was left out:", "", *lines, ""] if lines else []
 

@@ -185,6 +185,16 @@ def read_log(log: Path, status: int | str) -> dict[str, Any]:
     }
 
 
+def _why(share: dict[str, Any]) -> str | None:
+    """What failed in a share: tests, or the process itself; None: nothing, as far as it came."""
+    if share["failed"]:
+        return f"{len(share['failed'])} failed, the first {share['failed'][0]}"
+    if share["status"] == 0 or isinstance(share["status"], str):
+        return None
+    last = share["output_tail"].strip().rpartition("\n")[2]
+    return f"status {share['status']}: {last}"
+
+
 def summarize(shares: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Counts over the shares, and the end of the output of those that failed."""
     by_backend: dict[str, Counter[str]] = {}
@@ -193,6 +203,7 @@ def summarize(shares: dict[str, dict[str, Any]]) -> dict[str, Any]:
             by_backend.setdefault(backend, Counter()).update(outcomes)
     return {
         "statuses": {name: share["status"] for name, share in shares.items()},
+        "failures": {name: why for name, share in shares.items() if (why := _why(share))},
         "by_backend": {name: dict(counts) for name, counts in sorted(by_backend.items())},
         "failed": [test for share in shares.values() for test in share["failed"]],
         "without_form_on_device": sum(share["left_out"] for share in shares.values()),
@@ -206,5 +217,7 @@ def _print(results: dict[str, Any]) -> None:
         print(f"  {backend:10} {counts}")
     for test in results["failed"]:
         print(f"  failed: {test}")
+    for name, why in results["failures"].items():
+        print(f"  {name}: {why}")
     for name in results["left_out"]:
         print(f"  {results['statuses'][name]}: {name}")

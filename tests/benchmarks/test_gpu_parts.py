@@ -200,7 +200,7 @@ def test_aims_are_met_or_missed_or_not_measured() -> None:
         "host": {"step": {"together": {"median": 149.0}}},
         "graph": {"operations": {"captured": True, "different": 0}},
         "tests": {
-            "by_backend": {"native": {"passed": 3}}, "failed": [], "left_out": [],
+            "by_backend": {"native": {"passed": 3}}, "failed": [], "failures": {}, "left_out": [],
             "statuses": {"a": 0}, "without_form_on_device": 4,
         },
         "sanitizer": {"memcheck": {"clean": True, "summary": "0 errors"}},

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu.aims import aims
 from benchmarks.gpu.part import Context, PartFile
+from benchmarks.gpu.report import write_report
+from benchmarks.gpu.run import run_in_process
 from benchmarks.gpu.share import Selection
 from benchmarks.gpu.tests import Share, all_shares, nothing, read_log, run, summarize
 
@@ -42,6 +45,9 @@ def test_outcomes_are_counted_by_backend(tmp_path: Path) -> None:
     }
     assert found["without_form_on_device"] == 12
     assert found["left_out"] == ["b", "c"]
+    assert found["failures"] == {
+        "a": "2 failed, the first tests/topk/test_topk.py::test_strided[reference-torch.float32]"
+    }
     assert len(found["failed"]) == 2
     assert found["shares"]["a"]["output_tail"].endswith("1 failed, 2 passed =====\n")
 
@@ -54,6 +60,31 @@ def test_the_lines_that_pytest_prints_are_those_that_are_counted(tmp_path: Path)
     assert file.results["statuses"] == {"topk-others-1of1": 0}
     assert file.results["by_backend"]["reference"] == {"passed": 1}
     assert file.results["failed"] == []
+
+
+def test_a_machine_without_pytest_has_failed_the_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Share, "command", [sys.executable, "-m", "no_such_pytest"])
+    context = Context(CPU, tmp_path, dry_run=True)
+    run_in_process("tests", context)
+    left = PartFile("tests", context).load()
+    assert left is not None
+    assert not left["complete"]
+    assert "status 1: " in left["results"]["failures"]["topk-others-1of1"]
+    (aim,) = (aim for aim in write_report(context) if aim.name == "contract tests")
+    assert aim.met is False
+    assert aim.figure == "passed: none; failed: 0; 1 of 1 shares failed"
+    report = (tmp_path / "dry-run-report.md").read_text(encoding="utf-8")
+    assert "- tests, topk-others-1of1: status 1: " in report
+    assert "No module named no_such_pytest" in report
+
+
+def test_no_test_at_all_is_no_success() -> None:
+    # As pytest says where there is nothing to run.
+    results = {"tests": summarize({"a": {**nothing(""), "status": 0}})}
+    (aim,) = (aim for aim in aims(results) if aim.name == "contract tests")
+    assert aim.met is False
 
 
 def test_shares_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
