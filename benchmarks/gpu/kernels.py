@@ -127,34 +127,36 @@ def _passes(case: Case, runs: dict[str, Run], pool: list[Any]) -> dict[str, Call
 
 
 def measure(case: Case, device: torch.device, plan: Plan, bandwidth: float) -> Rows:
-    """A row for each contestant, ksam's first."""
+    """A row for each contestant, ksam's first: where a rival disagrees, ksam's may be wrong."""
     try:
         backend = backend_in_force(case, device)
     except BackendUnavailableError as error:
-        return [dataclasses.asdict(row_of(case, c, "", note=str(error))) for c in case.contestants]
+        return [dataclasses.asdict(row_of(case, case.contestants[0], "", note=str(error)))]
     torch.manual_seed(0)
     cache = last_level_cache_bytes(device) if device.type == "cuda" else 0
     with torch.set_grad_enabled(case.needs_grad):
         first = case.make_input()
-        runs, reasons = start_all(case, first, quick=False, keep_going=True)
+        started = start_all(case, first, quick=False, keep_going=True)
         more = pool_size(case, cache) - 1
         pool = [first, *(case.make_input() for _ in range(more))]
         contestants = {
-            name: timed(work, device) for name, work in _passes(case, runs, pool).items()
+            name: timed(work, device) for name, work in _passes(case, started.runs, pool).items()
         }
         times = rounds_of(contestants, len(pool), plan, device)
     rows = []
     for contestant in case.contestants:
         name = contestant.name
         label = backend if name == KSAM else "torch"
-        if name in reasons:
-            row = dataclasses.asdict(row_of(case, contestant, label, note=reasons[name]))
+        if name in started.reasons:
+            row = dataclasses.asdict(row_of(case, contestant, label, note=started.reasons[name]))
         else:
             figures = figures_of(case, times[name], times[KSAM], bandwidth)
             row = dataclasses.asdict(row_of(case, contestant, label, **figures))
             row["mode"] = contestants[name].mode
             row["working_set_bytes"] = len(pool) * case.floor_bytes
         rows.append(row)
+    if started.disagree:
+        rows[0]["failure"] = "; ".join(started.reasons[name] for name in started.disagree)
     return rows
 
 
@@ -183,9 +185,11 @@ def _line(rows: Rows) -> str:
     for row in rows:
         time = row["microseconds"]
         cells.append(f"{row['contestant']} {time['median']:.1f}" if time else row["contestant"])
-    share = rows[0]["share_of_copy"]
-    of_copy = f"{100 * share:.0f} % of copy" if share else rows[0]["note"]
-    return f"{name_of(rows[0])} [{rows[0]['backend']}]: {of_copy}; us: {', '.join(cells)}"
+    ours = rows[0]
+    share = ours["share_of_copy"]
+    of_copy = f"{100 * share:.0f} % of copy" if share else ours["note"]
+    failure = f"; FAILED: {ours['failure']}" if "failure" in ours else ""
+    return f"{name_of(ours)} [{ours['backend']}]: {of_copy}; us: {', '.join(cells)}{failure}"
 
 
 def run(context: Context, file: PartFile) -> None:
@@ -221,8 +225,8 @@ def _measured(case: Case, device: torch.device, plan: Plan, bandwidth: float) ->
     try:
         return measure(case, device, plan, bandwidth)
     except Exception as error:
-        row = row_of(case, case.contestants[0], "", note=reason(error))
-        return [{**dataclasses.asdict(row), "failure": row.note}]
+        row = dataclasses.asdict(row_of(case, case.contestants[0], "", note="failed"))
+        return [{**row, "failure": reason(error)}]
 
 
 def _summary(found: dict[str, Rows]) -> dict[str, Any]:

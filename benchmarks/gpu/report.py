@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.aims import Aim, Results, aims
+from benchmarks.gpu.kernels import name_of
 from benchmarks.gpu.part import PARTS, Context, PartFile, measured, write_json
 from benchmarks.kernels.case import KSAM
 from benchmarks.kernels.measure import Row
@@ -35,8 +36,8 @@ def write_report(context: Context) -> list[Aim]:
     summary = {"parts": states, "aims": [vars(aim) for aim in found], "results": results}
     write_json(_file(context, "summary.json"), summary)
     lines = [*_heading(parts, context), *_aims(found), *_training(results), *_times(rows)]
-    lines += _launches(results)
-    lines += [*_failures(parts), *([f"![Ratios]({plotted.name})"] if plotted else [])]
+    lines += [*_launches(results), *_notes(results), *_failures(parts)]
+    lines += [f"![Ratios]({plotted.name})"] if plotted else []
     _file(context, "report.md").write_text("\n".join(lines) + "\n", "utf-8")
     return found
 
@@ -151,6 +152,19 @@ def _launches(results: Results) -> list[str]:
         cells = [f"{name} {c.get('launches', '-')}" for name, c in counts.items()]
         lines.append(f"| {label} | {', '.join(cells)} |")
     return [*lines, ""]
+
+
+def _notes(results: Results) -> list[str]:
+    """Why rivals have no figures. Ksam's own reasons are failures."""
+    lines = [
+        f"- {name_of(row)}, {row['contestant']}: {row['note']}"
+        for row in results.get("kernels", {}).get("rows", [])
+        if row["note"] and row["contestant"] != KSAM
+    ]
+    for label, counts in results.get("launches", {}).get("operations", {}).items():
+        errors = {name: c["error"] for name, c in counts.items() if "error" in c and name != KSAM}
+        lines += [f"- launches of {label}, {name}: {error}" for name, error in errors.items()]
+    return ["Others that did not run:", "", *lines, ""] if lines else []
 
 
 def _failures(parts: dict[str, dict[str, Any]]) -> list[str]:

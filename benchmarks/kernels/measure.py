@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,20 +62,20 @@ def measure_case(
     torch.manual_seed(0)
     with torch.set_grad_enabled(case.needs_grad):
         first = case.make_input()
-        runs, reasons = start_all(case, first, quick=quick)
+        started = start_all(case, first, quick=quick)
         # The first input comes last: the check has just brought it into the caches.
         more = 0 if case.stateful else pool_size(size_in_bytes(first), device) - 1
         pool = [*(case.make_input() for _ in range(more)), first]
         before, start = preemptions(), time.perf_counter()
-        times = time_in_turns(runs, pool, plan, device)
+        times = time_in_turns(started.runs, pool, plan, device)
         after, seconds = preemptions(), time.perf_counter() - start
     rate = None if before is None or after is None else (after - before) / seconds
     rows = []
     for contestant in case.contestants:
         name = contestant.name
         row_backend = backend if name == KSAM else "torch"
-        if name in reasons:
-            rows.append(row_of(case, contestant, row_backend, note=reasons[name]))
+        if name in started.reasons:
+            rows.append(row_of(case, contestant, row_backend, note=started.reasons[name]))
         else:
             figures = figures_of(case, times[name], times[KSAM], bandwidth)
             rows.append(row_of(case, contestant, row_backend, **figures, preemptions_per_s=rate))
@@ -92,49 +92,44 @@ def backend_in_force(case: Case, device: torch.device) -> str:
     return "+".join(names)
 
 
-def start_all(
-    case: Case, input: object, *, quick: bool, keep_going: bool = False
-) -> tuple[dict[str, Run], dict[str, str]]:
+@dataclass
+class Started:
+    """The contestants that can run, why the others cannot, and those of them that disagree."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    disagree: list[str] = field(default_factory=list)
+
+
+def start_all(case: Case, input: object, *, quick: bool, keep_going: bool = False) -> Started:
     """Start every contestant and compare what it makes of the first input with ksam's result.
 
     Args:
         keep_going: a rival that fails or disagrees is left out, rather than ends everything.
-
-    Returns the runs of those that can run, and why the others cannot.
     """
-    tolerated = (DisagreementError, RuntimeError) if keep_going else ()
-    runs: dict[str, Run] = {}
-    reasons: dict[str, str] = {}
+    started = Started()
     expected = None
     for contestant in case.contestants:
+        name = contestant.name
         if quick and contestant.starts_slowly:
-            reasons[contestant.name] = "left out by --quick"
+            started.reasons[name] = "left out by --quick"
             continue
+        tolerated = (DisagreementError, RuntimeError) if keep_going and name != KSAM else ()
         try:
             run = contestant.start(input)
-            if contestant.name == KSAM:
-                expected = run(input)
+            result = run(input)
+            if name == KSAM:
+                expected = result
             else:
-                _compare(case, contestant, run, expected, input, tolerated)
+                case.check_agreement(contestant, result, expected, input)
+            started.runs[name] = run
         except UnavailableError as error:
-            reasons[contestant.name] = str(error)
-            continue
-        runs[contestant.name] = run
-    return runs, reasons
-
-
-def _compare(
-    case: Case,
-    contestant: Contestant,
-    run: Run,
-    expected: Any,
-    input: object,
-    tolerated: tuple[type[Exception], ...],
-) -> None:
-    try:
-        case.check_agreement(contestant, run(input), expected, input)
-    except tolerated as error:
-        raise UnavailableError(str(error).strip().partition("\n")[0]) from error
+            started.reasons[name] = str(error)
+        except tolerated as error:
+            started.reasons[name] = str(error).strip().partition("\n")[0]
+            if isinstance(error, DisagreementError):
+                started.disagree.append(name)
+    return started
 
 
 def row_of(case: Case, contestant: Contestant, backend: str, **figures: Any) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import cases, graph, kernels, sanitizer
-from benchmarks.gpu.aims import Results, aims
+from benchmarks.gpu import cases, graph, kernels, launches, sanitizer
 from benchmarks.gpu.launches import DeviceType, tally, waits_for_device
+from benchmarks.gpu.part import Context
+from benchmarks.gpu.report import write_report
+from benchmarks.gpu.run import run_in_process
 from benchmarks.kernels.case import EXACT, KSAM, Case, Contestant, stateless
 from benchmarks.timing import Plan
 
@@ -129,15 +132,62 @@ def a_case(rival: Contestant, stateful: bool = False) -> Case:
 PLAN = Plan(rounds=1, seconds=0, few_rounds=1, max_seconds=0)
 
 
-def test_a_rival_that_disagrees_or_fails_is_left_out_with_the_reason() -> None:
-    def fails(x: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no kernel image")
+def fails(*_: Any) -> Any:
+    raise RuntimeError("no kernel image\nand a long story")
 
-    for function, why in ((lambda x: x, "disagree"), (fails, "no kernel image")):
-        ours, other = kernels.measure(a_case(stateless("other", function)), CPU, PLAN, 1e9)
+
+def test_a_rival_that_fails_is_left_out_with_the_reason() -> None:
+    for rival in (stateless("other", fails), Contestant("other", fails)):
+        ours, other = kernels.measure(a_case(rival), CPU, PLAN, 1e9)
         assert ours["microseconds"]["median"] > 0
+        assert "failure" not in ours
         assert other["microseconds"] is None
-        assert why in other["note"]
+        assert other["note"] == "no kernel image"
+
+
+def test_a_rival_that_disagrees_is_a_failure_of_the_case() -> None:
+    ours, other = kernels.measure(a_case(stateless("other", lambda x: x)), CPU, PLAN, 1e9)
+    assert ours["microseconds"]["median"] > 0
+    assert "topk_indices 1 float32: other and ksam disagree" in ours["failure"]
+    assert other["microseconds"] is None
+
+
+def only(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the parts measure this case alone."""
+    monkeypatch.setattr(kernels, "kernel_cases", lambda *_, **__: iter([case]))
+    monkeypatch.setattr(launches, "launch_cases", lambda *_, **__: iter([case]))
+
+
+def test_a_wrong_kernel_of_ksam_is_a_failure_that_the_report_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = a_case(stateless("eager", lambda x: x))
+    three = [*case.contestants, stateless("other", fails)]
+    only(dataclasses.replace(case, contestants=three), monkeypatch)
+    context = Context(CPU, tmp_path, dry_run=True)
+    run_in_process("kernels", context)
+    write_report(context)
+    report = (tmp_path / "dry-run-report.md").read_text(encoding="utf-8")
+    assert "- topk_indices 1 float32, other: no kernel image\n" in report
+    name = "topk_indices 1 float32"
+    assert f"- kernels, {name}: topk: {name}: eager and ksam disagree: " in report
+    assert "kernels (not complete)" in report
+
+
+def test_a_kernel_of_ksam_that_raises_is_a_failure_that_the_report_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = a_case(stateless("eager", fails))
+    case = dataclasses.replace(case, contestants=[stateless(KSAM, fails), *case.contestants[1:]])
+    only(case, monkeypatch)
+    context = Context(CPU, tmp_path, dry_run=True)
+    for part in ("kernels", "launches"):
+        run_in_process(part, context)
+    write_report(context)
+    report = (tmp_path / "dry-run-report.md").read_text(encoding="utf-8")
+    assert "- kernels, topk_indices 1 float32: RuntimeError: no kernel image\n" in report
+    assert "- launches, topk_indices 1: RuntimeError: no kernel image\n" in report
+    assert "- launches of topk_indices 1, eager: RuntimeError: no kernel image\n" in report
 
 
 def test_contestants_with_a_state_have_one_for_each_input() -> None:
@@ -151,82 +201,3 @@ def test_contestants_with_a_state_have_one_for_each_input() -> None:
     rows = kernels.measure(a_case(Contestant("other", start, EXACT), stateful=True), CPU, PLAN, 1e9)
     assert len(started) == 2
     assert rows[1]["working_set_bytes"] == 16
-
-
-def row(operation: str, shape: str, share: float, **more: Any) -> dict[str, Any]:
-    times = {"q25": 1.0, "median": more.pop("us", 10.0), "q75": 1.0}
-    plain = {"room": "loss", "extra": "", "dtype": "float32", "contestant": KSAM}
-    return {
-        **plain, "operation": operation, "shape": shape, "share_of_copy": share,
-        "microseconds": times, "backend": "native", **more,
-    }  # fmt: skip
-
-
-def training(*over_sgd: float) -> dict[str, Any]:
-    return {
-        "workloads": {
-            f"workload {i}": {"K-SAM, k=1/3": {"over SGD": {"median": median}}}
-            for i, median in enumerate(over_sgd)
-        }
-    }
-
-
-def verdicts(results: Results) -> list[bool | None]:
-    return [aim.met for aim in aims(results)]
-
-
-def test_aims_are_met_or_missed_or_not_measured() -> None:
-    assert verdicts({}) == [None] * 12
-    step = {"launches": 5, "copies": 1, "waits": {}}
-    good: Results = {
-        "kernels": {
-            "rows": [
-                row("cross_entropy", "65536x1000", 0.5),
-                row("cross_entropy", "16384x4096", 0.96),
-                row("cross_entropy", "16384x4096", 0.1, contestant="eager"),
-                row("cross_entropy", "16384x4096", 0.1, extra="smoothing"),
-                row("select_cross_entropy", "1024x1000", 0.1, us=11.9),
-                row("compact_batch", "4096x3x32x32", 0.86, room="compact", extra="images"),
-                row("compact_batch", "65536", 0.1, room="compact", extra="labels"),
-                row("perturb_", "ResNet-50 (161)", 0.91),
-                row("perturb_", "1000 small (1000)", 0.1),
-                row("restore_sgd_", "ResNet-50 (161)", 0.92),
-                row("restore_adam_", "ResNet-50 (161)", 0.93),
-            ]
-        },
-        "training": training(1.09),
-        "launches": {"step": {"together": step}},
-        "sync": {"operations": {"first step": {"waits": True}, "later steps": {"waits": False}}},
-        "host": {"step": {"together": {"median": 149.0}}},
-        "graph": {"operations": {"captured": True, "different": 0}},
-        "tests": {
-            "by_backend": {"native": {"passed": 3}}, "failed": [], "failures": {}, "left_out": [],
-            "statuses": {"a": 0}, "without_form_on_device": 4,
-        },
-        "sanitizer": {"memcheck": {"clean": True, "summary": "0 errors"}},
-    }  # fmt: skip
-    assert verdicts(good) == [True] * 12
-    bad: Results = {
-        "kernels": {
-            "rows": [
-                row("cross_entropy", "16384x4096", 0.96),
-                row("cross_entropy", "512x128256", 0.94),
-                row("select_cross_entropy", "1024x1000", 0.1, us=12.1),
-                row("compact_batch", "4096x3x32x32", 0.84, room="compact", extra="images"),
-                row("perturb_", "ResNet-50 (161)", 0.89),
-                row("restore_sgd_", "ResNet-50 (161)", 0.92),
-                row("restore_adam_", "ResNet-50 (161)", 0.89),
-            ]
-        },
-        "training": training(1.09, 1.11),
-        "launches": {"step": {"together": {**step, "launches": 6}}},
-        "sync": {"operations": {"first step": {}, "later steps": {"waits": True}}},
-        "host": {"step": {"together": {"median": 151.0}}},
-        "graph": {"operations": {"captured": True, "different": 1}},
-        "tests": {**good["tests"], "statuses": {"a": 0, "b": "ended"}, "left_out": ["b"]},
-        "sanitizer": {"memcheck": {"clean": False, "summary": "1 error"}},
-    }
-    assert verdicts(bad) == [False] * 12
-    assert "94.0 % at worst (512x128256 float32, native), 2 cases" in aims(bad)[0].figure
-    waits = {**step, "waits": {"cudaStreamSynchronize": 1}}
-    assert aims({**good, "launches": {"step": {"together": waits}}})[7].met is False
