@@ -63,9 +63,11 @@ def run(args: argparse.Namespace) -> None:
         run_in_process(name, context)
         return
     try:
-        run_parts(args.only, context)
+        all_is_well = run_parts(args.only, context)
     except OSError as error:
         raise UsageError(f"{context.out}: cannot write results: {error}") from error
+    if not all_is_well:
+        raise SystemExit(1)
 
 
 def default_folder(device: torch.device) -> Path:

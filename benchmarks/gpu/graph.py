@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.environment import synchronize
 from benchmarks.gpu.graphs import WARM_UP_CALLS, capture
 from benchmarks.gpu.part import Context, PartFile, reason
-from benchmarks.gpu.step import Operations, trainings
+from benchmarks.gpu.step import subjects
 
 _REPLAYS = 5
 
@@ -54,12 +54,7 @@ def compare(make: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 
 def run(context: Context, file: PartFile) -> None:
     """The operations alone, then KSAM with a model."""
-    device = context.device
-
-    def operations() -> Operations:
-        return Operations(device, tiny=context.dry_run)
-
-    for name, make in {"operations": operations, **trainings(device)}.items():
-        file.results[name] = compare(make, device)
+    for name, make in subjects(context.device, tiny=context.dry_run).items():
+        file.results[name] = compare(make, context.device)
         print(f"{name}: {file.results[name]}", flush=True)
         file.write(complete=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.gpu.aims import Aim, Results, aims
 from benchmarks.gpu.kernels import name_of
@@ -22,11 +22,23 @@ COLUMNS = (
 _VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
 
 
-def write_report(context: Context) -> list[Aim]:
+class Report(NamedTuple):
+    """What the parts in a folder come to."""
+
+    aims: list[Aim]
+    failures: list[str]  # of parts, and of cases within them
+
+    @property
+    def all_is_well(self) -> bool:
+        """Nothing failed, and no check did not pass; slowness is no failure."""
+        return not self.failures and all(a.met is not False for a in self.aims if a.check)
+
+
+def write_report(context: Context) -> Report:
     """Write report.md, summary.json, results.csv and ratios.png beside the parts' files."""
     parts = _read_parts(context)
     if not parts:
-        return []
+        return Report([], [])
     results: Results = {name: part["results"] for name, part in parts.items()}
     found = aims(results)
     rows = results.get("kernels", {}).get("rows", [])
@@ -36,10 +48,12 @@ def write_report(context: Context) -> list[Aim]:
     summary = {"parts": states, "aims": [vars(aim) for aim in found], "results": results}
     write_json(_file(context, "summary.json"), summary)
     lines = [*_heading(parts, context), *_aims(found), *_training(results), *_times(rows)]
-    lines += [*_launches(results), *_notes(results), *_failures(parts)]
+    failures = _failures(parts)
+    lines += [*_launches(results), *_notes(results), *_listed("What failed:", failures)]
+    lines += _listed("There was no time left for", _left_out(parts))
     lines += [f"![Ratios]({plotted.name})"] if plotted else []
     _file(context, "report.md").write_text("\n".join(lines) + "\n", "utf-8")
-    return found
+    return Report(found, failures)
 
 
 def _file(context: Context, name: str) -> Path:
@@ -157,14 +171,14 @@ def _launches(results: Results) -> list[str]:
 def _notes(results: Results) -> list[str]:
     """Why rivals have no figures. Ksam's own reasons are failures."""
     lines = [
-        f"- {name_of(row)}, {row['contestant']}: {row['note']}"
+        f"{name_of(row)}, {row['contestant']}: {row['note']}"
         for row in results.get("kernels", {}).get("rows", [])
         if row["note"] and row["contestant"] != KSAM
     ]
     for label, counts in results.get("launches", {}).get("operations", {}).items():
         errors = {name: c["error"] for name, c in counts.items() if "error" in c and name != KSAM}
-        lines += [f"- launches of {label}, {name}: {error}" for name, error in errors.items()]
-    return ["Others that did not run:", "", *lines, ""] if lines else []
+        lines += [f"launches of {label}, {name}: {error}" for name, error in errors.items()]
+    return _listed("Others that did not run:", lines)
 
 
 def _failures(parts: dict[str, dict[str, Any]]) -> list[str]:
@@ -172,10 +186,17 @@ def _failures(parts: dict[str, dict[str, Any]]) -> list[str]:
     for name, part in parts.items():
         found = part["results"]
         if "failure" in found:
-            lines.append(f"- {name}: {found['failure']}")
-        lines += [f"- {name}, {what}: {why}" for what, why in found.get("failures", {}).items()]
-        lines += [f"- {name}: no time left for {what}" for what in found.get("left_out") or []]
-    return ["What failed or was left out:", "", *lines, ""] if lines else []
+            lines.append(f"{name}: {found['failure']}")
+        lines += [f"{name}, {what}: {why}" for what, why in found.get("failures", {}).items()]
+    return lines
+
+
+def _left_out(parts: dict[str, dict[str, Any]]) -> list[str]:
+    return [f"{n}: {what}" for n, p in parts.items() for what in p["results"].get("left_out", [])]
+
+
+def _listed(title: str, lines: list[str]) -> list[str]:
+    return [title, "", *(f"- {line}" for line in lines), ""] if lines else []
 
 
 def _write_csv(

@@ -14,19 +14,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.gpu.aims import Aim
 from benchmarks.gpu.part import PARTS, Context, PartFile, Run, reason
-from benchmarks.gpu.report import write_report
+from benchmarks.gpu.report import Report, write_report
 
 # The profiler's own notes stay out of the output; a library of matrix products that has this much
 # workspace chooses alike inside and outside of graphs.
 _ENVIRONMENT = {**os.environ, "KINETO_LOG_LEVEL": "99", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
-def run_parts(names: Sequence[str], context: Context) -> None:
-    """Run the parts that are not there yet, and write the report after each of them."""
+def run_parts(names: Sequence[str], context: Context) -> bool:
+    """Run the parts that are not there yet, and write the report after each of them.
+
+    Returns whether all is well by the last report.
+    """
     context.out.mkdir(parents=True, exist_ok=True)
-    aims: list[Aim] = []
+    report = Report([], [])
     for name in names:
         file = PartFile(name, context)
         left = file.load()
@@ -36,12 +38,15 @@ def run_parts(names: Sequence[str], context: Context) -> None:
             print(f"{name}: no time left; run the same command again", flush=True)
         else:
             _run_part(name, context)
-        aims = write_report(context)
+        report = write_report(context)
     print()
-    for aim in aims:
+    for aim in report.aims:
         verdict = {True: "met", False: "MISSED", None: "-"}[aim.met]
         print(f"{verdict:6}  {aim.name}: {aim.figure} (aim: {aim.aim})", flush=True)
+    for failure in report.failures:
+        print(f"FAILED  {failure}", flush=True)
     print(f"wrote {context.out}/{context.prefix}report.md", flush=True)
+    return report.all_is_well
 
 
 def _run_part(name: str, context: Context) -> None:

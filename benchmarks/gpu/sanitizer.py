@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from benchmarks.gpu.part import Context, PartFile
 from benchmarks.gpu.small_case import run_all
 
-_TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck")
 _TAIL = 3000
 _ERRORS_FOUND = 99
 
@@ -51,21 +53,25 @@ def _check(tool: str, check: str, seconds: float) -> dict[str, Any]:
     # Every tensor in memory of its own, so that reading past its end is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KSAM_BACKEND": "native"}
     start = time.monotonic()
-    try:
-        result = subprocess.run(
+    with tempfile.TemporaryFile() as log:
+        # A session of its own, to be ended as a whole: the tool is but the launcher of what runs.
+        process = subprocess.Popen(
             command(tool, check),
             env=environment,
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=seconds,
+            start_new_session=True,
         )
-        status, output = result.returncode, result.stdout
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        status = None
-        output = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
+        try:
+            status: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log.seek(0)
+        output = log.read().decode(errors="replace")
     return summarize(status, output, time.monotonic() - start)
 
 
@@ -78,8 +84,8 @@ def run(context: Context, file: PartFile) -> None:
         print(f"sanitizer: {file.results['not_run']}; the small case ran without it")
         return
     file.results["left_out"] = []
-    for i, check in enumerate(_TOOLS):
-        seconds = max(context.seconds_left / (len(_TOOLS) - i), 1)
+    for i, check in enumerate(TOOLS):
+        seconds = max(context.seconds_left / (len(TOOLS) - i), 1)
         found = file.results[check] = _check(tool, check, seconds)
         print(f"{check}: {'clean' if found['clean'] else found}", flush=True)
         if found["status"] is None:

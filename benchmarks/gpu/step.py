@@ -105,9 +105,15 @@ class Training:
         return kept
 
 
-def trainings(device: torch.device) -> dict[str, Callable[[], Training]]:
-    """KSAM over the base optimizers that have fused updates."""
+def subjects(
+    device: torch.device, *, tiny: bool
+) -> dict[str, Callable[[], Operations] | Callable[[], Training]]:
+    """The operations alone, and KSAM over the base optimizers that have fused updates."""
     return {
+        "operations": lambda: Operations(device, tiny=tiny),
         "KSAM over SGD": lambda: Training(device, torch.optim.SGD, lr=0.1, momentum=0.9),
         "KSAM over AdamW": lambda: Training(device, torch.optim.AdamW, lr=1e-3),
     }
+
+
+SUBJECTS = tuple(subjects(torch.device("cpu"), tiny=True))

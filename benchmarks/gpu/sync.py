@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.environment import synchronize
 from benchmarks.gpu.part import Context, PartFile, reason
-from benchmarks.gpu.step import Operations, trainings
+from benchmarks.gpu.step import subjects
 
 _STEPS = 3
 
@@ -47,9 +47,8 @@ def _outcome(step: Callable[[], object], steps: int, device: torch.device) -> di
 def run(context: Context, file: PartFile) -> None:
     """The first step, which may wait while it makes its state, and those after it."""
     device = context.device
-    subjects: dict[str, Any] = {"operations": Operations(device, tiny=context.dry_run)}
-    subjects |= {name: make() for name, make in trainings(device).items()}
-    for name, subject in subjects.items():
+    for name, make in subjects(device, tiny=context.dry_run).items():
+        subject = make()
         first = _outcome(subject.step, 1, device)
         subject.step()  # where the first was broken off
         later = _outcome(subject.step, _STEPS, device)

@@ -193,11 +193,13 @@ def measure(workload: Workload, device: torch.device, plan: Plan) -> dict[str, A
 def run(context: Context, file: PartFile) -> None:
     """Every workload, as far as the time goes."""
     plan = _DRY_PLAN if context.dry_run else _PLAN
-    file.results = {"workloads": {}, "failures": {}, "left_out": []}
-    for workload in workloads(tiny=context.dry_run):
+    to_do = list(workloads(tiny=context.dry_run))
+    left_out = [workload.label for workload in to_do]
+    file.results = {"workloads": {}, "failures": {}, "left_out": left_out}
+    for workload in to_do:
         if context.seconds_left < 10:
-            file.results["left_out"].append(workload.label)
-            continue
+            break
+        left_out.remove(workload.label)
         try:
             found = measure(workload, context.device, plan)
         except Exception as error:

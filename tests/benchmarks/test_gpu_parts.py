@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import cases, graph, kernels, launches, sanitizer
+from benchmarks.gpu import cases, graph, kernels, launches, sanitizer, training
 from benchmarks.gpu.launches import DeviceType, tally, waits_for_device
-from benchmarks.gpu.part import Context
+from benchmarks.gpu.part import Context, PartFile
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.run import run_in_process
 from benchmarks.kernels.case import EXACT, KSAM, Case, Contestant, stateless
@@ -88,6 +89,58 @@ def test_sanitizer_is_found_in_cuda_home(tmp_path: Path, monkeypatch: pytest.Mon
     assert sanitizer.find_tool() == str(tool)
     assert sanitizer.command(str(tool), "racecheck")[:3] == [str(tool), "--tool", "racecheck"]
     assert sanitizer._check(str(tool), "memcheck", 20)["clean"]
+
+
+def tool_of(tmp_path: Path, script: str) -> str:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    return str(tool)
+
+
+def test_sanitizer_output_need_not_be_text(tmp_path: Path) -> None:
+    tool = tool_of(tmp_path, r"printf 'small case: done \377\n'; echo ERROR SUMMARY: 0 errors")
+    assert sanitizer._check(tool, "memcheck", 20)["clean"]
+
+
+def test_a_sanitizer_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    tool = tool_of(tmp_path, f"sleep 60 & echo $! > {tmp_path}/pid; echo started; wait")
+    found = sanitizer._check(tool, "memcheck", 2)
+    assert found["status"] is None
+    assert found["output_tail"] == "started\n"
+    end = time.monotonic() + 10
+    while runs((tmp_path / "pid").read_text().strip()):
+        assert time.monotonic() < end, "still running"
+        time.sleep(0.05)
+
+
+def runs(process: str) -> bool:
+    """Whether a process is there and no zombie, which has no command."""
+    try:
+        return bool(Path("/proc", process, "cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def test_a_training_run_that_is_cut_off_says_what_it_has_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = Context(CPU, tmp_path, dry_run=True)
+    file = PartFile("training", context)
+    left_out = []
+
+    def measure(*_: Any) -> dict[str, Any]:
+        left_out.append((file.load() or {"results": {}})["results"].get("left_out"))
+        return {}
+
+    workloads = [SimpleNamespace(label=label) for label in "abc"]
+    monkeypatch.setattr(training, "workloads", lambda **_: iter(workloads))
+    monkeypatch.setattr(training, "measure", measure)
+    training.run(context, file)
+    assert left_out == [None, ["b", "c"], ["c"]]
+    assert file.results["left_out"] == []
+    training.run(dataclasses.replace(context, deadline=0), file)
+    assert file.results["left_out"] == ["a", "b", "c"]
 
 
 def test_different_bits_are_seen() -> None:

@@ -77,7 +77,7 @@ def test_what_was_measured_of_anything_else_is_not_there(context: Context, other
     path.write_text(json.dumps({**on_disk(path), other: "another"}), encoding="utf-8")
     assert PartFile("kernels", context).load() is None
     assert PartFile("kernels", context).unfinished() == {}
-    assert write_report(context) == []
+    assert write_report(context).aims == []
 
 
 @pytest.mark.parametrize("name", ["_C.so", "loss/triton.py"])
@@ -250,13 +250,31 @@ def test_the_command_says_what_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     seen: list[tuple[tuple[str, ...], Context]] = []
+
+    def run_parts(names: tuple[str, ...], context: Context) -> bool:
+        seen.append((names, context))
+        return True
+
     monkeypatch.setattr("benchmarks.gpu.cli.select_device", lambda _: CPU)
-    monkeypatch.setattr("benchmarks.gpu.cli.run_parts", lambda *args: seen.append(args))
+    monkeypatch.setattr("benchmarks.gpu.cli.run_parts", run_parts)
     options = ["--again"] if again else []
     assert main(["gpu", "--only", "host,build", "--out", str(tmp_path), *options]) == 0
     ((names, context),) = seen
     assert names == ("build", "host")
     assert replace(context, deadline=0) == Context(CPU, tmp_path, False, 0, again)
+
+
+def test_the_exit_status_tells_of_a_part_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: Context, file: PartFile) -> None:
+        file.results["failures"] = {"a case": "wrong"}
+
+    monkeypatch.setattr("benchmarks.gpu.host.run", run)
+    with pytest.raises(SystemExit) as caught:
+        main(["gpu", "--dry-run", "--only", "host", "--out", str(tmp_path)])
+    assert caught.value.code == 1
+    assert "FAILED  host, a case: wrong" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("minutes", ["nan", "-3", "0", "inf", "soon"])

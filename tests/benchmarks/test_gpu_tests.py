@@ -72,7 +72,7 @@ def test_a_machine_without_pytest_has_failed_the_tests(
     assert left is not None
     assert not left["complete"]
     assert "status 1: " in left["results"]["failures"]["topk-others-1of1"]
-    (aim,) = (aim for aim in write_report(context) if aim.name == "contract tests")
+    (aim,) = (aim for aim in write_report(context).aims if aim.name == "contract tests")
     assert aim.met is False
     assert aim.figure == "passed: none; failed: 0; 1 of 1 shares failed"
     report = (tmp_path / "dry-run-report.md").read_text(encoding="utf-8")
