@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,11 @@ def test_shares_that_passed_are_kept_by_a_run_that_goes_on(
         counts = {"native": {"passed": 1}, "reference": {"passed": 7}}
         assert file.results["by_backend"] == (expected or counts)
         assert file.results["statuses"] == {"a-others-1of2": 0, "a-others-2of2": 0}
+    # Without time what failed has still failed.
+    earlier.write(complete=False)
+    file = PartFile("tests", replace(context, deadline=0))
+    run(file.context, file)
+    assert file.results["statuses"] == {"a-others-1of2": 0, "a-others-2of2": 1}
 
 
 def test_native_and_reference_come_before_triton(
