@@ -221,49 +221,6 @@ def test_esam_descends_on_exactly_gamma_samples_where_all_are_equal(backend: str
     assert build("ESAM", model).step(losses(model), data).indices.tolist() == list(range(10))
 
 
-def test_stale_selection_takes_the_highest_known_losses(backend: str) -> None:
-    model = network(dtype=torch.float64)
-    optimizer = build("StaleKSAM", model, refresh=100)
-    known = torch.full((SIZE,), float("inf"))
-    for step in range(STEPS):
-        data = data_of(step)
-        now = losses(model)(data).detach().float()
-        expected = plain.largest(now if step == 0 else known[data["index"]], 8)
-        result = optimizer.step(losses(model), data)
-        assert torch.equal(result.indices, expected)
-        if step == 0:
-            known[data["index"]] = now
-        else:
-            known[data["index"][expected]] = now[expected]
-
-
-def test_ausam_draws_by_recorded_change(backend: str) -> None:
-    """The first epoch, two steps, is SAM; then high scores are drawn more often."""
-    model = network(dtype=torch.float64)
-    optimizer = build("AUSAM", model, ramp=1, low=0.001, high=1.0, lr=0.0)
-    sizes = [len(optimizer.step(losses(model), data_of(step)).indices) for step in range(2)]
-    assert sizes == [24, 24]
-    table: Any = optimizer.ascent
-    score = table.column("total") / table.column("count")
-    count = torch.zeros(SIZE)
-    for step in range(400):
-        data = data_of(step)
-        count[data["index"][optimizer.step(losses(model), data).indices]] += 1
-    for half in (slice(0, 24), slice(24, 48)):
-        assert torch.corrcoef(torch.stack([score[half], count[half]]))[0, 1] > 0.7
-
-
-def test_ausams_epochs_end_with_a_smaller_batch() -> None:
-    """48 samples in batches of 20, 20 and 8: three steps are an epoch."""
-    optimizer = build("AUSAM", network(dtype=torch.float64), alpha=0.5)
-    sizes = []
-    for step, (size, first) in enumerate([(20, 0), (20, 20), (8, 40)] * 2):
-        data = {**batch(step, size, torch.float64), "index": torch.arange(first, first + size)}
-        loss = losses(optimizer.model)  # type: ignore[arg-type]
-        sizes.append(len(optimizer.step(loss, data).indices))
-    assert sizes == [20, 20, 8, 10, 10, 4]
-
-
 @pytest.mark.parametrize("name", ["RandomSubsetSAM", "KSAM"])
 def test_random_samples_are_exactly_as_many_and_change(backend: str, name: str) -> None:
     model = network(dtype=torch.float64)

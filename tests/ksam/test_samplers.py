@@ -1,0 +1,111 @@
+"""How many samples the methods take, and which."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ksam import KSAM, ImportanceKSAM, OrderedSGD, SharpnessAware
+from ksam.samplers import AccuracySchedule, Random
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
+from tests.ksam.test_family import NAMES, build
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_number_of_selected_samples_is_told(name: str) -> None:
+    sizes = {
+        "KSAM": 8, "ESAM": 10, "RandomSubsetSAM": 6, "OrderedSGD": 9, "StaleKSAM": 8,
+        "ImportanceKSAM": 8,
+    }  # fmt: skip
+    optimizer = build(name, network())
+    assert optimizer.selected(24) == sizes.get(name, 24)
+    assert optimizer.selected(24, 3) == {**sizes, "AUSAM": 9}.get(name, 24)
+
+
+@pytest.mark.parametrize("name", ["KSAM", "ImportanceKSAM", "StaleKSAM"])
+def test_no_pass_selects_where_all_are_selected(name: str) -> None:
+    assert build(name, network(), k=1.0).cost(24) == 2
+
+
+def test_k_may_be_set_anew(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8)
+    optimizer.k = 5
+    assert optimizer.k == 5
+    assert len(optimizer.step(loss_of(model), batch()).indices) == 5
+    with pytest.raises(ValueError, match=r"k .*0"):
+        optimizer.k = 0
+    assert optimizer.k == 5
+
+
+def test_a_count_may_be_one_of_numpy(backend: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=numpy.int64(5))
+    assert len(optimizer.step(loss_of(model), batch()).indices) == 5
+
+
+@pytest.mark.parametrize("name", ["KSAM", "StaleKSAM"])
+def test_a_schedule_of_k_keeps_its_state_in_a_resume(name: str) -> None:
+    schedule = AccuracySchedule()
+    optimizer = build(name, network(), k=schedule)
+    schedule.accuracy = 0.9
+    resumed = build(name, network(), k=AccuracySchedule())
+    assert resumed.selected(64) == 64
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.selected(64) == 16
+
+
+def test_copies_of_ordered_sgd_hear_of_their_own_accuracy() -> None:
+    optimizer = OrderedSGD(network().parameters(), torch.optim.SGD, lr=0.1)
+    clone = copy.deepcopy(optimizer)
+    schedule: Any = clone.q
+    schedule.accuracy = 0.9
+    assert (clone.selected(64), optimizer.selected(64)) == (16, 64)
+
+
+def test_both_gradients_may_be_of_one_random_subset(backend: str) -> None:
+    model = network()
+    optimizer = SharpnessAware(model.parameters(), torch.optim.SGD, lr=0.1, ascent=Random(0.25))
+    result = optimizer.step(loss_of(model), batch())
+    assert len(result.losses) == len(result.indices) == 6
+
+
+def test_samples_drawn_with_replacement_are_in_order(backend: str) -> None:
+    model = network()
+    optimizer = ImportanceKSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=12)
+    for step in range(3):
+        indices = optimizer.step(loss_of(model), batch(step)).indices.tolist()
+        assert indices == sorted(indices)
+
+
+def test_no_weight_exceeds_one_over_uniform(backend: str) -> None:
+    """One sample has all of the loss; the gradient of its own parameter tells a sample's weight."""
+    p = nn.Parameter(torch.zeros(24))
+    optimizer = ImportanceKSAM([p], torch.optim.SGD, lr=0.0, k=12, uniform=0.5)
+    data = {"i": torch.arange(24), "loss": torch.eye(24)[0]}
+
+    def function(b: dict[str, Tensor]) -> Tensor:
+        own = p[b["i"]]
+        return b["loss"] + own - own.detach()
+
+    allowed = torch.full((24,), 2.0)
+    allowed[0] = 1 / (24 * (0.5 + 0.5 / 24))
+    for _ in range(3):
+        indices = optimizer.step(function, data).indices
+        times = torch.bincount(indices, minlength=24)
+        assert times[1:].any()
+        torch.testing.assert_close(p.grad, allowed * times / 12)
+
+
+def test_importance_without_any_gradient_moves_nothing(backend: str) -> None:
+    model = network()
+    before = weights(model)
+    optimizer = ImportanceKSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8)
+    optimizer.step(lambda b: 0.0 * model(b["x"]).square().sum(1), batch())
+    assert all_same_bits(weights(model), before)

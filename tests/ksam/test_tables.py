@@ -1,0 +1,153 @@
+"""Selection by tables: what they hold of a sample, and how long they keep it."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import all_same_bits
+from tests.ksam import plain
+from tests.ksam.models import batch, network, weights
+from tests.ksam.test_family import SIZE, STEPS, build, data_of, losses
+
+TABLES = ("StaleKSAM", "AUSAM")
+
+
+def test_stale_selection_takes_the_highest_known_losses(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build("StaleKSAM", model, refresh=100)
+    known = torch.full((SIZE,), float("inf"))
+    for step in range(STEPS):
+        data = data_of(step)
+        now = losses(model)(data).detach().float()
+        expected = plain.largest(now if step == 0 else known[data["index"]], 8)
+        result = optimizer.step(losses(model), data)
+        assert torch.equal(result.indices, expected)
+        if step == 0:
+            known[data["index"]] = now
+        else:
+            known[data["index"][expected]] = now[expected]
+
+
+def test_ausam_draws_by_recorded_change(backend: str) -> None:
+    """The first epoch, two steps, is SAM; then high scores are drawn more often."""
+    model = network(dtype=torch.float64)
+    optimizer = build("AUSAM", model, ramp=1, low=0.001, high=1.0, lr=0.0)
+    sizes = [len(optimizer.step(losses(model), data_of(step)).indices) for step in range(2)]
+    assert sizes == [24, 24]
+    table: Any = optimizer.ascent
+    score = table.column("total") / table.column("count")
+    count = torch.zeros(SIZE)
+    for step in range(400):
+        data = data_of(step)
+        count[data["index"][optimizer.step(losses(model), data).indices]] += 1
+    for half in (slice(0, 24), slice(24, 48)):
+        assert torch.corrcoef(torch.stack([score[half], count[half]]))[0, 1] > 0.7
+
+
+def test_ausams_epochs_end_with_a_smaller_batch() -> None:
+    """48 samples in batches of 20, 20 and 8: three steps are an epoch."""
+    optimizer = build("AUSAM", network(dtype=torch.float64), alpha=0.5)
+    sizes = []
+    for step, (size, first) in enumerate([(20, 0), (20, 20), (8, 40)] * 2):
+        data = {**batch(step, size, torch.float64), "index": torch.arange(first, first + size)}
+        loss = losses(optimizer.model)  # type: ignore[arg-type]
+        sizes.append(len(optimizer.step(loss, data).indices))
+    assert sizes == [20, 20, 8, 10, 10, 4]
+
+
+def rows_from(first: int, size: int) -> dict[str, Tensor]:
+    return {**batch(first, size, torch.float64), "index": torch.arange(first, first + size)}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_indices_may_be_int32(backend: str, name: str) -> None:
+    found = []
+    for dtype in (torch.int64, torch.int32):
+        model = network(dtype=torch.float64)
+        optimizer = build(name, model)
+        for step in range(4):
+            data = data_of(step)
+            optimizer.step(losses(model), {**data, "index": data["index"].to(dtype)})
+        found.append(weights(model))
+    assert all_same_bits(*found)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_loaded_table_is_a_copy(backend: str, name: str) -> None:
+    model = network(dtype=torch.float64)
+    first, second = build(name, model), build(name, model)
+    first.step(losses(model), data_of(0))
+    table: Any = first.ascent
+    before = {column: table.column(column).clone() for column in table.COLUMNS}
+    second.load_state_dict(first.state_dict())
+    second.step(losses(model), data_of(1))
+    for column, expected in before.items():
+        assert torch.equal(table.column(column), expected)
+        assert not torch.equal(second.ascent.column(column), expected)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_there_is_no_share_where_no_pass_saw_the_batch(backend: str, name: str) -> None:
+    optimizer = build(name, network(dtype=torch.float64))
+    optimizer.report_share = True
+    optimizer.steps_done = 5  # neither a refresh nor in the first epoch
+    result = optimizer.step(losses(optimizer.model), data_of(0))  # type: ignore[arg-type]
+    assert result.share is None
+
+
+def test_without_a_share_the_scale_is_that_of_the_batch(backend: str) -> None:
+    grads = []
+    for scale in ("batch", "share"):
+        model = network(dtype=torch.float64)
+        optimizer = build("StaleKSAM", model, scale=scale)
+        optimizer.steps_done = 1
+        optimizer.step(losses(model), data_of(0))
+        grads.append([p.grad for p in model.parameters()])
+    assert all_same_bits(*grads)  # type: ignore[arg-type]
+
+
+def test_ausams_probabilities_spread_over_the_epochs() -> None:
+    optimizer = build("AUSAM", network(), ramp=4, low=0.1, high=0.5)
+    table: Any = optimizer.ascent
+
+    def probabilities(epoch: int) -> Tensor:
+        passes = types.SimpleNamespace(batch=data_of(0), samples=24, step=2 * epoch)
+        return table.probabilities(passes)
+
+    unknown = probabilities(1)
+    torch.testing.assert_close(unknown, torch.full_like(unknown, 1 / 24))
+    table.column("total")[:24] = torch.arange(24.0)
+    table.column("count")[:24] = 1
+    for epoch, top in ((1, 0.2), (2, 0.3), (4, 0.5), (9, 0.5)):
+        p = probabilities(epoch)
+        assert float(p.max() / p.min()) == pytest.approx(top / 0.1)
+        assert float(p.sum()) == pytest.approx(1)
+
+
+def test_a_loss_that_falls_has_changed_too(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build("AUSAM", model)
+    factors = iter((1.0, 0.25))
+    optimizer.step(lambda b: losses(model)(b) * next(factors), data_of(0))
+    table: Any = optimizer.ascent
+    assert (table.column("total")[:24] > 0).all()
+
+
+def test_the_length_of_an_epoch_survives_a_resume(backend: str) -> None:
+    """Also where the first batch after it is a smaller one."""
+    optimizer = build("AUSAM", network(dtype=torch.float64), alpha=0.5)
+    for first in (0, 20):
+        optimizer.step(losses(optimizer.model), rows_from(first, 20))  # type: ignore[arg-type]
+    resumed = build("AUSAM", network(dtype=torch.float64), alpha=0.5)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.selected(8, 3) == optimizer.selected(8, 3) == 4
+    sizes = [
+        len(resumed.step(losses(resumed.model), rows_from(40, 8)).indices)  # type: ignore[arg-type]
+        for _ in range(2)
+    ]
+    assert sizes == [8, 4]
