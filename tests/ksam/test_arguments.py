@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ksam import (
+    ESAM,
     KSAM,
     MSAM,
     AutoKSAM,
@@ -148,3 +149,14 @@ def test_frozen_weights_are_not_perturbed(backend: str) -> None:
     optimizer.step(spy, batch())
     assert all_same_bits(seen[0][:1], seen[1][:1])
     assert not all_same_bits(seen[0][1:], seen[1][1:])
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    params = [*network().parameters()]
+    auto = AutoKSAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)
+    assert isinstance(auto.when, Representative)
+    assert (auto.when.threshold, auto.when.every, auto.when.budget) == (0.9, 10, 1.0)
+    assert auto.k == 1 / 3
+    assert KSAM(params, torch.optim.SGD, lr=0.1).k == 1 / 3
+    assert ESAM(params, torch.optim.SGD, lr=0.1).selected(24) == 12
+    assert OrderedSGD(params, torch.optim.SGD, lr=0.1).selected(24) == 24

@@ -13,6 +13,7 @@ import torch
 import ksam
 from ksam.arguments import STATISTICS
 from tests.helpers import all_same_bits
+from tests.ksam import plain
 from tests.ksam.models import network, weights
 from tests.ksam.test_family import NAMES, build, data_of, losses
 
@@ -122,6 +123,19 @@ def test_arguments_out_of_range_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         build(name, network(), **arguments)
+
+
+@pytest.mark.parametrize("given", ["names", "model"])
+def test_asam_finds_its_weights_by_either(backend: str, given: str) -> None:
+    model, twin = network(dtype=torch.float64), network(dtype=torch.float64)
+    params = model.named_parameters() if given == "names" else model.parameters()
+    optimizer = ksam.ASAM(
+        params, torch.optim.SGD, lr=0.1, eta=0.02, model=model if given == "model" else None
+    )
+    optimizer.step(losses(model), data_of(0))
+    plain.asam(twin, data_of(0), 0.5, 0.02, [True, False, True, False])
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-8)
 
 
 def test_asam_needs_names() -> None:

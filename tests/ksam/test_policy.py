@@ -86,6 +86,10 @@ def test_it_is_on_from_the_step_after_a_representative_batch(backend: str) -> No
     assert sharp == [False, False, True, True, False, False, True]
 
 
+def test_a_share_equal_to_the_threshold_is_enough(backend: str) -> None:
+    assert of_shares([0.75] * 3, threshold=0.75)[0] == [False, True, True]
+
+
 def test_probes_decide_for_a_whole_block_one_block_later(backend: str) -> None:
     sharp, _ = of_shares([0.7, 0.1, 0.1, 0.2, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1], every=3)
     assert sharp == [False] * 3 + [True] * 3 + [False] * 3 + [True]
@@ -261,3 +265,11 @@ def test_the_automatic_k_sam_needs_momentum_unless_told_otherwise() -> None:
     assert AutoKSAM(params, torch.optim.SGD, lr=0.1, momentum_rho=None).otherwise is None
     with pytest.raises(ValueError, match="threshold"):
         AutoKSAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, threshold=2.0)
+
+
+def test_scale_and_statistics_of_the_automatic_k_sam_may_be_given() -> None:
+    optimizer = AutoKSAM(
+        network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, scale="mean",
+        statistics="running",
+    )  # fmt: skip
+    assert (optimizer.scale, optimizer.statistics) == ("mean", "running")

@@ -147,3 +147,41 @@ def test_a_rate_that_is_a_tensor_is_read(backend: str) -> None:
     optimizer.param_groups[0]["lr"].mul_(0.25)
     optimizer.step(loss_of(model), batch())
     assert optimizer.param_groups[0]["rho"] == 0.25
+
+
+@pytest.mark.parametrize("rho", [True, "0.1"])
+def test_a_radius_that_is_no_number_is_refused(rho: Any) -> None:
+    with pytest.raises(TypeError, match=f"rho .*{rho}"):
+        KSAM(network().parameters(), torch.optim.SGD, lr=0.1, rho=rho)
+
+
+@pytest.mark.parametrize(
+    ("rho", "error"), [(-0.1, ValueError), (float("nan"), ValueError), (None, TypeError)]
+)
+def test_a_schedule_that_gives_no_radius_is_refused(
+    backend: str, rho: Any, error: type[Exception]
+) -> None:
+    model = network()
+    optimizer = KSAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, rho=lambda step: 0.1 if step == 0 else rho
+    )
+    optimizer.step(loss_of(model), batch())
+    before = weights(model)
+    with pytest.raises(error, match=f"rho .*{rho}"):
+        optimizer.step(loss_of(model), batch())
+    assert all_same_bits(weights(model), before)
+
+
+def test_a_radius_along_the_momentum_may_be_a_function_of_the_step(backend: str) -> None:
+    def rho(step: int) -> float:
+        return 0.1 * step
+
+    model, twin = network(), network()
+    mixed = KSAM(
+        model.parameters(), torch.optim.SGD, when=lambda step: False, otherwise=Momentum(rho), **SGD
+    )
+    alone = MSAM(twin.parameters(), torch.optim.SGD, rho=rho, **SGD)
+    for step in range(4):
+        mixed.step(loss_of(model), batch(step))
+        alone.step(loss_of(twin), batch(step))
+    assert all_same_bits(weights(model), weights(twin))

@@ -1,0 +1,110 @@
+"""The base optimizer: what hangs on it, its options, and the parameters it is built of."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ksam import KSAM
+from ksam.update import can_fuse
+from tests.ksam.models import batch, loss_of, network
+from tests.ksam.test_family import losses
+
+
+def test_a_scheduler_on_the_base_sees_its_steps(backend: str) -> None:
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(base, 1)
+    optimizer = KSAM(None, base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of a scheduler whose optimizer did not step
+        optimizer.step(loss_of(model), batch())
+        scheduler.step()
+
+
+def test_hooks_after_the_steps_of_the_base_run(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    ran: list[str] = []
+    optimizer.base.register_step_post_hook(lambda *_: ran.append("after"))
+    optimizer.step(loss_of(model), batch())
+    assert ran == ["after"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": (torch.tensor(0.8), torch.tensor(0.9))},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    ],
+    ids=["betas that are tensors", "decay", "decoupled decay"],
+)
+def test_options_of_adam_mean_what_they_do_in_adam(backend: str, options: dict[str, Any]) -> None:
+    model = network(dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    optimizer = KSAM(model.parameters(), torch.optim.Adam, rho=0.0, k=1.0, lr=0.01, **options)
+    plain = torch.optim.Adam(twin.parameters(), lr=0.01, **options)
+    for step in range(3):
+        data = batch(step, dtype=torch.float64)
+        optimizer.step(losses(model), data)
+        plain.zero_grad()
+        losses(twin)(data).mean().backward()
+        plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("option", ["foreach", "fused"])
+def test_an_implementation_that_was_asked_for_is_used(option: str) -> None:
+    base = torch.optim.SGD(network().parameters(), lr=0.1)
+    assert can_fuse(base)
+    base.param_groups[0][option] = True
+    assert not can_fuse(base)
+
+
+def test_parameters_that_share_memory_are_refused() -> None:
+    first = nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match="params 0 and 1 share memory"):
+        KSAM([first, nn.Parameter(first.data[2:])], torch.optim.SGD, lr=0.1)
+
+
+def test_parameters_side_by_side_in_one_buffer_are_served() -> None:
+    flat = torch.ones(8)
+    halves = [nn.Parameter(flat[:4]), nn.Parameter(flat[4:])]
+    assert KSAM(halves, torch.optim.SGD, lr=0.1).param_groups[0]["params"] == halves
+
+
+def test_a_base_that_is_built_has_the_named_parameters_it_was_built_of() -> None:
+    model = network()
+    base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer = KSAM(model.named_parameters(), base)
+    assert optimizer.param_groups is base.param_groups
+    with pytest.raises(ValueError, match="params must be those"):
+        KSAM(network().named_parameters(), base)
+
+
+def test_the_parameters_of_a_new_group_may_come_from_a_generator() -> None:
+    late = nn.Linear(2, 2)
+    optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1)
+    optimizer.add_param_group({"params": late.parameters()})
+    assert optimizer.param_groups[1]["params"] == list(late.parameters())
+
+
+def test_a_group_added_to_a_copy_has_the_radius_of_the_original() -> None:
+    clone = copy.deepcopy(KSAM(network().parameters(), torch.optim.SGD, lr=0.1, rho=0.3))
+    clone.add_param_group({"params": nn.Parameter(torch.ones(2))})
+    assert clone.param_groups[1]["rho"] == 0.3
+
+
+def test_a_checkpoint_of_the_plain_base_leaves_the_radius() -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3)
+    optimizer.param_groups[0]["rho"] = 0.2
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    assert optimizer.param_groups[0]["rho"] == 0.2
