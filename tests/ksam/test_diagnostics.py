@@ -108,6 +108,16 @@ def test_alignment_leaves_gradients_and_statistics_alone(backend: str) -> None:
     assert all_same_bits(list(model.buffers()), before)
 
 
+def test_alignment_needs_no_gradient_mode_and_leaves_frozen_weights_out(backend: str) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    expected = ksam.alignment(optimizer, loss_of(model), batch(), 8)
+    assert 0 < float(expected) < 1
+    with torch.no_grad():
+        assert torch.equal(ksam.alignment(optimizer, loss_of(model), batch(), 8), expected)
+
+
 def test_selections_are_counted_by_sample(backend: str, tmp_path: Path) -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=EveryNth(3))
@@ -158,6 +168,30 @@ def test_sharpness_against_plain_torch(backend: str) -> None:
     assert found.adversarial > found.random
 
 
+def test_sharpness_moves_no_frozen_weights(backend: str) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    seen: list[list[Tensor]] = []
+
+    def spy(b: dict[str, Tensor]) -> Tensor:
+        seen.append(weights(model))
+        return loss_of(model)(b)
+
+    ksam.sharpness(model, spy, [batch()], rho=0.5)
+    assert all(all_same_bits(ws[:2], seen[0][:2]) for ws in seen)
+    assert not all_same_bits(seen[0][2:], seen[-1][2:])
+
+
+def test_gradients_from_before_have_no_part_in_sharpness(backend: str) -> None:
+    """It leaves none either."""
+    model = network()
+    expected = ksam.sharpness(model, loss_of(model), [batch()])
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    assert ksam.sharpness(model, loss_of(model), [batch()]) == expected
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_sharpness_is_of_losses_per_sample() -> None:
     model = network()
     for reduction in ("mean", "sum"):
@@ -203,6 +237,13 @@ def test_csv_goes_on_with_its_file(tmp_path: Path) -> None:
         CSVWriter(path)({"step": 2})
 
 
+def test_csv_begins_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    path.touch()
+    CSVWriter(path)({"step": 0})
+    assert path.read_text(encoding="utf-8").split() == ["step", "0"]
+
+
 def test_tensorboard_gets_scalars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scalars: list[tuple[str, float, int]] = []
 
@@ -226,17 +267,28 @@ def test_tensorboard_gets_scalars(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         TensorBoardWriter(tmp_path)
 
 
-def test_a_page_shows_every_column_and_the_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that pages are drawn in."""
     figure_module = pytest.importorskip("matplotlib.figure")
-    figures: list[Any] = []
+    made: list[Any] = []
 
     def figure(**options: Any) -> Any:
-        figures.append(figure_module.Figure(**options))
-        return figures[-1]
+        made.append(figure_module.Figure(**options))
+        return made[-1]
 
     monkeypatch.setattr(page, "_figure", figure)
+    return made
+
+
+def test_samples_that_no_step_saw_are_not_drawn(figures: list[Any], tmp_path: Path) -> None:
+    seen, selected = torch.tensor([2, 2, 0, 0]), torch.tensor([1, 2, 0, 0])
+    page.draw(tmp_path / "page.svg", [], (seen, selected), None)
+    [label] = figures[0].axes[-1].get_legend().get_texts()
+    assert label.get_text() == "all: 2, mean 0.75"
+
+
+def test_a_page_shows_every_column_and_the_counts(figures: list[Any], tmp_path: Path) -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=EveryNth(2))
     diagnostics = Diagnostics(optimizer, every=2, size=24)
@@ -271,6 +323,14 @@ def test_a_page_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         Diagnostics(optimizer).plot(tmp_path / "page.png")
+
+
+def test_a_sample_index_of_another_length_is_refused() -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    diagnostics = Diagnostics(optimizer, size=24, index=lambda b: torch.arange(3))
+    with pytest.raises(ValueError, match="one entry per sample"):
+        diagnostics(optimizer.step(loss_of(model), batch()), loss_of(model), batch())
 
 
 def test_arguments_out_of_range_are_named() -> None:

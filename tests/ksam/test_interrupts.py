@@ -1,10 +1,15 @@
-"""Ctrl-C at every line of the library in one step: all of the step has been done, or nothing."""
+"""Ctrl-C at every line of the library in one step: all of the step has been done, or nothing.
+
+Also in a measurement of sharpness, after which all is as it was.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import ksam
+import ksam_kernels
 from ksam import KSAM
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
@@ -44,6 +50,26 @@ class AtLine:
         return self
 
 
+def lines_of(function: Callable[[], object]) -> dict[str, int]:
+    """Line of the library: the number of the last time that it is run."""
+    tracing, trace = sys.gettrace(), AtLine(-1)
+    sys.settrace(trace)
+    function()
+    sys.settrace(tracing)
+    return {where: n for n, where in enumerate(trace.lines)}
+
+
+@contextmanager
+def interrupted_at(n: int) -> Iterator[None]:
+    tracing = sys.gettrace()
+    sys.settrace(AtLine(n))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        sys.settrace(tracing)
+
+
 class Run:
     """A model after one step, and what its second one changes."""
 
@@ -73,20 +99,51 @@ class Run:
 def test_an_interrupted_step_is_whole_or_none(statistics: str) -> None:
     done = Run(statistics)
     before = done.tensors()
-    tracing, trace = sys.gettrace(), AtLine(-1)
-    sys.settrace(trace)
-    done.step()
-    sys.settrace(tracing)
-    last_time = {where: n for n, where in enumerate(trace.lines)}
-    for where, n in last_time.items():
+    for where, n in lines_of(done.step).items():
         run = Run(statistics)
         settings = run.settings()
-        sys.settrace(AtLine(n))
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                run.step()
-        finally:
-            sys.settrace(tracing)
+        with interrupted_at(n):
+            run.step()
         steps = run.optimizer.steps_done
         assert all_same_bits(run.tensors(), {1: before, 2: done.tensors()}[steps]), (steps, where)
         assert run.settings() == settings, where
+
+
+def measure(model: nn.Module) -> None:
+    ksam.sharpness(model, loss_of(model), [batch()], directions=1)
+
+
+def test_an_interrupted_measurement_gives_the_weights_back() -> None:
+    model = network(batchnorm=True)
+    before = [*weights(model), *(b.clone() for b in model.buffers())]
+    for where, n in lines_of(lambda: measure(model)).items():
+        # Ctrl-C may come just before a block without gradients is left, which then never is.
+        with torch.enable_grad(), interrupted_at(n):
+            measure(model)
+        assert all_same_bits([*weights(model), *model.buffers()], before), where
+        assert model[1].track_running_stats, where
+
+
+def test_a_step_in_another_thread() -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    thread = threading.Thread(target=lambda: optimizer.step(loss_of(model), batch()))
+    thread.start()
+    thread.join()
+    assert optimizer.steps_done == 1
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    perturb = ksam_kernels.perturb_
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return perturb(*args, **kwargs)
+
+    monkeypatch.setattr(ksam_kernels, "perturb_", interrupted)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the end of the test
+    optimizer.step(loss_of(model), batch())
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert optimizer.steps_done == 1

@@ -17,6 +17,7 @@ from tests.device import DEVICE
 from tests.helpers import all_same_bits
 from tests.ksam.models import Batch, batch, loss_of, network, weights
 from tests.ksam.test_family import NAMES, build, data_of, losses
+from tests.ksam.test_reliability import fails_in_call
 
 
 def autocast() -> torch.autocast:
@@ -49,6 +50,22 @@ def test_autocast_around_the_step_is_autocast_in_the_function(backend: str, name
     assert all_same_bits(run(outside=True), run(outside=False))
 
 
+@pytest.mark.parametrize("failing", [None, 3])
+def test_no_perturbed_weights_are_left_in_autocast(backend: str, failing: int | None) -> None:
+    """Whether the step ends or breaks off in the descent; its learning rate is 0."""
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=5.0)
+    with autocast():
+        expected = loss_of(model)(batch())
+    with autocast():
+        if failing is None:
+            optimizer.step(loss_of(model), batch())
+        else:
+            with pytest.raises(RuntimeError, match="boom"):
+                optimizer.step(fails_in_call(model, failing, RuntimeError("boom")), batch())
+        assert torch.equal(loss_of(model)(batch()), expected)
+
+
 def test_diagnostics_in_autocast_see_the_weights_as_they_are(backend: str) -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.5)
@@ -56,6 +73,8 @@ def test_diagnostics_in_autocast_see_the_weights_as_they_are(backend: str) -> No
     def inside(b: Batch) -> Tensor:
         with autocast():
             return loss_of(model)(b)
+
+    before = inside(batch())
 
     def measure(function: Callable[[Any], Tensor]) -> tuple[float, ...]:
         cosine = float(ksam.alignment(optimizer, function, batch(), 8))
@@ -67,7 +86,7 @@ def test_diagnostics_in_autocast_see_the_weights_as_they_are(backend: str) -> No
             loss_of(model)(batch())  # copies without a gradient
         assert measure(loss_of(model)) == expected
         with torch.no_grad():
-            assert torch.equal(loss_of(model)(batch()), inside(batch()))
+            assert torch.equal(loss_of(model)(batch()), before)
 
 
 class Checkpointed(nn.Module):

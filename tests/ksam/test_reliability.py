@@ -105,6 +105,25 @@ def test_ctrl_c_while_weights_are_written_leaves_whole_weights(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_while_a_failed_step_is_undone_waits_until_it_is(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    before = weights(model)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    restore = ksam.optimizer.ksam_kernels.restore_
+
+    def interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        restore(*args)
+
+    monkeypatch.setattr(ksam.optimizer.ksam_kernels, "restore_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fails_in_call(model, 3, RuntimeError("boom")), batch())
+    assert all_same_bits(weights(model), before)
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_non_finite_ascent_gradient_leaves_the_step_unperturbed(backend: str, bad: float) -> None:
     model = network(dtype=torch.float64)
@@ -162,6 +181,34 @@ def test_a_parameter_with_a_gradient_in_one_pass_only(backend: str) -> None:
     KSAM(params, torch.optim.SGD, lr=0.1).step(per_sample_loss, batch())
     assert early.item() == 1  # perturbed, then restored, without a gradient to descend
     assert late.item() != 1
+
+
+def test_a_model_may_change_its_dtype_between_steps(backend: str) -> None:
+    """Its parameters and buffers are in other memory then."""
+    model = network(batchnorm=True)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    optimizer.step(loss_of(model), batch())
+    model.double()
+    before = [*weights(model), *(b.clone() for b in model.buffers())]
+    data = batch(dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="boom"):
+        optimizer.step(fails_in_call(model, 3, RuntimeError("boom")), data)
+    assert all_same_bits([*weights(model), *model.buffers()], before)
+    optimizer.step(loss_of(model), data)
+    assert not all_same_bits(weights(model), before[:6])
+
+
+def test_a_parameter_may_change_its_shape_between_steps(backend: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = KSAM([p], torch.optim.SGD, lr=0.1)
+
+    def function(b: dict[str, Tensor]) -> Tensor:
+        return b["x"] * p.square().sum()
+
+    optimizer.step(function, {"x": torch.ones(2)})
+    p.data, p.grad = torch.ones(5), None
+    optimizer.step(function, {"x": torch.ones(2)})
+    assert (p < 1).all()
 
 
 def test_no_trainable_parameter_moves_nothing(backend: str) -> None:

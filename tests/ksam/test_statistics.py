@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from ksam import ESAM, KSAM, cross_entropy
 from ksam.arguments import STATISTICS
+from tests.device import DEVICE
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, loss_of, network, weights
+from tests.ksam.models import Batch, batch, loss_of, network, weights
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -81,6 +83,47 @@ def test_layers_that_track_nothing_are_left_alone(backend: str) -> None:
         assert optimizer.step(loss_of(model), batch()).loss.isfinite()
 
 
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_a_layer_in_evaluation_mode_is_left_alone(backend: str, statistics: str) -> None:
+    """Frozen, as in fine-tuning, in a model that trains."""
+    found = []
+    for how in ("subset", statistics):
+        model = network(batchnorm=True)
+        model[1].eval()
+        before = [b.clone() for b in model.buffers()]
+        train(KSAM, model, how, k=8)
+        assert all_same_bits([*model.buffers()], before)
+        found.append(weights(model))
+    assert all_same_bits(*found)
+
+
+def test_a_layer_in_evaluation_mode_is_no_reason_to_warn(backend: str) -> None:
+    model = network(batchnorm=True).eval()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(loss_of(model), batch())
+
+
+def test_bfloat16_is_matched_in_float32(backend: str) -> None:
+    model = network(batchnorm=True)
+    with torch.no_grad():
+        model[0].bias.fill_(20.0)  # statistics rounded to bfloat16 would be off by up to 0.06
+    seen: list[Tensor] = []
+    model[1].register_forward_hook(lambda _, __, out: seen.append(out.detach().float()))
+
+    def function(b: Batch) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return cross_entropy(model(b["x"]), b["y"])
+
+    optimizer = KSAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, rho=0.0, k=8, model=model,
+        statistics="matched",
+    )  # fmt: skip
+    result = optimizer.step(function, batch())
+    torch.testing.assert_close(seen[1], seen[0][result.indices], rtol=2**-7, atol=0.01)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_matched_values_have_the_gradient_of_batchnorm(backend: str, affine: bool) -> None:
     """Both gradients against Batch Renormalization written out, with constants r and d."""
@@ -140,17 +183,19 @@ class WithActivation(nn.BatchNorm1d):
         return super().forward(x).relu()
 
 
+def with_activation(of: str) -> nn.Sequential:
+    """A forward of its own, of the layer's class or of this layer alone."""
+    torch.manual_seed(0)
+    norm = WithActivation(6) if of == "class" else nn.BatchNorm1d(6)
+    if of == "instance":
+        forward = norm.forward
+        norm.forward = lambda x: forward(x).relu()  # type: ignore[method-assign]
+    return nn.Sequential(nn.Linear(8, 6), norm, nn.Linear(6, 5))
+
+
 @pytest.mark.parametrize("of", ["class", "instance"])
 def test_a_forward_that_is_not_batchnorms_own_is_kept(backend: str, of: str) -> None:
-    def build() -> nn.Sequential:
-        torch.manual_seed(0)
-        norm = WithActivation(6) if of == "class" else nn.BatchNorm1d(6)
-        if of == "instance":
-            forward = norm.forward
-            norm.forward = lambda x: forward(x).relu()  # type: ignore[method-assign]
-        return nn.Sequential(nn.Linear(8, 6), norm, nn.Linear(6, 5))
-
-    model, twin = build(), build()
+    model, twin = with_activation(of), with_activation(of)
     outputs: list[Tensor] = []
     model[1].register_forward_hook(lambda _, __, out: outputs.append(out))
     train(KSAM, model, "matched", k=8)
@@ -158,6 +203,18 @@ def test_a_forward_that_is_not_batchnorms_own_is_kept(backend: str, of: str) -> 
     assert all_same_bits(weights(model), weights(twin))
     assert all(float(out.detach().min()) >= 0 for out in outputs)
     assert ("forward" in vars(model[1])) == (of == "instance")
+
+
+@pytest.mark.parametrize("of", ["class", "instance"])
+def test_statistics_of_the_batch_leave_a_forward_that_is_not_batchnorms_own(
+    backend: str, of: str
+) -> None:
+    model = with_activation(of)
+    outputs: list[Tensor] = []
+    model[1].register_forward_hook(lambda _, __, out: outputs.append(out.detach()))
+    train(KSAM, model, "full", k=8)
+    assert len(outputs) == 6
+    assert all(float(out.min()) >= 0 for out in outputs)
 
 
 class UsesTwice(nn.Module):
