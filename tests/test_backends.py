@@ -66,6 +66,19 @@ def elsewhere(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> str:
     return "elsewhere"
 
 
+BROKEN_EXTENSION = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "ksam_kernels._C":
+            raise ImportError("undefined symbol")
+
+sys.meta_path.insert(0, Finder())
+import ksam_kernels
+"""
+
+
 def topk() -> list[int]:
     # The operator itself: the public function tries the extension's kernel first.
     return torch.ops.ksam.topk_indices(torch.tensor([1.0, 3.0, 2.0]), 2).tolist()
@@ -246,6 +259,13 @@ def test_a_bad_ksam_backend_fails_on_import_with_the_value() -> None:
     assert result.returncode != 0
     assert "KSAM_BACKEND must be one of auto, native, triton, reference" in result.stderr
     assert "got 'fastest'" in result.stderr
+
+
+def test_an_extension_that_cannot_be_loaded_is_no_missing_one() -> None:
+    """Built for another PyTorch, say: slow kernels in silence would be worse than an error."""
+    result = python("-c", BROKEN_EXTENSION)
+    assert result.returncode != 0
+    assert "ImportError: undefined symbol" in result.stderr
 
 
 def test_ksam_backend_chooses_by_name_and_never_falls_back() -> None:

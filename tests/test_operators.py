@@ -209,6 +209,31 @@ def test_the_schema_declares_what_is_written(name: str) -> None:
     assert written == MUTATED.get(name, set())
 
 
+@pytest.mark.parametrize(
+    ("name", "lists", "options"),
+    [
+        ("perturb_", ("params", "grads", "backup"), {"rho": 1.0}),
+        ("restore_", ("params", "backup"), {}),
+        (
+            *("restore_sgd_", ("params", "backup", "grads", "momentum_buffers", "steps")),
+            {"lr": 0.1, "momentum": 0.9},
+        ),
+        (
+            *("restore_adam_", ("params", "backup", "grads", "exp_avgs", "exp_avg_sqs", "steps")),
+            {"lr": 0.1},
+        ),
+    ],
+    ids=MUTATED,
+)
+def test_functions_bump_version_counters_as_operators_do(
+    backend: str, name: str, lists: tuple[str, ...], options: dict[str, float]
+) -> None:
+    """Also where they call a kernel without PyTorch's dispatcher."""
+    tensors = {each: torch.zeros(() if each == "steps" else 3) for each in lists}
+    getattr(ksam_kernels, name)(**{each: [t] for each, t in tensors.items()}, **options)
+    assert {each for each, t in tensors.items() if t._version > 0} == MUTATED[name]
+
+
 def test_a_compiled_step_equals_the_eager_one(backend: str) -> None:
     def step(w: Tensor, x: Tensor, y: Tensor, kept: Tensor) -> tuple[Any, ...]:
         losses = ksam_kernels.cross_entropy(x @ w, y, label_smoothing=0.1)

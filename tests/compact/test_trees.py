@@ -133,6 +133,14 @@ def test_a_tensor_that_occurs_twice_is_served_twice(backend: str) -> None:
     assert first.tolist() == second.tolist() == [3]
 
 
+def test_tensors_on_several_devices_stay_where_they_are() -> None:
+    tensors = [torch.arange(4), torch.ones(4, 3, device="meta"), torch.arange(4.0)]
+    rows = compact_batch(tensors, torch.tensor([3, 1]))
+    assert [row.device for row in rows] == [tensor.device for tensor in tensors]
+    assert rows[0].tolist() == rows[2].tolist() == [3, 1]
+    assert rows[1].shape == (2, 3)
+
+
 def test_attributes_of_a_dict_stay(backend: str) -> None:
     assert compact_batch(Attributes(x=torch.arange(3)), torch.tensor([2])).note == "kept"
 

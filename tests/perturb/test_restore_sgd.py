@@ -266,6 +266,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "steps missing": ({"steps": []}, ValueError, "steps must hold one .* 1, got 0"),
     "steps int": ({"steps": [one(0).int()]}, TypeError, r"steps\[0\] must be float32, got .*int32"),
     "steps long": ({"steps": [W]}, ValueError, r"steps\[0\] must be one element .*got \(3,\)"),
+    "steps elsewhere": (
+        *({"steps": [torch.zeros((), device="meta")]}, ValueError),
+        rf"steps\[0\] must be one element on {W.device}",
+    ),
     "lr < 0": ({"lr": -0.1}, ValueError, "lr must be finite and >= 0.0, got -0.1"),
     "lr NaN": ({"lr": NAN}, ValueError, "lr must be .*got nan"),
     "lr None": ({"lr": None}, TypeError, "lr must be a number, got None"),
