@@ -87,7 +87,8 @@ class Passes:
         self._trainable = trainable
         self._watch = watch
         self._reported = False
-        self._seed = (seed << 32) + step
+        # The CPU's generator takes 32 bits of a seed: both numbers are hashed into them.
+        self._seed = (seed * 0x9E3779B1 + step) % 2**32
         self._generator: torch.Generator | None = None
 
     def everything(self, keep: int | None = None) -> Subset:

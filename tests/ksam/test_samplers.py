@@ -13,7 +13,7 @@ from ksam import KSAM, ImportanceKSAM, OrderedSGD, SharpnessAware
 from ksam.samplers import AccuracySchedule, Random
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
-from tests.ksam.test_family import NAMES, build
+from tests.ksam.test_family import NAMES, build, data_of, losses
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,3 +109,13 @@ def test_importance_without_any_gradient_moves_nothing(backend: str) -> None:
     optimizer = ImportanceKSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8)
     optimizer.step(lambda b: 0.0 * model(b["x"]).square().sum(1), batch())
     assert all_same_bits(weights(model), before)
+
+
+def test_seeds_draw_other_samples_in_every_step(backend: str) -> None:
+    def drawn(seed: int) -> list[tuple[int, ...]]:
+        model = network(dtype=torch.float64)
+        optimizer = build("RandomSubsetSAM", model, seed=seed)
+        found = [optimizer.step(losses(model), data_of(0)).indices for _ in range(4)]
+        return [tuple(indices.tolist()) for indices in found]
+
+    assert len({*drawn(0), *drawn(1)}) == 8
