@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive_float
 from benchmarks.environment import device_name, select_device
 from benchmarks.errors import UsageError
 from benchmarks.gpu.part import PARTS, Context
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--again", action="store_true", help="measure afresh what the folder has results of"
     )
     parser.add_argument(
-        "--minutes", type=_positive_float, default=8.5, help="of the whole run (default: 8.5)"
+        "--minutes", type=positive_float, default=8.5, help="of the whole run (default: 8.5)"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="all of it on the CPU, in seconds: does it run?"
@@ -75,17 +76,6 @@ def default_folder(device: torch.device) -> Path:
     backend = requested_backend()
     name = device_name(device) if backend == "auto" else f"{device_name(device)} {backend}"
     return _RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-# As in benchmarks.train.cli, which needs numpy; a bare machine has none.
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 def _parse_parts(text: str) -> tuple[str, ...]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import (
+    non_negative_float,
+    number,
+    positive_float,
+    positive_int,
+    share,
+)
 from benchmarks.environment import select_device
 from benchmarks.train.config import (
     BASES,
@@ -47,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--label-noise",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="give this share of the training samples a wrong label, always the same; default: 0",
@@ -67,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run_group.add_argument(
         "--timing-rounds",
-        type=_number(int, lambda n: n >= 0, "a count >= 0"),
+        type=number(int, lambda n: n >= 0, "a count >= 0"),
         metavar="N",
         help="rounds of the side-by-side step timing, 0 for none; no part of a study "
         "(default: at least 15 and about 15 seconds' worth)",
@@ -108,7 +114,7 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--batch-size", type=positive_int, metavar="M")
     group.add_argument("--lr", type=positive_float, help="peak learning rate")
-    group.add_argument("--weight-decay", type=_non_negative_float)
+    group.add_argument("--weight-decay", type=non_negative_float)
     group.add_argument(
         "--k",
         type=parse_k,
@@ -116,11 +122,11 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         help="samples K-SAM keeps: a fraction (1/3, 0.33) or a count (43); default: 1/3",
     )
     group.add_argument(
-        "--rho", type=_non_negative_float, default=0.05, help="radius of SAM; default: 0.05"
+        "--rho", type=non_negative_float, default=0.05, help="radius of SAM; default: 0.05"
     )
     group.add_argument(
         "--label-smoothing",
-        type=_number(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+        type=number(float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
         default=0.0,
         help="default: 0",
     )
@@ -132,28 +138,28 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default, text in (("asam", 0.5, "0.5"), ("msam", None, msam)):
         group.add_argument(
             f"--{name}-rho",
-            type=_non_negative_float,
+            type=non_negative_float,
             default=default,
             metavar="RHO",
             help=f"radius of {name.upper()}; default: {text}",
         )
     group.add_argument(
         "--late",
-        type=_share,
+        type=share,
         default=0.2,
         metavar="SHARE",
         help="the last part of the training, in which late-sam and late-ksam are; default: 0.2",
     )
     group.add_argument(
         "--threshold",
-        type=_share,
+        type=share,
         default=0.9,
         metavar="SHARE",
         help="ksam-auto: of the gradient bound, that the selection must carry; default: 0.9",
     )
     group.add_argument(
         "--budget",
-        type=_non_negative_float,
+        type=non_negative_float,
         default=1.0,
         metavar="COST",
         help="ksam-auto: mean cost of its steps in units of the base optimizer's, 0 for no limit; "
@@ -178,26 +184,3 @@ def _parse_methods(text: str) -> tuple[str, ...]:
             f"{text!r}: expected a comma-separated list of {', '.join(METHODS)}"
         )
     return names
-
-
-def _number(
-    convert: Callable[[str], float], valid: Callable[[float], bool], expected: str
-) -> Callable[[str], float]:
-    """Return an argparse type that converts a string and checks the value."""
-
-    def parse(text: str) -> float:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not valid(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
-
-    return parse
-
-
-positive_int = _number(int, lambda n: n >= 1, "a count >= 1")
-positive_float = _number(float, lambda x: 0 < x < float("inf"), "a positive number")
-_share = _number(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-_non_negative_float = _number(float, lambda x: 0 <= x < float("inf"), "a number >= 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Method:
         """Whether it is the base optimizer alone."""
         return self.name == "sgd"
 
-    @property
+    @cached_property
     def epochs(self) -> int:
         """Of a run; at equal cost as many as cost what the base optimizer's do, rounded."""
         epochs = self.config.epochs
@@ -185,8 +186,9 @@ class Method:
         """Whether one step is like another, so that the first few tell what a step costs."""
         if self.is_base:
             return True
-        one = self._optimizer(self.config.batch_size, epochs=1).when is None
-        return one and len(set(self._costs(self.config.batch_size, self.epochs))) == 1
+        if self._optimizer(self.config.batch_size, self.epochs).when is not None:
+            return False
+        return len(set(self._costs(self.config.batch_size, self.epochs))) == 1
 
     def _costs(self, batch_size: int, epochs: int) -> list[float]:
         """Of the steps of a short training of so many epochs."""

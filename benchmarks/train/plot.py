@@ -91,11 +91,11 @@ def _spent(result: EpochResult, over_cost: bool) -> float:
 
 def _label(method: Method, results: Sequence[EpochResult]) -> str:
     runs = len({result.seed for result in results if result.method == method.name})
-    return f"{method.label}, {runs} run{'s' if runs > 1 else ''}"
+    return f"{method.label}, {f'mean ± sd of {runs} runs' if runs > 1 else '1 run'}"
 
 
 def _title(config: TrainConfig) -> str:
     return (
         f"{config.data}, {config.model_label}, base {BASE_LABELS[config.base]}: "
-        f"k = {format_k(config.k)}, rho = {config.rho:g}, mean ± sd"
+        f"k = {format_k(config.k)}, rho = {config.rho:g}"
     )

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import positive_float, positive_int
 from benchmarks.environment import device_name, select_device
 from benchmarks.errors import UsageError
 from benchmarks.train import cli
@@ -44,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("study")
     group.add_argument(
         "--processes",
-        type=cli.positive_int,
+        type=positive_int,
         default=1,
         metavar="N",
         help="runs at a time, all on the one device, each on --threads CPU threads (default: 1)",
     )
     group.add_argument(
         "--minutes",
-        type=cli.positive_float,
+        type=positive_float,
         metavar="T",
         help="stop at the first epoch that ends later than this; the same command goes on with the "
         "runs that are not complete (default: no limit)",
@@ -166,10 +167,11 @@ def _folder(config: TrainConfig) -> Iterator[Path]:
         raise UsageError(f"--out {config.out}: cannot make the folder: {error}") from error
     folder = os.open(config.out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--out {config.out}: another study is writing there") from error
         yield _prepare(config)
-    except BlockingIOError as error:
-        raise UsageError(f"--out {config.out}: another study is writing there") from error
     finally:
         os.close(folder)
 

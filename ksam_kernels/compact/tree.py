@@ -77,9 +77,8 @@ def check_dense(batch: Any, tensors: list[Tensor]) -> None:
     """Every tensor has rows of plain numbers in memory."""
     for i, tensor in enumerate(tensors):
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            kind: Any = tensor.dtype if tensor.is_quantized else tensor.layout
-            if tensor.is_nested:
-                kind = "a nested one"
+            kind: object = tensor.dtype if tensor.is_quantized else tensor.layout
+            kind = "a nested one" if tensor.is_nested else kind
             raise TypeError(
                 f"batch must hold dense tensors, got {kind} at {_paths(batch, tensors)[i]}"
             )

@@ -257,9 +257,8 @@ def sharpness(
     if not batches:
         raise ValueError("batches must hold at least one batch, got none")
     params = [p for p in model.parameters() if p.requires_grad]
-    mode = torch.is_grad_enabled()
-    # Ctrl-C may come just before a block without gradients is left, which then never is.
-    with batchnorm.Norms(model).frozen(), interrupts.undone(lambda: _set_grad_enabled(mode)):
+    # Ctrl-C may come just before a block without gradients is left: this one then ends it.
+    with torch.enable_grad(), batchnorm.Norms(model).frozen():
         model.zero_grad()
         loss = _mean_loss(per_sample_loss, batches, backward=True)
         gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
@@ -274,10 +273,6 @@ def sharpness(
         with _perturbed(params, gradient, rho):
             adversarial = _mean_loss(per_sample_loss, batches) - loss
     return Sharpness(loss, sum(rises) / directions, adversarial)
-
-
-def _set_grad_enabled(mode: bool) -> None:
-    torch.set_grad_enabled(mode)
 
 
 def _mean_loss(per_sample_loss: PerSampleLoss, batches: list[Any], backward: bool = False) -> float:

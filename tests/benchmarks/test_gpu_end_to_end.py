@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.gpu import sync
 from benchmarks.gpu.part import PARTS
 from benchmarks.gpu.tests import SHARES
+from tests.helpers import read_rows
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -71,8 +71,7 @@ def test_times_stand_in_the_csv_with_backend_and_mode(out: Path) -> None:
     assert found["failures"] == {}
     assert found["left_out"] == []
     assert {"before", "after"} == set(found["copy_bytes_per_second"])
-    with (out / "dry-run-results.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(out / "dry-run-results.csv")
     assert len(rows) == len(found["rows"])
     assert {row["room"] for row in rows} == {"loss", "topk", "compact", "perturb"}
     assert {row["mode"] for row in rows} == {"cpu"}

@@ -17,6 +17,10 @@ from tests.ksam.test_family import SIZE, STEPS, build, data_of, losses
 TABLES = ("StaleKSAM", "AUSAM")
 
 
+def rows_from(first: int, size: int) -> dict[str, Tensor]:
+    return {**batch(first, size, torch.float64), "index": torch.arange(first, first + size)}
+
+
 def test_stale_selection_takes_the_highest_known_losses(backend: str) -> None:
     model = network(dtype=torch.float64)
     optimizer = build("StaleKSAM", model, refresh=100)
@@ -53,15 +57,10 @@ def test_ausams_epochs_end_with_a_smaller_batch() -> None:
     """48 samples in batches of 20, 20 and 8: three steps are an epoch."""
     optimizer = build("AUSAM", network(dtype=torch.float64), alpha=0.5)
     sizes = []
-    for step, (size, first) in enumerate([(20, 0), (20, 20), (8, 40)] * 2):
-        data = {**batch(step, size, torch.float64), "index": torch.arange(first, first + size)}
+    for first, size in [(0, 20), (20, 20), (40, 8)] * 2:
         loss = losses(optimizer.model)  # type: ignore[arg-type]
-        sizes.append(len(optimizer.step(loss, data).indices))
+        sizes.append(len(optimizer.step(loss, rows_from(first, size)).indices))
     assert sizes == [20, 20, 8, 10, 10, 4]
-
-
-def rows_from(first: int, size: int) -> dict[str, Tensor]:
-    return {**batch(first, size, torch.float64), "index": torch.arange(first, first + size)}
 
 
 @pytest.mark.parametrize("name", TABLES)
