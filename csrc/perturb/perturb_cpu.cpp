@@ -5,7 +5,7 @@ namespace ksam::KSAM_ISA {
 namespace {
 
 // Sixteen sums side by side, whatever the instruction set: four vectors of four doubles.
-struct Lanes {
+struct Sums {
   static constexpr int kVectors = 4, kCount = 16;
   using f64x4 = double __attribute__((vector_size(32)));
   f64x4 sum[kVectors] = {};
@@ -17,10 +17,10 @@ struct Lanes {
   }
 };
 
-KSAM_INLINE Lanes::f64x4 load_doubles(const double* p) { return load_raw<Lanes::f64x4>(p); }
-KSAM_INLINE Lanes::f64x4 load_doubles(const float* p) {
+KSAM_INLINE Sums::f64x4 load_doubles(const double* p) { return load_raw<Sums::f64x4>(p); }
+KSAM_INLINE Sums::f64x4 load_doubles(const float* p) {
   using f32x4 = float __attribute__((vector_size(16)));
-  return __builtin_convertvector(load_raw<f32x4>(p), Lanes::f64x4);
+  return __builtin_convertvector(load_raw<f32x4>(p), Sums::f64x4);
 }
 
 KSAM_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
@@ -34,13 +34,13 @@ KSAM_INLINE double weighted(double g, double w, bool adaptive, double eta) {
 template <class A>
 double block_squares(A* const (&operand)[2], int n, bool adaptive, double eta) {
   const A *g = operand[0], *w = adaptive ? operand[1] : operand[0];
-  Lanes lanes;
+  Sums lanes;
   int j = 0;
-  for (; j + Lanes::kCount <= n; j += Lanes::kCount) {
-    for (int i = 0; i < Lanes::kVectors; ++i) {
-      Lanes::f64x4 x = load_doubles(g + j + 4 * i);
+  for (; j + Sums::kCount <= n; j += Sums::kCount) {
+    for (int i = 0; i < Sums::kVectors; ++i) {
+      Sums::f64x4 x = load_doubles(g + j + 4 * i);
       if (adaptive) {
-        const Lanes::f64x4 v = load_doubles(w + j + 4 * i);
+        const Sums::f64x4 v = load_doubles(w + j + 4 * i);
         x = ((v < 0 ? -v : v) + eta) * x;
       }
       lanes.sum[i] += x * x;

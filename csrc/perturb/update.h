@@ -42,7 +42,11 @@ struct Direction {
   S grad_scale, weight_decay;
   bool scaled, maximize;
 
-  KSAM_HOST_DEVICE bool is_gradient() const { return !scaled && !maximize && weight_decay == 0; }
+  // Scale and sign in one: -(g / s) and g / -s are the same number.
+  KSAM_HOST_DEVICE S divisor() const {
+    const S scale = scaled ? grad_scale : 1;
+    return maximize ? -scale : scale;
+  }
 
   KSAM_HOST_DEVICE S operator()(S g, S w) const {
     S d = scaled ? g / grad_scale : g;

@@ -8,35 +8,42 @@ namespace {
 KSAM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 KSAM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
-// The direction of every element: the gradient itself where nothing changes it, else in `buffer`.
-template <class A>
-const A* direct(const Direction<A>& direction, const A* g, const A* w, int n, A* buffer) {
-  if (direction.is_gradient()) return g;
-  KSAM_INDEPENDENT
-  for (int j = 0; j < n; ++j) buffer[j] = direction(g[j], w[j]);
-  return buffer;
+// body(formula) with formula(g, w) the direction, free of choices: GCC makes no vectors of a loop
+// that has too many, and a division where there is no scale would be dear.
+template <class A, class Body>
+KSAM_INLINE void on_direction(const Direction<A>& direction, const Body& body) {
+  const A decay = direction.weight_decay, divisor = direction.divisor();
+  if (divisor == 1 && decay == 0) return body([](A g, A) { return g; });
+  if (divisor == 1) return body([decay](A g, A w) { return g + decay * w; });
+  if (decay == 0) return body([divisor](A g, A) { return g / divisor; });
+  body([decay, divisor](A g, A w) { return g / divisor + decay * w; });
 }
 
-template <class A>
-void sgd_block(const Sgd<A>& sgd, const A* w, const A* d, A* v, int n, A* to) {
+// The formulas are taken by value: a loop that might write the numbers in them is no vector loop.
+template <class A, class Formula>
+KSAM_INLINE void sgd_block(Sgd<A> sgd, Formula direction, const A* w, const A* g, A* v, int n,
+                           A* to) {
   if (v == nullptr) {
     KSAM_INDEPENDENT
-    for (int j = 0; j < n; ++j) to[j] = w[j] - sgd.lr * d[j];
+    for (int j = 0; j < n; ++j) to[j] = w[j] - sgd.lr * direction(g[j], w[j]);
     return;
   }
   KSAM_INDEPENDENT
   for (int j = 0; j < n; ++j) {
-    const A momentum = sgd.new_momentum(v[j], d[j]);
+    const A d = direction(g[j], w[j]);
+    const A momentum = sgd.new_momentum(v[j], d);
     v[j] = momentum;
-    to[j] = sgd.updated(w[j], momentum, d[j]);
+    to[j] = sgd.updated(w[j], momentum, d);
   }
 }
 
-template <class A>
-void adam_block(const Adam<A>& adam, const A* w, const A* g, A* m, A* v, int n, A* to) {
+template <class A, class Formula>
+KSAM_INLINE void adam_block(Adam<A> adam, Formula direction, const A* w, const A* g, A* m, A* v,
+                            int n, A* to) {
   KSAM_INDEPENDENT
   for (int j = 0; j < n; ++j) {
-    const A mean = adam.new_mean(m[j], g[j]), square = adam.new_square(v[j], g[j]);
+    const A d = direction(g[j], w[j]);
+    const A mean = adam.new_mean(m[j], d), square = adam.new_square(v[j], d);
     m[j] = mean;
     v[j] = square;
     to[j] = adam.updated(w[j], mean, square_root(square));
@@ -53,9 +60,10 @@ void restore_sgd(const Rows<4>& rows, const SgdArgs& args, const float* const* s
       using A = typename decltype(type)::type;
       const auto direction = direction_of<A>(args.scaling, args.weight_decay, args.maximize);
       const auto sgd = sgd_of<A>(args, steps != nullptr && *steps[row.index] == 0);
-      alignas(64) A buffer[kBlock];
-      for_each_block<A>(row, kAccess, rows.streaming, begin, end, [&](A* const(&p)[4], int n) {
-        sgd_block(sgd, p[1], direct(direction, p[2], p[1], n, buffer), p[3], n, p[0]);
+      on_direction(direction, [&](const auto& formula) {
+        for_each_block<A>(row, kAccess, rows.streaming, begin, end, [&](A* const(&p)[4], int n) {
+          sgd_block(sgd, formula, p[1], p[2], p[3], n, p[0]);
+        });
       });
     });
   });
@@ -69,9 +77,10 @@ void restore_adam(const Rows<5>& rows, const AdamArgs& args, const BiasCorrectio
       using A = typename decltype(type)::type;
       const auto direction = direction_of<A>(args.scaling, l2_of(args), args.maximize);
       const auto adam = adam_of<A>(args, corrections[row.index]);
-      alignas(64) A buffer[kBlock];
-      for_each_block<A>(row, kAccess, rows.streaming, begin, end, [&](A* const(&p)[5], int n) {
-        adam_block(adam, p[1], direct(direction, p[2], p[1], n, buffer), p[3], p[4], n, p[0]);
+      on_direction(direction, [&](const auto& formula) {
+        for_each_block<A>(row, kAccess, rows.streaming, begin, end, [&](A* const(&p)[5], int n) {
+          adam_block(adam, formula, p[1], p[2], p[3], p[4], n, p[0]);
+        });
       });
     });
   });
