@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from ksam_kernels import library
@@ -16,16 +15,9 @@ __all__ = ["compact_batch"]
 
 T = TypeVar("T")
 
-_CPU = {torch.device("cpu")}
-
-
 def _gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
     """One operator call per device; indices that lie elsewhere are copied over once each."""
     devices = {tensor.device for tensor in tensors}
-    if devices == _CPU:
-        quick = native.try_compact(tensors, indices)
-        if quick is not None:
-            return quick
     if len(devices) == 1:
         gathered: list[Tensor] = library.call("compact", tensors, indices.to(devices.pop()))
         return gathered
@@ -66,8 +58,10 @@ def compact_batch(batch: T, indices: Tensor) -> T:
         raise ValueError(f"indices must be one-dimensional, got shape {tuple(indices.shape)}")
     tensors = batched_tensors(batch)
     check_dense(batch, tensors)
-    check_same_rows(batch, tensors)
-    constants = [t.detach() if t.requires_grad else t for t in tensors]
-    gathered = iter(_gather(constants, indices))
-    compacted: T = map_batched(lambda _: next(gathered), batch)
+    gathered = native.try_compact(tensors, indices)
+    if gathered is None:
+        check_same_rows(batch, tensors)
+        gathered = _gather([t.detach() if t.requires_grad else t for t in tensors], indices)
+    rows = iter(gathered)
+    compacted: T = map_batched(lambda _: next(rows), batch)
     return compacted

@@ -26,7 +26,7 @@ def _gathered(kernel: Any, tensors: list[Tensor], indices: Tensor) -> list[Tenso
 
 
 def try_compact(tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
-    """The rows, if the kernel takes the tensors as they are; CPU tensors only."""
+    """The rows, if the kernel takes the dense tensors as they are, which have one size then."""
     kernel = direct("compact")
     return None if kernel is None else _gathered(kernel, tensors, indices)
 
