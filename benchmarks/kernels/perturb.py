@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import sam
-from benchmarks.kernels.case import KSAM, Case, Contestant, Run, Tolerance
+from benchmarks.kernels.case import KSAM, Case, Contestant, Run, Tolerance, dtype_name
 from benchmarks.kernels.parameters import MODELS, Shape, count
 from benchmarks.kernels.sam import BASES, CONTESTANTS, SamStep, Start
 
@@ -18,10 +18,13 @@ LEGEND = sam.LEGEND
 _NORM_TOLERANCE = Tolerance(rtol=1e-4, atol=0.0)
 # A weight of 2e-2 moves by 1e-5 in the longest list, more than 40 times what this lets pass.
 _TOLERANCE = Tolerance(rtol=1e-5, atol=1e-8)
+# A foreach update rounds to bfloat16 after every operation, on numbers of up to 0.05 that may
+# cancel: four times half a unit of their last place. Weights move by up to 5e-3.
+_BFLOAT16_TOLERANCE = Tolerance(rtol=2**-6, atol=4e-4)
 
 _HOST_COUNTS = (62, 161, 300)
 
-# Reads and writes of N float32 elements: gradient; gradient, weight, weight, backup; backup,
+# Reads and writes of N elements of four bytes: gradient; gradient, weight, weight, backup; backup,
 # gradient, weight and the state twice. ASAM's norm reads the weights, too.
 _NORM, _PERTURB = 4, 16
 _UPDATE = {"SGD": 20, "AdamW": 28}
@@ -29,7 +32,9 @@ _UPDATE = {"SGD": 20, "AdamW": 28}
 _RESTORE = {"SGD": "restore_sgd_", "AdamW": "restore_adam_"}
 
 
-def floor_bytes(operation: str, base: str, elements: int, *, adaptive: bool = False) -> int:
+def floor_bytes(
+    operation: str, base: str, elements: int, *, adaptive: bool = False, itemsize: int = 4
+) -> int:
     """Bytes that an operation on this many parameters must move."""
     norm = 2 * _NORM if adaptive else _NORM
     per_element = {
@@ -38,7 +43,7 @@ def floor_bytes(operation: str, base: str, elements: int, *, adaptive: bool = Fa
         _RESTORE[base]: _UPDATE[base],
         "SAM step": norm + _PERTURB + _UPDATE[base],
     }
-    return per_element[operation] * elements
+    return per_element[operation] * elements * itemsize // 4
 
 
 def _norm(step: SamStep) -> Run:
@@ -89,6 +94,7 @@ def case(
     device: torch.device,
     *,
     adaptive: bool = False,
+    dtype: torch.dtype = torch.float32,
     quick: bool = False,
 ) -> Case:
     """An operation on a list of random tensors of these shapes."""
@@ -97,6 +103,8 @@ def case(
         names = tuple(name for name in names if name != "swap+fused")
 
     tolerance = _NORM_TOLERANCE if operation == "grad_norm" else _TOLERANCE
+    if dtype == torch.bfloat16:
+        tolerance = _BFLOAT16_TOLERANCE
 
     def contestant(name: str) -> Contestant:
         def start(input: Start) -> Run:
@@ -111,10 +119,12 @@ def case(
         operation=operation,
         extra=", ".join([*kinds, *(["adaptive"] if adaptive else [])]),
         shape=f"{list_name} ({len(shapes())})",
-        dtype="float32",
-        floor_bytes=floor_bytes(operation, base, count(shapes()), adaptive=adaptive),
+        dtype=dtype_name(dtype),
+        floor_bytes=floor_bytes(
+            operation, base, count(shapes()), adaptive=adaptive, itemsize=dtype.itemsize
+        ),
         operators=("perturb_", _RESTORE[base]) if whole_step else (operation,),
-        make_input=lambda: Start.random(shapes(), BASES[base], device),
+        make_input=lambda: Start.random(shapes(), BASES[base], device, dtype),
         contestants=[contestant(name) for name in (KSAM, *names)],
         stateful=True,
         quick=quick,
@@ -139,9 +149,10 @@ def cases(device: torch.device) -> Iterator[Case]:
         for name, shapes in MODELS.items():
             quick = name == "1000 small"
             yield case("perturb", operation, base, name, shapes, device, quick=quick)
-    yield case(
-        "perturb", "SAM step", "SGD", "ResNet-50", MODELS["ResNet-50"], device, adaptive=True
-    )
+    resnet = ("ResNet-50", MODELS["ResNet-50"], device)
+    for operation, base in _operations()[2:4]:
+        yield case("perturb", operation, base, *resnet, dtype=torch.bfloat16)
+    yield case("perturb", "SAM step", "SGD", *resnet, adaptive=True)
 
 
 def host_cases(device: torch.device) -> Iterator[Case]:

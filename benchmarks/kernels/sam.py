@@ -45,7 +45,13 @@ class Start:
     steps: float = 10.0
 
     @classmethod
-    def random(cls, shapes: list[tuple[int, ...]], base: Base, device: torch.device) -> Start:
+    def random(
+        cls,
+        shapes: list[tuple[int, ...]],
+        base: Base,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> Start:
         """Weights as initializers make them; the state has no negative squares.
 
         Nor has it squares of nearly 0 beside large means, which no training has: a weight that they
@@ -54,7 +60,7 @@ class Start:
         """
 
         def normal(scale: float) -> list[Tensor]:
-            return [scale * torch.randn(shape, device=device) for shape in shapes]
+            return [scale * torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
 
         state = {name: normal(1e-2) for name in base.state}
         for square in state.get("exp_avg_sq", []):
