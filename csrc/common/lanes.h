@@ -92,6 +92,17 @@ KSAM_INLINE V load_lanes(const T* p) {
   }
 }
 
+#if defined(__AVX2__)
+// One instruction packs two registers.
+KSAM_INLINE void store_lanes(bf16* p, const Pair<f32x8>& x) {
+  const __m256i low = bit_cast<__m256i>(rounded_to_bf16(x.low));
+  const __m256i high = bit_cast<__m256i>(rounded_to_bf16(x.high));
+  const __m256i by_halves = _mm256_packus_epi32(low, high);
+  const __m256i packed = _mm256_permute4x64_epi64(by_halves, 0b11011000);
+  std::memcpy(p, &packed, sizeof(packed));
+}
+#endif
+
 template <class V, class T>
 KSAM_INLINE void store_lanes(T* p, const V& x) {
   if constexpr (LaneTraits<V>::kIsPair) {

@@ -107,13 +107,18 @@ KSAM_INLINE f32x8 to_float(u16x8 h, bf16) {
 }
 #endif
 
-// Nearest, ties to even; NaN becomes the quiet NaN.
+// The bits of a bfloat16 in 32. Nearest, ties to even; NaN becomes the quiet NaN.
 template <class V>
-KSAM_INLINE typename LikeOf<V>::u16 from_float(V x, bf16) {
+KSAM_INLINE typename LikeOf<V>::u32 rounded_to_bf16(V x) {
   using u32 = typename LikeOf<V>::u32;
   const u32 b = bit_cast<u32>(x);
   const u32 rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  return __builtin_convertvector(x != x ? u32{} + 0x7fc0 : rounded, typename LikeOf<V>::u16);
+  return x != x ? u32{} + 0x7fc0 : rounded;
+}
+
+template <class V>
+KSAM_INLINE typename LikeOf<V>::u16 from_float(V x, bf16) {
+  return __builtin_convertvector(rounded_to_bf16(x), typename LikeOf<V>::u16);
 }
 
 #if defined(__F16C__)
