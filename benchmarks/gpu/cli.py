@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.here:
         (name,) = args.only
+        # Ignored, as an inheritance, where the whole run is in a shell's background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         run_in_process(name, context)
         return
     try:

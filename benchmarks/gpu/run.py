@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.gpu.part import PARTS, Context, PartFile, Run, reason
+from benchmarks.gpu.process import run_for
 from benchmarks.gpu.report import Report, write_report
 
 # The profiler's own notes stay out of the output; a library of matrix products that has this much
@@ -68,16 +68,11 @@ def _run_in_child(name: str, context: Context, seconds: float) -> None:
     command += ["--again"] if context.again else []
     file = PartFile(name, context)
     before = file.load()
-    try:
-        failure = None
-        returned = subprocess.run(
-            command, env=_ENVIRONMENT, check=False, timeout=seconds + 20
-        ).returncode
-        if returned != 0:
-            failure = f"its process ended with status {returned}"
-    except subprocess.TimeoutExpired:
-        failure = f"its process was ended after {seconds + 20:.0f} s"
-    if failure is not None:
+    status = run_for(seconds + 20, command, env=_ENVIRONMENT)
+    if status != 0:
+        failure = f"its process ended with status {status}"
+        if status is None:
+            failure = f"its process was ended after {seconds + 20:.0f} s"
         print(f"{name}: {failure}", flush=True)
         after = file.load()
         if after is None or after == before or "failure" not in after["results"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.part import Context, PartFile
+from benchmarks.gpu.process import run_for
 from benchmarks.gpu.small_case import run_all
 
 TOOLS = ("memcheck", "racecheck")
@@ -54,22 +54,9 @@ def _check(tool: str, check: str, seconds: float) -> dict[str, Any]:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "KSAM_BACKEND": "native"}
     start = time.monotonic()
     with tempfile.TemporaryFile() as log:
-        # A session of its own, to be ended as a whole: the tool is but the launcher of what runs.
-        process = subprocess.Popen(
-            command(tool, check),
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        status = run_for(
+            seconds, command(tool, check), env=environment, stdout=log, stderr=subprocess.STDOUT
         )
-        try:
-            status: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
         log.seek(0)
         output = log.read().decode(errors="replace")
     return summarize(status, output, time.monotonic() - start)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive_int
 from benchmarks.environment import select_device
 from benchmarks.kernels.run import ROOMS, Settings, run_benchmark
 from ksam_kernels import backends, requested_backend, use_backend
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of ksam_kernels; default: KSAM_BACKEND, else auto",
     )
     parser.add_argument(
-        "--threads", type=_positive_int, metavar="N", help="CPU threads (default: PyTorch's)"
+        "--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's)"
     )
     parser.add_argument(
         "--out",
@@ -77,9 +78,3 @@ def _parse_rooms(text: str) -> tuple[str, ...]:
             f"{text!r}: expected a comma-separated list of {', '.join(ROOMS)}"
         )
     return tuple(name for name in ROOMS if name in names)
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count >= 1")
-    return int(text)

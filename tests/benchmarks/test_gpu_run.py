@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from benchmarks.gpu import kernels, part
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu.cli import default_folder
 from benchmarks.gpu.part import Context, PartFile
+from benchmarks.gpu.process import run_for
 from benchmarks.gpu.report import write_report
 from benchmarks.timing import Quartiles
 from ksam_kernels import use_backend
@@ -98,14 +100,13 @@ def child(
     monkeypatch: pytest.MonkeyPatch, code: str, commands: list[list[str]] | None = None
 ) -> None:
     """Have `python -m benchmarks gpu --here ...` replaced by other Python code."""
-    original = gpu_run.subprocess.run
 
-    def run(command: list[str], **options: Any) -> object:
+    def run(seconds: float, command: list[str], **options: Any) -> int | None:
         if commands is not None:
             commands.append(command)
-        return original([command[0], "-c", code, *command[1:]], **options)
+        return run_for(seconds, [command[0], "-c", code, *command[1:]], **options)
 
-    monkeypatch.setattr(gpu_run.subprocess, "run", run)
+    monkeypatch.setattr(gpu_run, "run_for", run)
 
 
 EARLIER, HALF = {"step": {"together": 1}}, {"step": 1}
@@ -128,6 +129,29 @@ def test_a_part_that_dies_leaves_what_it_wrote_or_what_was_there(
     assert not found["complete"]
     kept = HALF if wrote else EARLIER if earlier else {}
     assert found["results"] == {**kept, "failure": "its process ended with status -6"}
+
+
+def test_a_part_that_hangs_was_ended(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_run, "run_for", lambda *_, **__: None)
+    gpu_run._run_in_child("host", context, 2.0)
+    found = on_disk(PartFile("host", context).path)
+    assert found["results"] == {"failure": "its process was ended after 22 s"}
+
+
+def test_a_part_hears_the_interrupt_that_a_shells_background_ignores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = []
+    monkeypatch.setattr(
+        "benchmarks.gpu.host.run", lambda *_: handlers.append(signal.getsignal(signal.SIGINT))
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        options = ["--dry-run", "--here", "--only", "host", "--out", str(tmp_path)]
+        assert main(["gpu", *options]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.default_int_handler]
 
 
 def test_a_part_that_raises_says_why_and_keeps_what_was_there(
