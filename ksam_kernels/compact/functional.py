@@ -15,6 +15,7 @@ __all__ = ["compact_batch"]
 
 T = TypeVar("T")
 
+
 def _gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
     """One operator call per device; indices that lie elsewhere are copied over once each."""
     devices = {tensor.device for tensor in tensors}
