@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -137,3 +138,23 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Read a CSV file with a header."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def assert_ends(pid_file: Path) -> None:
+    """The process whose number the file holds comes to its end; a zombie has no command."""
+    command = Path("/proc", pid_file.read_text().strip(), "cmdline")
+
+    def runs() -> bool:
+        try:
+            return bool(command.read_bytes())
+        except OSError:
+            return False
+
+    wait_for(lambda: not runs(), 10.0)

@@ -17,6 +17,7 @@ from benchmarks.gpu.report import write_report
 from benchmarks.gpu.run import run_in_process
 from benchmarks.kernels.case import EXACT, KSAM, Case, Contestant, stateless
 from benchmarks.timing import Plan
+from tests.helpers import assert_ends
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 H100_L2 = 50 << 20
@@ -102,10 +103,12 @@ def test_sanitizer_output_need_not_be_text(tmp_path: Path) -> None:
     assert sanitizer._check(tool, "memcheck", 20)["clean"]
 
 
-def test_a_sanitizer_that_hangs_is_ended(tmp_path: Path) -> None:
-    found = sanitizer._check(tool_of(tmp_path, "echo started; sleep 60"), "memcheck", 2)
+def test_a_sanitizer_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    tool = tool_of(tmp_path, f"sleep 60 & echo $! > {tmp_path}/pid; echo started; wait")
+    found = sanitizer._check(tool, "memcheck", 2)
     assert found["status"] is None
     assert found["output_tail"] == "started\n"
+    assert_ends(tmp_path / "pid")
 
 
 def test_a_training_run_that_is_cut_off_says_what_it_has_not_measured(

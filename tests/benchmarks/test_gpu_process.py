@@ -10,24 +10,9 @@ import pytest
 
 from benchmarks.gpu import process
 from benchmarks.gpu.process import run_for
+from tests.helpers import assert_ends, wait_for
 
 LONG = 60.0
-
-
-def runs(pid: str) -> bool:
-    """Whether a process is there and no zombie, which has no command."""
-    try:
-        return bool(Path("/proc", pid, "cmdline").read_bytes())
-    except OSError:
-        return False
-
-
-def assert_ends(pid_file: Path) -> None:
-    pid = pid_file.read_text().strip()
-    end = time.monotonic() + 10
-    while runs(pid):
-        assert time.monotonic() < end, "still running"
-        time.sleep(0.05)
 
 
 def shell(script: str) -> list[str]:
@@ -78,8 +63,7 @@ def test_an_interrupted_wait_ends_the_command(
 
     def interrupted(self: object, timeout: float | None = None) -> int:
         if timeout == LONG:
-            while not (tmp_path / "pid").exists():
-                time.sleep(0.01)
+            wait_for((tmp_path / "pid").exists)
             raise KeyboardInterrupt
         return wait(self, timeout)  # type: ignore[arg-type]
 
