@@ -1,6 +1,8 @@
-"""Compiled kernels. Each returns False, and has written nothing, where it declines an argument."""
+"""Compiled kernels. Each returns False, and has written nothing, where it declines an argument;
+``compact_batch`` NotImplemented."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -50,6 +52,9 @@ def mse(pred: Tensor, target: Tensor, losses: Tensor) -> bool: ...
 def mse_backward(grad: Tensor, pred: Tensor, target: Tensor, out: Tensor) -> bool: ...
 def topk_indices(losses: Tensor, out: Tensor) -> bool: ...
 def compact(tensors: TensorList, indices: Tensor, out: TensorList) -> bool: ...
+def compact_batch(
+    batch: Any, indices: Tensor, empty_rows: Callable[[Tensor, int], Tensor]
+) -> Any: ...
 def grad_norm(
     grads: TensorList, params: TensorList, adaptive: bool, eta: float, out: Tensor
 ) -> bool: ...

@@ -2,7 +2,8 @@
 
 Every kernel of ``ksam_kernels._C`` takes its outputs from the caller and returns True, or declines:
 it returns False and has written nothing where it does not take an argument (a device, a dtype, a
-layout, a subclass of Tensor).
+layout, a subclass of Tensor). ``compact_batch`` alone makes its outputs itself and returns them, or
+NotImplemented.
 """
 
 from __future__ import annotations

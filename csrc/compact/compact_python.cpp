@@ -2,6 +2,7 @@
 
 #include "common/python.h"
 #include "compact/compact.h"
+#include "compact/tree.h"
 #include "rooms.h"
 
 namespace py = pybind11;
@@ -58,24 +59,88 @@ bool run_on_cpu(const std::vector<Leaf>& leaves, const Tensor& indices, int64_t 
   return true;
 }
 
-// tensors: each [B, ...], any dtype; indices [k] int32 or int64, in [0, B); out: each [k, ...]; all
-// on one device.
-bool compact(py::handle tensors_, py::handle indices_, py::handle out_) {
-  std::vector<Tensor> tensors, out;
-  Tensor indices;
-  if (!read_tensors(tensors_, &tensors) || !read_tensors(out_, &out)) return false;
-  if (!read_tensor(indices_, &indices) || !has_kernels(indices) || indices.ndim != 1) return false;
-  if (indices.dtype != DType::i32 && indices.dtype != DType::i64) return false;
+bool read_indices(py::handle object, Tensor* indices) {
+  if (!read_tensor(object, indices) || !has_kernels(*indices) || indices->ndim != 1) return false;
+  return indices->dtype == DType::i32 || indices->dtype == DType::i64;
+}
+
+bool gather(const std::vector<Tensor>& tensors, const Tensor& indices,
+            const std::vector<Tensor>& out) {
   std::vector<Leaf> leaves;
   if (!read_leaves(tensors, out, indices, &leaves)) return false;
   if (tensors.empty()) return true;
   return (on_gpu(indices) ? run_on_gpu : run_on_cpu)(leaves, indices, tensors[0].shape[0]);
 }
 
+// tensors: each [B, ...], any dtype; indices [k] int32 or int64, in [0, B); out: each [k, ...]; all
+// on one device.
+bool compact(py::handle tensors_, py::handle indices_, py::handle out_) {
+  std::vector<Tensor> tensors, out;
+  Tensor indices;
+  return read_tensors(tensors_, &tensors) && read_tensors(out_, &out) &&
+         read_indices(indices_, &indices) && gather(tensors, indices, out);
+}
+
+// --- Whole batches ------------------------------------------------------------------------------
+
+py::object call_method(py::handle object, PyObject* name,
+                       const std::vector<py::object>& arguments) {
+  std::vector<PyObject*> all{object.ptr()};
+  for (const py::object& argument : arguments) all.push_back(argument.ptr());
+  PyObject* result = PyObject_VectorcallMethod(name, all.data(), all.size(), nullptr);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// Whether the memory holds other numbers than the tensor has.
+bool is_lazy(py::handle tensor) {
+  static PyObject* const flags[] = {PyUnicode_InternFromString("is_conj"),
+                                    PyUnicode_InternFromString("is_neg")};
+  return call_method(tensor, flags[0], {}).is(py::handle(Py_True)) ||
+         call_method(tensor, flags[1], {}).is(py::handle(Py_True));
+}
+
+// The tensors of a batch, each with memory for its chosen rows.
+struct Gather {
+  const py::handle empty_rows;
+  const int64_t k;
+  std::vector<Tensor> tensors, out;
+  std::vector<py::object> kept;  // what `tensors` are views of
+
+  // Memory for k rows; null where the tensor is not taken.
+  py::object add(py::handle tensor, const Tensor& t) {
+    if (is_lazy(tensor)) return {};
+    py::object rows = is_contiguous(t) ? empty_like(tensor, t) : empty_rows(tensor, k);
+    tensors.push_back(t);
+    kept.push_back(py::reinterpret_borrow<py::object>(tensor));
+    return read_tensor(rows, &out.emplace_back()) ? rows : py::object();
+  }
+
+  py::object empty_like(py::handle tensor, const Tensor& t) const {
+    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+    std::vector<py::object> sizes{py::int_(k)};
+    for (int i = 1; i < t.ndim; ++i) sizes.push_back(py::int_(t.shape[i]));
+    return call_method(tensor, new_empty, sizes);
+  }
+};
+
+// batch: a tree of tensors as above; empty_rows(tensor, k): memory for k rows of a tensor that is
+// not contiguous. The tree with the chosen rows, or NotImplemented where an argument is not taken.
+py::object compact_batch(py::handle batch, py::handle indices_, py::handle empty_rows) {
+  const auto declined = py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  Tensor indices;
+  if (!read_indices(indices_, &indices)) return declined;
+  Gather rows{empty_rows, indices.numel, {}, {}, {}};
+  py::object mapped =
+      map_plain(batch, [&](py::handle tensor, const Tensor& t) { return rows.add(tensor, t); });
+  return mapped && gather(rows.tensors, indices, rows.out) ? mapped : declined;
+}
+
 }  // namespace
 
 void bind_compact(py::module_& m) {
   m.def("compact", &compact, py::arg("tensors"), py::arg("indices"), py::arg("out"));
+  m.def("compact_batch", &compact_batch);
 }
 
 }  // namespace ksam

@@ -54,15 +54,15 @@ def compact_batch(batch: T, indices: Tensor) -> T:
         IndexError: on the CPU, an index that is negative or too large (a GPU raises a device-side
             assertion instead).
     """
+    quick: T = native.try_compact_batch(batch, indices)
+    if quick is not NotImplemented:
+        return quick
     check_dtype("indices", indices, INDEX)
     if indices.dim() != 1:
         raise ValueError(f"indices must be one-dimensional, got shape {tuple(indices.shape)}")
     tensors = batched_tensors(batch)
     check_dense(batch, tensors)
-    gathered = native.try_compact(tensors, indices)
-    if gathered is None:
-        check_same_rows(batch, tensors)
-        gathered = _gather([t.detach() if t.requires_grad else t for t in tensors], indices)
-    rows = iter(gathered)
+    check_same_rows(batch, tensors)
+    rows = iter(_gather([t.detach() if t.requires_grad else t for t in tensors], indices))
     compacted: T = map_batched(lambda _: next(rows), batch)
     return compacted

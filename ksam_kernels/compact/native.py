@@ -25,10 +25,14 @@ def _gathered(kernel: Any, tensors: list[Tensor], indices: Tensor) -> list[Tenso
     return gathered if kernel(tensors, indices, gathered) else None
 
 
-def try_compact(tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
-    """The rows, if the kernel takes the dense tensors as they are, which have one size then."""
-    kernel = direct("compact")
-    return None if kernel is None else _gathered(kernel, tensors, indices)
+def try_compact_batch(batch: Any, indices: Any) -> Any:
+    """The batch's rows, if the kernel takes its tensors as they are; else NotImplemented.
+
+    Only trees of plain dicts, lists and tuples: walking a tree of four small tensors in Python
+    takes longer than gathering its rows.
+    """
+    kernel = direct("compact_batch")
+    return NotImplemented if kernel is None else kernel(batch, indices, empty_rows)
 
 
 def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:

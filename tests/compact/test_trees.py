@@ -127,6 +127,22 @@ def test_tensors_without_dimensions_and_other_leaves_pass_through(backend: str) 
     assert compact_batch(["a", scale], torch.tensor([7]))[1] is scale
 
 
+def test_a_batch_that_contains_itself_raises(backend: str) -> None:
+    for endless in ([torch.arange(3)], {"x": torch.arange(3)}):
+        endless.append(endless) if isinstance(endless, list) else endless.update(y=endless)
+        with pytest.raises(RecursionError):
+            compact_batch(endless, torch.tensor([0]))
+
+
+def test_keys_keep_their_order_and_their_kind(backend: str) -> None:
+    x = torch.arange(3)
+    batch = {2: x, ("a", 1): [x], None: {}, "1": "text", 1.5: ()}
+    rows = compact_batch(batch, torch.tensor([2]))
+    assert list(rows) == [2, ("a", 1), None, "1", 1.5]
+    assert rows[None] == {}
+    assert rows[1.5] == ()
+
+
 def test_a_tensor_that_occurs_twice_is_served_twice(backend: str) -> None:
     x = torch.arange(4)
     first, second = compact_batch((x, x), torch.tensor([3]))

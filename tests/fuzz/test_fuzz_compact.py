@@ -99,11 +99,10 @@ def is_usual(source: Tensor) -> bool:
     return source.dtype in dtypes and source.is_contiguous() and source.numel() > 0
 
 
-def takes(backend: str, sources: list[Tensor], indices: Tensor) -> bool:
-    """Whether the backend's kernel takes the tensors, all at once."""
+def takes(backend: str, batch: object, indices: Tensor) -> bool:
+    """Whether the backend's kernel takes the batch, all tensors at once."""
     kernels = simt.extension if backend == "simt" else extension
-    rows = [empty_rows(source, len(indices)) for source in sources]
-    return kernels.compact(sources, indices, rows)  # type: ignore[no-any-return, union-attr]
+    return kernels.compact_batch(batch, indices, empty_rows) is not NotImplemented  # type: ignore[union-attr]
 
 
 def in_range(spec: Spec, rows: int) -> Tensor:
@@ -125,7 +124,7 @@ def test_compact(backend: str, tree: object, spec: Spec, flags: int) -> None:
     chosen = in_range(spec, max(rows, 1))
     before = [bits(source) for source in sources]
     if backend != "reference" and all(map(is_usual, sources)):
-        assert takes(backend, sources, chosen), "the kernel declined the usual batch"
+        assert takes(backend, batch, chosen), "the kernel declined the usual batch"
     gathered = flat(compact_batch(batch, chosen))
     with use_backend("reference"):
         expected = flat(compact_batch(batch, chosen))
