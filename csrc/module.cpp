@@ -1,8 +1,8 @@
 // ksam_kernels._C: what was built, and every room's kernels.
 //
-// A kernel returns False, and has written nothing, where it does not take an argument (a device, a
-// dtype, a layout, a subclass of Tensor); compact_batch, which returns rows, then returns
-// NotImplemented. ksam_kernels/<room>/native.py says what happens then.
+// A kernel makes what it returns, or writes in place and returns True. Where it does not take an
+// argument (a device, a dtype, a layout, a subclass of Tensor) it returns None or False and has
+// written nothing; ksam_kernels/<room>/native.py says what happens then.
 #include <pybind11/pybind11.h>
 
 #include "common/isa.h"

@@ -1,5 +1,6 @@
-"""Compiled kernels. Each returns False, and has written nothing, where it declines an argument;
-``compact_batch`` NotImplemented."""
+"""Compiled kernels. Those of the loss and top-k rooms and ``compact_batch`` make what they return;
+they return None where they decline an argument. The others write into what they are given and
+return True; where they decline they have written nothing and return False."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,19 +20,17 @@ def cross_entropy(
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    losses: Tensor,
-    stats: Tensor | None,
-) -> bool: ...
+    with_stats: bool,
+) -> tuple[Tensor, Tensor | None] | None: ...
 def select_cross_entropy(
     logits: Tensor,
     target: Tensor,
+    k: int,
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    losses: Tensor,
-    stats: Tensor | None,
-    indices: Tensor,
-) -> bool: ...
+    with_stats: bool,
+) -> tuple[Tensor, Tensor | None, Tensor] | None: ...
 def cross_entropy_backward(
     grad: Tensor,
     logits: Tensor,
@@ -40,17 +39,16 @@ def cross_entropy_backward(
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    out: Tensor,
-) -> bool: ...
+) -> Tensor | None: ...
 def binary_cross_entropy_with_logits(
-    logits: Tensor, target: Tensor, pos_weight: Tensor | None, losses: Tensor
-) -> bool: ...
+    logits: Tensor, target: Tensor, pos_weight: Tensor | None
+) -> Tensor | None: ...
 def binary_cross_entropy_with_logits_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, pos_weight: Tensor | None, out: Tensor
-) -> bool: ...
-def mse(pred: Tensor, target: Tensor, losses: Tensor) -> bool: ...
-def mse_backward(grad: Tensor, pred: Tensor, target: Tensor, out: Tensor) -> bool: ...
-def topk_indices(losses: Tensor, out: Tensor) -> bool: ...
+    grad: Tensor, logits: Tensor, target: Tensor, pos_weight: Tensor | None
+) -> Tensor | None: ...
+def mse(pred: Tensor, target: Tensor) -> Tensor | None: ...
+def mse_backward(grad: Tensor, pred: Tensor, target: Tensor) -> Tensor | None: ...
+def topk_indices(losses: Tensor, k: int) -> Tensor | None: ...
 def compact(tensors: TensorList, indices: Tensor, out: TensorList) -> bool: ...
 def compact_batch(
     batch: Any, indices: Tensor, empty_rows: Callable[[Tensor, int], Tensor]

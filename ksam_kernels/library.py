@@ -24,8 +24,8 @@ from torch.nn import Parameter
 
 from ksam_kernels import backends
 
-#: The derivatives of the operators that have one.
-_functions: dict[str, type[torch.autograd.Function]] = {}
+#: How the operators that have a derivative are attached to the graph: :func:`_function`.
+_functions: dict[str, Callable[..., Any]] = {}
 
 
 def _device(args: tuple[Any, ...]) -> torch.device | None:
@@ -73,10 +73,11 @@ def operator(
 
 def _function(
     name: str, setup: Callable[..., None], grad: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    """The derivative of an operator for :func:`attach`.
+) -> Callable[..., Any]:
+    """The derivative of an operator for :func:`attach`: ``apply`` of an autograd function.
 
-    No ``setup_context``: where that is defined, ``apply`` inspects a signature in every call.
+    Not ``Function.apply`` but what it calls where no functorch transform is active, which
+    :func:`is_eager` has found: it would spend half of the time on finding that out again.
     """
 
     def forward(ctx: Any, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
@@ -87,14 +88,16 @@ def _function(
         return None, *grad(ctx, *upstream)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"ksam_{name}", (torch.autograd.Function,), methods)
+    function = type(f"ksam_{name}", (torch.autograd.Function,), methods)
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
     """The first of the outputs of ``torch.ops.ksam.<name>``, computed without it, with the gradient
     that it would have. The tuple hides the outputs from autograd, which would take them for inputs.
     """
-    losses: Tensor = _functions[name].apply(outputs, *inputs)  # type: ignore[no-untyped-call]
+    losses: Tensor = _functions[name](outputs, *inputs)
     return losses
 
 

@@ -1,9 +1,8 @@
 """The compiled extension, where this installation has one.
 
-Every kernel of ``ksam_kernels._C`` takes its outputs from the caller and returns True, or declines:
-it returns False and has written nothing where it does not take an argument (a device, a dtype, a
-layout, a subclass of Tensor). ``compact_batch`` alone makes its outputs itself and returns them, or
-NotImplemented.
+The kernels of ``ksam_kernels._C`` that compute something new make the tensors and return them;
+those that write in place return True. Where a kernel does not take an argument (a device, a dtype,
+a layout, a subclass of Tensor) it declines: it has written nothing and returns None or False.
 """
 
 from __future__ import annotations
@@ -52,12 +51,15 @@ def _shown(arg: Any) -> str:
     return f"[{', '.join(map(_shown, arg))}]" if isinstance(arg, (list, tuple)) else repr(arg)
 
 
-def run(kernels: Any, name: str, *args: Any) -> None:
+def run(kernels: Any, name: str, *args: Any) -> Any:
     """Call a kernel of a compiled module with arguments that the public function has checked.
 
     Raises:
         RuntimeError: it declined them all the same.
     """
     kernel = getattr(kernels, name)
-    if not kernel(*args) and not kernel(*map(_plain, args)):
-        raise RuntimeError(f"the native kernel of {name} does not take {_shown(args)}")
+    for given in (args, [_plain(arg) for arg in args]):
+        result = kernel(*given)
+        if result is not None and result is not False:
+            return result
+    raise RuntimeError(f"the native kernel of {name} does not take {_shown(args)}")

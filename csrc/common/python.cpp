@@ -1,5 +1,7 @@
 #include "common/python.h"
 
+#include <cmath>
+
 namespace py = pybind11;
 
 namespace ksam {
@@ -8,6 +10,27 @@ namespace {
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
 const dlpack::ExchangeApi* api = nullptr;
+
+// What is asked of tensors, as Python looks it up.
+struct Names {
+  PyObject* is_conj = PyUnicode_InternFromString("is_conj");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* new_empty = PyUnicode_InternFromString("new_empty");
+  PyObject* dtype = PyTuple_Pack(1, PyUnicode_InternFromString("dtype"));
+};
+const Names* names = nullptr;
+
+struct TorchDTypes {
+  PyObject *f32, *f64, *i64;
+};
+TorchDTypes torch_dtypes;
+
+PyObject* torch_dtype(DType dtype) {
+  if (dtype == DType::f32) return torch_dtypes.f32;
+  if (dtype == DType::f64) return torch_dtypes.f64;
+  if (dtype == DType::i64) return torch_dtypes.i64;
+  throw std::logic_error("no outputs have this dtype");
+}
 
 DType dtype_of(dlpack::DataType type) {
   if (type.lanes != 1) return DType::other;
@@ -28,12 +51,18 @@ bool may_be_negative(const dlpack::Tensor& t) {
   return t.dtype.code == dlpack::kFloat && (t.ndim == 0 || t.strides[t.ndim - 1] != 1);
 }
 
-bool is_negative(py::handle object) { return object.attr("is_neg")().cast<bool>(); }
+bool says(py::handle tensor, PyObject* question) {
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), question));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
 
 }  // namespace
 
 void load_torch_types() {
-  py::object tensor = py::module_::import("torch").attr("Tensor");
+  const py::module_ torch = py::module_::import("torch");
+  py::object tensor = torch.attr("Tensor");
   py::object parameter = py::module_::import("torch.nn").attr("Parameter");
   py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
   api = static_cast<const dlpack::ExchangeApi*>(
@@ -45,6 +74,11 @@ void load_torch_types() {
   // Kept for the life of the process, like the types themselves.
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
+  names = new Names;
+  const auto dtype = [&](const char* name) {
+    return py::object(torch.attr(name)).release().ptr();
+  };
+  torch_dtypes = {dtype("float32"), dtype("float64"), dtype("int64")};
 }
 
 const dlpack::ExchangeApi& torch_api() { return *api; }
@@ -56,7 +90,7 @@ bool read_tensor(py::handle object, Tensor* out) {
     PyErr_Clear();
     return false;
   }
-  if (may_be_negative(t) && is_negative(object)) return false;
+  if (may_be_negative(t) && says(object, names->is_neg)) return false;
   out->data = static_cast<char*>(t.data) + t.byte_offset;
   out->shape = t.shape;
   out->strides = t.strides;
@@ -86,6 +120,44 @@ bool read_optional(py::handle object, Tensor* out) {
   if (!object.is_none()) return read_tensor(object, out);
   *out = Tensor{};
   return true;
+}
+
+bool is_lazy(py::handle tensor) {
+  return says(tensor, names->is_conj) || says(tensor, names->is_neg);
+}
+
+bool read_number(py::handle object, double* out) {
+  if (!PyFloat_Check(object.ptr()) && !PyLong_CheckExact(object.ptr())) return false;
+  *out = PyFloat_AsDouble(object.ptr());
+  if (PyErr_Occurred() == nullptr) return std::isfinite(*out);
+  PyErr_Clear();  // an int may be too large for a double
+  return false;
+}
+
+bool read_int(py::handle object, int64_t* out) {
+  int overflow = 0;
+  if (!PyLong_CheckExact(object.ptr())) return false;
+  *out = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
+  return overflow == 0;
+}
+
+// The sizes go one by one: torch takes longer to parse a tuple of them. No size at all is a tuple.
+NewTensor new_empty(py::handle like, const Tensor& t, DType dtype,
+                    const std::vector<int64_t>& sizes) {
+  std::vector<py::object> shape;
+  for (const int64_t size : sizes) shape.push_back(py::int_(size));
+  if (sizes.empty()) shape.push_back(py::tuple());
+  std::vector<PyObject*> arguments{like.ptr()};
+  for (const py::object& size : shape) arguments.push_back(size.ptr());
+  const size_t positional = arguments.size();
+  const bool converts = dtype != t.dtype;
+  if (converts) arguments.push_back(torch_dtype(dtype));
+  NewTensor made;
+  made.object = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(
+      names->new_empty, arguments.data(), positional, converts ? names->dtype : nullptr));
+  if (!made.object) throw py::error_already_set();
+  if (!read_tensor(made.object, &made.view)) made.object = {};
+  return made;
 }
 
 }  // namespace ksam

@@ -11,7 +11,7 @@
 
 namespace ksam {
 
-// Learns torch.Tensor, torch.nn.Parameter and their DLPack capsule; throws where there is none.
+// Learns torch's types, dtypes and DLPack capsule; throws where there is none.
 void load_torch_types();
 
 const dlpack::ExchangeApi& torch_api();
@@ -19,11 +19,30 @@ const dlpack::ExchangeApi& torch_api();
 // Whether `object` is a plain tensor with memory of its own device: exactly torch.Tensor or
 // torch.nn.Parameter (a subclass may mean anything by its data), dense, with storage and without
 // torch's negative bit. What is not is declined by every function of this module, which then
-// returns False and has written nothing.
+// returns None or False and has written nothing.
 bool read_tensor(pybind11::handle object, Tensor* out);
 bool read_tensors(pybind11::handle list, std::vector<Tensor>* out);
 
 // None reads as a tensor without data.
 bool read_optional(pybind11::handle object, Tensor* out);
+
+// Whether torch notes beside the memory that the numbers are its conjugates or negatives, in any
+// layout. read_tensor, which reads long lists, asks only where a layout makes it likely.
+bool is_lazy(pybind11::handle tensor);
+
+// A finite float or int, and an int of 64 bits; no bool, nothing that only converts to one.
+bool read_number(pybind11::handle object, double* out);
+bool read_int(pybind11::handle object, int64_t* out);
+
+// Memory to be written, from torch's allocator.
+struct NewTensor {
+  pybind11::object object;
+  Tensor view;
+};
+
+// A contiguous tensor on the device of `like`, which is read as `t`: f32, f64, i64 or the dtype of
+// `t`. Without an object where some mode of torch makes no plain tensor.
+NewTensor new_empty(pybind11::handle like, const Tensor& t, DType dtype,
+                    const std::vector<int64_t>& sizes);
 
 }  // namespace ksam

@@ -83,23 +83,6 @@ bool compact(py::handle tensors_, py::handle indices_, py::handle out_) {
 
 // --- Whole batches ------------------------------------------------------------------------------
 
-py::object call_method(py::handle object, PyObject* name,
-                       const std::vector<py::object>& arguments) {
-  std::vector<PyObject*> all{object.ptr()};
-  for (const py::object& argument : arguments) all.push_back(argument.ptr());
-  PyObject* result = PyObject_VectorcallMethod(name, all.data(), all.size(), nullptr);
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-// Whether the memory holds other numbers than the tensor has.
-bool is_lazy(py::handle tensor) {
-  static PyObject* const flags[] = {PyUnicode_InternFromString("is_conj"),
-                                    PyUnicode_InternFromString("is_neg")};
-  return call_method(tensor, flags[0], {}).is(py::handle(Py_True)) ||
-         call_method(tensor, flags[1], {}).is(py::handle(Py_True));
-}
-
 // The tensors of a batch, each with memory for its chosen rows.
 struct Gather {
   const py::handle empty_rows;
@@ -110,30 +93,35 @@ struct Gather {
   // Memory for k rows; null where the tensor is not taken.
   py::object add(py::handle tensor, const Tensor& t) {
     if (is_lazy(tensor)) return {};
-    py::object rows = is_contiguous(t) ? empty_like(tensor, t) : empty_rows(tensor, k);
+    NewTensor rows = memory_for(tensor, t);
+    if (!rows.object) return {};
     tensors.push_back(t);
     kept.push_back(py::reinterpret_borrow<py::object>(tensor));
-    return read_tensor(rows, &out.emplace_back()) ? rows : py::object();
+    out.push_back(rows.view);
+    return rows.object;
   }
 
-  py::object empty_like(py::handle tensor, const Tensor& t) const {
-    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
-    std::vector<py::object> sizes{py::int_(k)};
-    for (int i = 1; i < t.ndim; ++i) sizes.push_back(py::int_(t.shape[i]));
-    return call_method(tensor, new_empty, sizes);
+  NewTensor memory_for(py::handle tensor, const Tensor& t) const {
+    if (is_contiguous(t)) {
+      std::vector<int64_t> sizes(t.shape, t.shape + t.ndim);
+      sizes[0] = k;
+      return new_empty(tensor, t, t.dtype, sizes);
+    }
+    NewTensor rows{empty_rows(tensor, k), {}};
+    if (!read_tensor(rows.object, &rows.view)) rows.object = {};
+    return rows;
   }
 };
 
 // batch: a tree of tensors as above; empty_rows(tensor, k): memory for k rows of a tensor that is
-// not contiguous. The tree with the chosen rows, or NotImplemented where an argument is not taken.
+// not contiguous. The tree with the chosen rows, or None.
 py::object compact_batch(py::handle batch, py::handle indices_, py::handle empty_rows) {
-  const auto declined = py::reinterpret_borrow<py::object>(Py_NotImplemented);
   Tensor indices;
-  if (!read_indices(indices_, &indices)) return declined;
+  if (!read_indices(indices_, &indices)) return py::none();
   Gather rows{empty_rows, indices.numel, {}, {}, {}};
   py::object mapped =
       map_plain(batch, [&](py::handle tensor, const Tensor& t) { return rows.add(tensor, t); });
-  return mapped && gather(rows.tensors, indices, rows.out) ? mapped : declined;
+  return mapped && gather(rows.tensors, indices, rows.out) ? mapped : py::none();
 }
 
 }  // namespace

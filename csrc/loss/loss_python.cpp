@@ -84,53 +84,68 @@ bool read_weight(py::handle object, const Tensor& like, int64_t numel, const voi
   Tensor t;
   if (!read_optional(object, &t)) return false;
   *weight = t.data;
-  return object.is_none() || is_plain(t, like, opmath_of(like.dtype), numel);
+  return object.is_none() ||
+         (is_plain(t, like, opmath_of(like.dtype), numel) && !is_lazy(object));
 }
 
-// The upstream gradient, and where that of the input goes.
+// The upstream gradient, and memory for that of the input, which has the input's shape; without an
+// object where an argument is not taken.
 template <class Gradient>
-bool read_gradient(py::handle grad, py::handle out_, const Tensor& input, const Matrix& rows,
-                   Gradient* args) {
-  Tensor out;
-  if (!read_column(grad, input, &args->grad) || !read_tensor(out_, &out)) return false;
-  if (args->grad.rows != rows.rows || args->grad.dtype != DType::f32) return false;
-  if (!is_plain(out, input, input.dtype, rows.rows * rows.columns)) return false;
-  args->out = out.data;
-  return true;
+NewTensor read_gradient(py::handle grad, py::handle input_, const Tensor& input,
+                        const Matrix& rows, Gradient* args) {
+  if (!read_column(grad, input, &args->grad) || is_lazy(grad)) return {};
+  if (args->grad.rows != rows.rows || args->grad.dtype != DType::f32) return {};
+  const std::vector<int64_t> sizes(input.shape, input.shape + input.ndim);
+  NewTensor out = new_empty(input_, input, input.dtype, sizes);
+  args->out = out.view.data;
+  return out;
 }
 
 void* scratch_of(GpuCall* call, int64_t bytes) {
   return bytes == 0 ? nullptr : call->scratch(bytes);
 }
 
+// The options of a call, which the public functions check where a kernel is not tried first.
+bool read_options(py::handle ignore_index, py::handle label_smoothing, CrossEntropy* args) {
+  if (!read_int(ignore_index, &args->ignore_index)) return false;
+  if (!read_number(label_smoothing, &args->label_smoothing)) return false;
+  if (args->ignore_index >= 0 && is_floating(args->target.dtype)) return false;
+  return 0 <= args->label_smoothing && args->label_smoothing <= 1;
+}
+
 // All but the outputs.
 bool read_cross_entropy(py::handle object, py::handle target, py::handle weight,
-                        int64_t ignore_index, double label_smoothing, Tensor* logits,
+                        py::handle ignore_index, py::handle label_smoothing, Tensor* logits,
                         CrossEntropy* args) {
   if (!read_rows(object, logits, &args->logits) || !is_floating(logits->dtype)) return false;
   if (!read_target(target, *logits, &args->target)) return false;
+  if (is_lazy(object) || is_lazy(target)) return false;
   const int64_t classes = args->logits.columns;
   Tensor w;
   if (!read_optional(weight, &w) || (w.data != nullptr && w.ndim != 1)) return false;
-  if (!read_weight(weight, *logits, classes, &args->weight)) return false;
-  args->ignore_index = ignore_index;
-  args->label_smoothing = label_smoothing;
-  return true;
+  return read_weight(weight, *logits, classes, &args->weight) &&
+         read_options(ignore_index, label_smoothing, args);
 }
 
-bool read_losses(py::handle losses_, py::handle stats_, const Tensor& logits, Tensor* losses,
-                 CrossEntropy* args) {
-  Tensor stats;
-  const int64_t rows = args->logits.rows;
-  if (!read_tensor(losses_, losses) || !read_optional(stats_, &stats)) return false;
-  if (!is_plain(*losses, logits, DType::f32, rows)) return false;
-  if (!stats_.is_none() && !is_plain(stats, logits, opmath_of(logits.dtype), 3 * rows)) {
-    return false;
+// What a forward pass writes and returns.
+struct Outputs {
+  NewTensor losses, stats;
+
+  // False where they are no plain tensors.
+  bool make(py::handle logits, const Tensor& x, bool with_stats, CrossEntropy* args) {
+    std::vector<int64_t> sizes(x.shape, x.shape + x.ndim - 1);
+    losses = new_empty(logits, x, DType::f32, sizes);
+    if (!losses.object) return false;
+    args->losses = losses.view.as<float>();
+    args->stats = nullptr;
+    stats.object = py::none();
+    if (!with_stats) return true;
+    sizes.push_back(3);
+    stats = new_empty(logits, x, opmath_of(x.dtype), sizes);
+    args->stats = stats.view.data;
+    return static_cast<bool>(stats.object);
   }
-  args->losses = losses->as<float>();
-  args->stats = stats.data;
-  return true;
-}
+};
 
 [[noreturn]] void throw_out_of_range(const CrossEntropy& args, int64_t row) {
   const Matrix& t = args.target;
@@ -154,15 +169,16 @@ void run_on_cpu(CrossEntropy* args, const Body& body) {
 }
 
 // logits [..., C] floating, any stride between rows; target [...] or [..., C]; weight [C] A or
-// None; losses [...] f32, and stats [..., 3] A or None where no gradient will follow, contiguous.
-// A is f64 for f64 logits, else f32.
-bool cross_entropy(py::handle logits, py::handle target, py::handle weight, int64_t ignore_index,
-                   double label_smoothing, py::handle losses_, py::handle stats) {
+// None. (losses [...] f32, stats [..., 3] A or None where no gradient will follow), or None. A is
+// f64 for f64 logits, else f32.
+py::object cross_entropy(py::handle logits, py::handle target, py::handle weight,
+                         py::handle ignore_index, py::handle label_smoothing, bool with_stats) {
   CrossEntropy args;
-  Tensor x, losses;
+  Tensor x;
+  Outputs out;
   if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &x, &args) ||
-      !read_losses(losses_, stats, x, &losses, &args)) {
-    return false;
+      !out.make(logits, x, with_stats, &args)) {
+    return py::none();
   }
   if (on_gpu(x)) {
     GpuCall call(x);
@@ -172,7 +188,7 @@ bool cross_entropy(py::handle logits, py::handle target, py::handle weight, int6
   } else {
     run_on_cpu(&args, [&] { KSAM_ON_ISA(cross_entropy, args); });
   }
-  return true;
+  return py::make_tuple(out.losses.object, out.stats.object);
 }
 
 void select_on_gpu(const Tensor& logits, const CrossEntropy& args, const Tensor& indices) {
@@ -194,37 +210,43 @@ void select_on_cpu(const Tensor& losses, CrossEntropy* args, const Tensor& indic
   });
 }
 
-// The same, and indices [k] int64 of the k largest losses.
-bool select_cross_entropy(py::handle logits, py::handle target, py::handle weight,
-                          int64_t ignore_index, double label_smoothing, py::handle losses_,
-                          py::handle stats, py::handle indices_) {
+// The same of logits [B, C], and indices [k] int64 of the k largest losses; 1 <= k <= B.
+py::object select_cross_entropy(py::handle logits, py::handle target, py::handle k_,
+                                py::handle weight, py::handle ignore_index,
+                                py::handle label_smoothing, bool with_stats) {
   CrossEntropy args;
-  Tensor x, losses, indices;
+  Tensor x;
+  Outputs out;
+  int64_t k;
   if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &x, &args) ||
-      !read_losses(losses_, stats, x, &losses, &args) || !read_tensor(indices_, &indices)) {
-    return false;
+      x.ndim != 2 || !read_int(k_, &k)) {
+    return py::none();
   }
-  const int64_t k = indices.numel;
-  if (k < 1 || k > losses.numel || losses.numel >> 32 != 0) return false;
-  if (!is_plain(indices, x, DType::i64, k)) return false;
-  on_gpu(x) ? select_on_gpu(x, args, indices) : select_on_cpu(losses, &args, indices);
-  return true;
+  const int64_t samples = args.logits.rows;
+  if (k < 1 || k > samples || samples >> 32 != 0) return py::none();
+  const NewTensor indices = new_empty(logits, x, DType::i64, {k});
+  if (!indices.object || !out.make(logits, x, with_stats, &args)) return py::none();
+  on_gpu(x) ? select_on_gpu(x, args, indices.view)
+            : select_on_cpu(out.losses.view, &args, indices.view);
+  return py::make_tuple(out.losses.object, out.stats.object, indices.object);
 }
 
-// grad [...] f32, any stride; stats of the forward pass; out [..., C] of the logits' dtype,
-// contiguous.
-bool cross_entropy_backward(py::handle grad, py::handle logits, py::handle target,
-                            py::handle stats_, py::handle weight, int64_t ignore_index,
-                            double label_smoothing, py::handle out_) {
+// grad [...] f32, any stride; stats of the forward pass. The gradient [..., C] of the logits' dtype,
+// or None.
+py::object cross_entropy_backward(py::handle grad, py::handle logits, py::handle target,
+                                  py::handle stats_, py::handle weight, py::handle ignore_index,
+                                  py::handle label_smoothing) {
   CrossEntropyGradient args;
   CrossEntropy& forward = args.forward;
   Tensor x, stats;
   if (!read_cross_entropy(logits, target, weight, ignore_index, label_smoothing, &x, &forward) ||
-      !read_tensor(stats_, &stats) || !read_gradient(grad, out_, x, forward.logits, &args)) {
-    return false;
+      !read_tensor(stats_, &stats)) {
+    return py::none();
   }
-  if (!is_plain(stats, x, opmath_of(x.dtype), 3 * forward.logits.rows)) return false;
+  if (!is_plain(stats, x, opmath_of(x.dtype), 3 * forward.logits.rows)) return py::none();
   forward.stats = stats.data;
+  const NewTensor out = read_gradient(grad, logits, x, forward.logits, &args);
+  if (!out.object) return py::none();
   if (on_gpu(x)) {
     GpuCall call(x);
     py::gil_scoped_release release;
@@ -232,7 +254,7 @@ bool cross_entropy_backward(py::handle grad, py::handle logits, py::handle targe
   } else {
     run_on_cpu(&forward, [&] { KSAM_ON_ISA(cross_entropy_backward, args); });
   }
-  return true;
+  return out.object;
 }
 
 // A contiguous tensor [B, ...] as B rows.
@@ -254,21 +276,22 @@ bool read_elementwise(py::handle object, py::handle target_, py::handle pos_weig
   Tensor target;
   if (!read_samples(object, input, &args->input)) return false;
   if (!read_samples(target_, &target, &args->target)) return false;
+  if (is_lazy(object) || is_lazy(target_)) return false;
   if (!same_device(target, *input) || !same_shape(target, *input)) return false;
   if (!takes_target(target.dtype, *input)) return false;
   return read_weight(pos_weight, *input, args->input.columns, &args->pos_weight);
 }
 
-// on_gpu_(args, scratch, stream) or on_cpu_(args) once the arguments are read.
+// on_gpu_(args, scratch, stream) or on_cpu_(args) once the arguments are read. The losses, or None.
 template <class OnGpu, class OnCpu>
-bool elementwise(py::handle input, py::handle target, py::handle pos_weight, py::handle losses_,
-                 const OnGpu& on_gpu_, const OnCpu& on_cpu_) {
+py::object elementwise(py::handle input, py::handle target, py::handle pos_weight,
+                       const OnGpu& on_gpu_, const OnCpu& on_cpu_) {
   Elementwise args;
-  Tensor x, losses;
-  if (!read_elementwise(input, target, pos_weight, &x, &args)) return false;
-  if (!read_tensor(losses_, &losses)) return false;
-  if (!is_plain(losses, x, DType::f32, args.input.rows)) return false;
-  args.losses = losses.as<float>();
+  Tensor x;
+  if (!read_elementwise(input, target, pos_weight, &x, &args)) return py::none();
+  const NewTensor losses = new_empty(input, x, DType::f32, {args.input.rows});
+  if (!losses.object) return py::none();
+  args.losses = losses.view.as<float>();
   if (on_gpu(x)) {
     GpuCall call(x);
     py::gil_scoped_release release;
@@ -278,17 +301,18 @@ bool elementwise(py::handle input, py::handle target, py::handle pos_weight, py:
     py::gil_scoped_release release;
     on_cpu_(args);
   }
-  return true;
+  return losses.object;
 }
 
 template <class OnGpu, class OnCpu>
-bool elementwise_backward(py::handle grad, py::handle input, py::handle target,
-                          py::handle pos_weight, py::handle out, const OnGpu& on_gpu_,
-                          const OnCpu& on_cpu_) {
+py::object elementwise_backward(py::handle grad, py::handle input, py::handle target,
+                                py::handle pos_weight, const OnGpu& on_gpu_,
+                                const OnCpu& on_cpu_) {
   ElementwiseGradient args;
   Tensor x;
-  if (!read_elementwise(input, target, pos_weight, &x, &args.forward)) return false;
-  if (!read_gradient(grad, out, x, args.forward.input, &args)) return false;
+  if (!read_elementwise(input, target, pos_weight, &x, &args.forward)) return py::none();
+  const NewTensor out = read_gradient(grad, input, x, args.forward.input, &args);
+  if (!out.object) return py::none();
   if (on_gpu(x)) {
     GpuCall call(x);
     py::gil_scoped_release release;
@@ -297,7 +321,7 @@ bool elementwise_backward(py::handle grad, py::handle input, py::handle target,
     py::gil_scoped_release release;
     on_cpu_(args);
   }
-  return true;
+  return out.object;
 }
 
 // Both backends of a loss, as the functions above take them.
@@ -311,24 +335,23 @@ bool elementwise_backward(py::handle grad, py::handle input, py::handle target,
       [](const ElementwiseGradient& args) { KSAM_ON_ISA(name, args); }
 
 // input and target [B, ...] floating, contiguous; pos_weight [n] A or None, n elements a sample;
-// losses [B] f32; grad [B] f32, any stride; out [B, ...] of the input's dtype.
-bool binary_cross_entropy(py::handle input, py::handle target, py::handle pos_weight,
-                          py::handle losses) {
-  return elementwise(input, target, pos_weight, losses, KSAM_FORWARD(binary_cross_entropy));
+// grad [B] f32, any stride. Losses [B] f32; gradients [B, ...] of the input's dtype.
+py::object binary_cross_entropy(py::handle input, py::handle target, py::handle pos_weight) {
+  return elementwise(input, target, pos_weight, KSAM_FORWARD(binary_cross_entropy));
 }
 
-bool binary_cross_entropy_backward(py::handle grad, py::handle input, py::handle target,
-                                   py::handle pos_weight, py::handle out) {
-  return elementwise_backward(grad, input, target, pos_weight, out,
+py::object binary_cross_entropy_backward(py::handle grad, py::handle input, py::handle target,
+                                         py::handle pos_weight) {
+  return elementwise_backward(grad, input, target, pos_weight,
                               KSAM_BACKWARD(binary_cross_entropy_backward));
 }
 
-bool mse(py::handle input, py::handle target, py::handle losses) {
-  return elementwise(input, target, py::none(), losses, KSAM_FORWARD(mse));
+py::object mse(py::handle input, py::handle target) {
+  return elementwise(input, target, py::none(), KSAM_FORWARD(mse));
 }
 
-bool mse_backward(py::handle grad, py::handle input, py::handle target, py::handle out) {
-  return elementwise_backward(grad, input, target, py::none(), out, KSAM_BACKWARD(mse_backward));
+py::object mse_backward(py::handle grad, py::handle input, py::handle target) {
+  return elementwise_backward(grad, input, target, py::none(), KSAM_BACKWARD(mse_backward));
 }
 
 }  // namespace

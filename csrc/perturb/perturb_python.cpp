@@ -83,18 +83,9 @@ bool grad_norm(py::handle grads_, py::handle params_, bool adaptive, double eta,
 
 // --- Perturb and restore ------------------------------------------------------------------------
 
-// A finite float or int; an int may be too large for a double.
-bool read_radius(PyObject* value, double* radius) {
-  if (!PyFloat_Check(value) && !PyLong_CheckExact(value)) return false;
-  *radius = PyFloat_AsDouble(value);
-  if (PyErr_Occurred() == nullptr) return std::isfinite(*radius);
-  PyErr_Clear();
-  return false;
-}
-
 // A radius for all or one per parameter.
 bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
-  if (double radius; read_radius(value.ptr(), &radius)) {
+  if (double radius; read_number(value, &radius)) {
     radii->assign(count, radius);
     return true;
   }
@@ -103,7 +94,7 @@ bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
   }
   radii->resize(count);
   for (size_t i = 0; i < count; ++i) {
-    if (!read_radius(PyList_GET_ITEM(value.ptr(), i), &(*radii)[i])) return false;
+    if (!read_number(PyList_GET_ITEM(value.ptr(), i), &(*radii)[i])) return false;
   }
   return true;
 }

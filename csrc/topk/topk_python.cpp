@@ -24,23 +24,24 @@ void run_on_cpu(const Tensor& losses, int64_t k, int64_t* out) {
   KSAM_ON_ISA(topk_indices, losses, k, scratch.get(), out);
 }
 
-// losses [n] floating, contiguous; out [k] int64 on the same device.
-bool topk_indices(py::handle losses_, py::handle out_) {
-  Tensor losses, out;
-  if (!read_tensor(losses_, &losses) || !read_tensor(out_, &out)) return false;
-  const int64_t k = out.numel;
-  if (!has_kernels(losses) || !is_floating(losses.dtype)) return false;
-  if (losses.ndim != 1 || !is_contiguous(losses)) return false;
-  if (!same_device(out, losses) || out.dtype != DType::i64 || !is_contiguous(out)) return false;
-  if (k < 1 || k > losses.numel || losses.numel >> 32 != 0) return false;
-  (on_gpu(losses) ? run_on_gpu : run_on_cpu)(losses, k, out.as<int64_t>());
-  return true;
+// losses [n] floating, contiguous; 1 <= k <= n. Indices [k] int64, or None.
+py::object topk_indices(py::handle losses_, py::handle k_) {
+  Tensor losses;
+  int64_t k;
+  if (!read_tensor(losses_, &losses) || is_lazy(losses_) || !read_int(k_, &k)) return py::none();
+  if (!has_kernels(losses) || !is_floating(losses.dtype)) return py::none();
+  if (losses.ndim != 1 || !is_contiguous(losses)) return py::none();
+  if (k < 1 || k > losses.numel || losses.numel >> 32 != 0) return py::none();
+  const NewTensor out = new_empty(losses_, losses, DType::i64, {k});
+  if (!out.object) return py::none();
+  (on_gpu(losses) ? run_on_gpu : run_on_cpu)(losses, k, out.view.as<int64_t>());
+  return out.object;
 }
 
 }  // namespace
 
 void bind_topk(py::module_& m) {
-  m.def("topk_indices", &topk_indices, py::arg("losses"), py::arg("out"));
+  m.def("topk_indices", &topk_indices);
 }
 
 }  // namespace ksam

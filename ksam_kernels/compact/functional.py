@@ -54,8 +54,8 @@ def compact_batch(batch: T, indices: Tensor) -> T:
         IndexError: on the CPU, an index that is negative or too large (a GPU raises a device-side
             assertion instead).
     """
-    quick: T = native.try_compact_batch(batch, indices)
-    if quick is not NotImplemented:
+    quick: T | None = native.try_compact_batch(batch, indices)
+    if quick is not None:
         return quick
     check_dtype("indices", indices, INDEX)
     if indices.dim() != 1:

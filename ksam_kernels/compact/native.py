@@ -26,13 +26,13 @@ def _gathered(kernel: Any, tensors: list[Tensor], indices: Tensor) -> list[Tenso
 
 
 def try_compact_batch(batch: Any, indices: Any) -> Any:
-    """The batch's rows, if the kernel takes its tensors as they are; else NotImplemented.
+    """The batch's rows, if the kernel takes its tensors as they are.
 
     Only trees of plain dicts, lists and tuples: walking a tree of four small tensors in Python
     takes longer than gathering its rows.
     """
     kernel = direct("compact_batch")
-    return NotImplemented if kernel is None else kernel(batch, indices, empty_rows)
+    return None if kernel is None else kernel(batch, indices, empty_rows)
 
 
 def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:

@@ -105,11 +105,14 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         )
         run(kernels, name, params, *args[:-2], *scalars)
 
+    @implements(backend, "restore_", devices=devices)
+    def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
+        run(kernels, "restore_", params, backup)
+
     for name in ("grad_norm", "perturb_"):
         implements(backend, name, devices=devices)(partial(norm_of, name))
     for name in ("restore_sgd_", "restore_adam_"):
         implements(backend, name, devices=devices)(partial(update, name))
-    implements(backend, "restore_", devices=devices)(partial(run, kernels, "restore_"))
 
 
 if extension is not None:

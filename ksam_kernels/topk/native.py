@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ksam_kernels.backends import implements
@@ -14,12 +13,7 @@ from ksam_kernels.native import DEVICES, direct, extension, run
 def try_topk_indices(losses: Tensor, k: int) -> Tensor | None:
     """The indices, if the kernel takes the losses as they are."""
     kernel = direct("topk_indices")
-    if kernel is None or not isinstance(losses, Tensor) or type(k) is not int:
-        return None
-    if losses.is_neg() or not 1 <= k <= losses.numel():  # before there is memory for as many
-        return None
-    indices = losses.new_empty(k, dtype=torch.int64)
-    return indices if kernel(losses, indices) else None
+    return None if kernel is None else kernel(losses, k)
 
 
 def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
@@ -31,9 +25,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         k: int,
     ) -> Tensor:
         """Indices [k] int64, ascending, of the k largest losses."""
-        losses = losses.contiguous()
-        indices = losses.new_empty(k, dtype=torch.int64)  # (k,) takes 1 us longer to parse
-        run(kernels, "topk_indices", losses, indices)
+        indices: Tensor = run(kernels, "topk_indices", losses.contiguous(), k)
         return indices
 
 
