@@ -101,13 +101,12 @@ def mode_flags() -> list[str]:
     if not names:
         return ["-O3"]
     return [
-        "-O1",
+        "-O0",  # compiles in half the time, and leaves no undefined behaviour out
         "-g1",
         "-DKSAM_SANITIZED",
         f"-fsanitize={names}",
         "-fno-sanitize-recover=all",
         "-fno-omit-frame-pointer",
-        "-Wno-pass-failed",  # clang's, of loops that are vectorized at -O3 only
     ]
 
 

@@ -88,7 +88,8 @@ def _ninja_file(target: Path, sanitize: str, *, program: bool) -> str:
     def seen(path: Path) -> str:
         return os.path.relpath(path, target.parent)
 
-    mode = ["-O1", "-gline-tables-only"]
+    # The program has few launches; with -O1 it would take several times as long to compile.
+    mode = ["-O0" if program else "-O1", "-gline-tables-only"]
     if sanitize:
         mode += [f"-fsanitize={sanitize}", "-fno-sanitize=vptr", "-fno-omit-frame-pointer"]
         mode += [
