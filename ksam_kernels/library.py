@@ -13,11 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _are_functorch_transforms_active,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-)
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -108,7 +104,7 @@ def is_eager() -> bool:
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
         or _are_functorch_transforms_active()
-        or _get_tracing_state() is not None
+        or _is_tracing()
         or forward_ad._current_level >= 0
     )
 

@@ -90,7 +90,7 @@ bool read_tensor(py::handle object, Tensor* out) {
     PyErr_Clear();
     return false;
   }
-  if (may_be_negative(t) && says(object, names->is_neg)) return false;
+  if (may_be_negative(t) && is_negative(object)) return false;
   out->data = static_cast<char*>(t.data) + t.byte_offset;
   out->shape = t.shape;
   out->strides = t.strides;
@@ -122,9 +122,8 @@ bool read_optional(py::handle object, Tensor* out) {
   return true;
 }
 
-bool is_lazy(py::handle tensor) {
-  return says(tensor, names->is_conj) || says(tensor, names->is_neg);
-}
+bool is_negative(py::handle tensor) { return says(tensor, names->is_neg); }
+bool is_conjugate(py::handle tensor) { return says(tensor, names->is_conj); }
 
 bool read_number(py::handle object, double* out) {
   if (!PyFloat_Check(object.ptr()) && !PyLong_CheckExact(object.ptr())) return false;

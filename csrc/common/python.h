@@ -26,9 +26,10 @@ bool read_tensors(pybind11::handle list, std::vector<Tensor>* out);
 // None reads as a tensor without data.
 bool read_optional(pybind11::handle object, Tensor* out);
 
-// Whether torch notes beside the memory that the numbers are its conjugates or negatives, in any
-// layout. read_tensor, which reads long lists, asks only where a layout makes it likely.
-bool is_lazy(pybind11::handle tensor);
+// Whether torch notes beside the memory that the numbers are its negatives or conjugates.
+// read_tensor, which reads long lists, asks for the first only where a layout makes it likely.
+bool is_negative(pybind11::handle tensor);
+bool is_conjugate(pybind11::handle tensor);
 
 // A finite float or int, and an int of 64 bits; no bool, nothing that only converts to one.
 bool read_number(pybind11::handle object, double* out);

@@ -92,7 +92,7 @@ struct Gather {
 
   // Memory for k rows; null where the tensor is not taken.
   py::object add(py::handle tensor, const Tensor& t) {
-    if (is_lazy(tensor)) return {};
+    if (is_negative(tensor) || is_conjugate(tensor)) return {};
     NewTensor rows = memory_for(tensor, t);
     if (!rows.object) return {};
     tensors.push_back(t);

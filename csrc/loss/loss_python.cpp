@@ -85,7 +85,7 @@ bool read_weight(py::handle object, const Tensor& like, int64_t numel, const voi
   if (!read_optional(object, &t)) return false;
   *weight = t.data;
   return object.is_none() ||
-         (is_plain(t, like, opmath_of(like.dtype), numel) && !is_lazy(object));
+         (is_plain(t, like, opmath_of(like.dtype), numel) && !is_negative(object));
 }
 
 // The upstream gradient, and memory for that of the input, which has the input's shape; without an
@@ -93,7 +93,7 @@ bool read_weight(py::handle object, const Tensor& like, int64_t numel, const voi
 template <class Gradient>
 NewTensor read_gradient(py::handle grad, py::handle input_, const Tensor& input,
                         const Matrix& rows, Gradient* args) {
-  if (!read_column(grad, input, &args->grad) || is_lazy(grad)) return {};
+  if (!read_column(grad, input, &args->grad) || is_negative(grad)) return {};
   if (args->grad.rows != rows.rows || args->grad.dtype != DType::f32) return {};
   const std::vector<int64_t> sizes(input.shape, input.shape + input.ndim);
   NewTensor out = new_empty(input_, input, input.dtype, sizes);
@@ -119,7 +119,7 @@ bool read_cross_entropy(py::handle object, py::handle target, py::handle weight,
                         CrossEntropy* args) {
   if (!read_rows(object, logits, &args->logits) || !is_floating(logits->dtype)) return false;
   if (!read_target(target, *logits, &args->target)) return false;
-  if (is_lazy(object) || is_lazy(target)) return false;
+  if (is_negative(object) || is_negative(target)) return false;
   const int64_t classes = args->logits.columns;
   Tensor w;
   if (!read_optional(weight, &w) || (w.data != nullptr && w.ndim != 1)) return false;
@@ -231,8 +231,8 @@ py::object select_cross_entropy(py::handle logits, py::handle target, py::handle
   return py::make_tuple(out.losses.object, out.stats.object, indices.object);
 }
 
-// grad [...] f32, any stride; stats of the forward pass. The gradient [..., C] of the logits' dtype,
-// or None.
+// grad [...] f32, any stride; stats of the forward pass. The gradient [..., C] of the logits'
+// dtype, or None.
 py::object cross_entropy_backward(py::handle grad, py::handle logits, py::handle target,
                                   py::handle stats_, py::handle weight, py::handle ignore_index,
                                   py::handle label_smoothing) {
@@ -276,7 +276,7 @@ bool read_elementwise(py::handle object, py::handle target_, py::handle pos_weig
   Tensor target;
   if (!read_samples(object, input, &args->input)) return false;
   if (!read_samples(target_, &target, &args->target)) return false;
-  if (is_lazy(object) || is_lazy(target_)) return false;
+  if (is_negative(object) || is_negative(target_)) return false;
   if (!same_device(target, *input) || !same_shape(target, *input)) return false;
   if (!takes_target(target.dtype, *input)) return false;
   return read_weight(pos_weight, *input, args->input.columns, &args->pos_weight);

@@ -28,10 +28,11 @@ void run_on_cpu(const Tensor& losses, int64_t k, int64_t* out) {
 py::object topk_indices(py::handle losses_, py::handle k_) {
   Tensor losses;
   int64_t k;
-  if (!read_tensor(losses_, &losses) || is_lazy(losses_) || !read_int(k_, &k)) return py::none();
+  if (!read_tensor(losses_, &losses) || is_negative(losses_)) return py::none();
   if (!has_kernels(losses) || !is_floating(losses.dtype)) return py::none();
   if (losses.ndim != 1 || !is_contiguous(losses)) return py::none();
-  if (k < 1 || k > losses.numel || losses.numel >> 32 != 0) return py::none();
+  if (!read_int(k_, &k) || k < 1 || k > losses.numel) return py::none();
+  if (losses.numel >> 32 != 0) return py::none();
   const NewTensor out = new_empty(losses_, losses, DType::i64, {k});
   if (!out.object) return py::none();
   (on_gpu(losses) ? run_on_gpu : run_on_cpu)(losses, k, out.view.as<int64_t>());
