@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_legacy_batchedtensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ksam_kernels import backends
 
-#: How the operators that have a derivative are attached to the graph: :func:`_function`.
-_functions: dict[str, Callable[..., Any]] = {}
+#: The derivatives of the operators that have one.
+_functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _device(args: tuple[Any, ...]) -> torch.device | None:
@@ -69,11 +74,10 @@ def operator(
 
 def _function(
     name: str, setup: Callable[..., None], grad: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The derivative of an operator for :func:`attach`: ``apply`` of an autograd function.
+) -> type[torch.autograd.Function]:
+    """The derivative of an operator for :func:`attach`.
 
-    Not ``Function.apply`` but what it calls where no functorch transform is active, which
-    :func:`is_eager` has found: it would spend half of the time on finding that out again.
+    No ``setup_context``: where that is defined, ``apply`` inspects a signature in every call.
     """
 
     def forward(ctx: Any, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
@@ -84,16 +88,20 @@ def _function(
         return None, *grad(ctx, *upstream)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"ksam_{name}", (torch.autograd.Function,), methods)
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    return apply
+    return type(f"ksam_{name}", (torch.autograd.Function,), methods)
 
 
 def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
     """The first of the outputs of ``torch.ops.ksam.<name>``, computed without it, with the gradient
     that it would have. The tuple hides the outputs from autograd, which would take them for inputs.
+
+    ``Function.apply`` takes half of its time to find what :func:`is_eager` has found: no transform
+    is active. What it would do then is called directly, but for what a transform has left behind.
     """
-    losses: Tensor = _functions[name](outputs, *inputs)
+    function: Any = _functions[name]
+    left_behind = is_functorch_wrapped_tensor(inputs[0])
+    apply = function.apply if left_behind else super(torch.autograd.Function, function).apply
+    losses: Tensor = apply(outputs, *inputs)
     return losses
 
 

@@ -179,6 +179,20 @@ def test_constants_may_meet_a_forward_mode_derivative(backend: str, name: str) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_a_transform_leaves_behind_has_its_gradient(backend: str, name: str) -> None:
+    x, scale, left = torch.randn(B, C), torch.randn(B, C, requires_grad=True), []
+
+    def keep(x: Tensor) -> Tensor:
+        left.append(x * scale)
+        return left[0].sum()
+
+    torch.func.grad(keep)(x)
+    found = torch.autograd.grad(LOSSES[name](left[0]).sum(), scale)
+    expected = torch.autograd.grad(LOSSES[name](x * scale).sum(), scale)
+    assert same_bits(*found, *expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_may_be_modified_in_place(backend: str, name: str) -> None:
     x, factor = torch.randn(B, C, requires_grad=True), torch.rand(B)
     (found,) = torch.autograd.grad(LOSSES[name](x).mul_(factor).sum(), x)
