@@ -95,8 +95,8 @@ def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
     """The first of the outputs of ``torch.ops.ksam.<name>``, computed without it, with the gradient
     that it would have. The tuple hides the outputs from autograd, which would take them for inputs.
 
-    ``Function.apply`` spends a third of its time on what :func:`is_eager` has found: no transform is
-    active. What it would do then is called directly, but for what a transform has left behind.
+    ``Function.apply`` spends a third of its time on what :func:`is_eager` has found: no transform
+    is active. What it would do then is called directly, but for what a transform has left behind.
     """
     function: Any = _functions[name]
     left_behind = is_functorch_wrapped_tensor(inputs[0])
