@@ -58,8 +58,8 @@ def run(kernels: Any, name: str, *args: Any) -> Any:
         RuntimeError: it declined them all the same.
     """
     kernel = getattr(kernels, name)
-    for given in (args, [_plain(arg) for arg in args]):
-        result = kernel(*given)
+    for prepared in (lambda arg: arg, _plain):
+        result = kernel(*map(prepared, args))
         if result is not None and result is not False:
             return result
     raise RuntimeError(f"the native kernel of {name} does not take {_shown(args)}")

@@ -72,17 +72,6 @@ bool gather(const std::vector<Tensor>& tensors, const Tensor& indices,
   return (on_gpu(indices) ? run_on_gpu : run_on_cpu)(leaves, indices, tensors[0].shape[0]);
 }
 
-// tensors: each [B, ...], any dtype; indices [k] int32 or int64, in [0, B); out: each [k, ...]; all
-// on one device.
-bool compact(py::handle tensors_, py::handle indices_, py::handle out_) {
-  std::vector<Tensor> tensors, out;
-  Tensor indices;
-  return read_tensors(tensors_, &tensors) && read_tensors(out_, &out) &&
-         read_indices(indices_, &indices) && gather(tensors, indices, out);
-}
-
-// --- Whole batches ------------------------------------------------------------------------------
-
 // The tensors of a batch, each with memory for its chosen rows.
 struct Gather {
   const py::handle empty_rows;
@@ -113,9 +102,10 @@ struct Gather {
   }
 };
 
-// batch: a tree of tensors as above; empty_rows(tensor, k): memory for k rows of a tensor that is
-// not contiguous. The tree with the chosen rows, or None.
-py::object compact_batch(py::handle batch, py::handle indices_, py::handle empty_rows) {
+// batch: a tree of tensors [B, ...] of any dtype; indices [k] int32 or int64, in [0, B); all on one
+// device. empty_rows(tensor, k): memory for k rows of a tensor that is not contiguous. The tree
+// with tensors [k, ...], or None.
+py::object compact(py::handle batch, py::handle indices_, py::handle empty_rows) {
   Tensor indices;
   if (!read_indices(indices_, &indices)) return py::none();
   Gather rows{empty_rows, indices.numel, {}, {}, {}};
@@ -127,8 +117,7 @@ py::object compact_batch(py::handle batch, py::handle indices_, py::handle empty
 }  // namespace
 
 void bind_compact(py::module_& m) {
-  m.def("compact", &compact, py::arg("tensors"), py::arg("indices"), py::arg("out"));
-  m.def("compact_batch", &compact_batch);
+  m.def("compact", &compact);
 }
 
 }  // namespace ksam

@@ -12,26 +12,13 @@ from ksam_kernels.compact.operators import empty_rows
 from ksam_kernels.native import DEVICES, direct, extension
 
 
-def _gathered(kernel: Any, tensors: list[Tensor], indices: Tensor) -> list[Tensor] | None:
-    """What the kernel makes of the tensors; None if it declines them.
-
-    Lazily conjugated or negated tensors are declined here: their memory holds other numbers, and
-    the kernel cannot tell.
-    """
-    if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors):
-        return None
-    k = indices.shape[0]
-    gathered = [empty_rows(tensor, k) for tensor in tensors]
-    return gathered if kernel(tensors, indices, gathered) else None
-
-
 def try_compact_batch(batch: Any, indices: Any) -> Any:
     """The batch's rows, if the kernel takes its tensors as they are.
 
     Only trees of plain dicts, lists and tuples: walking a tree of four small tensors in Python
     takes longer than gathering its rows.
     """
-    kernel = direct("compact_batch")
+    kernel = direct("compact")
     return None if kernel is None else kernel(batch, indices, empty_rows)
 
 
@@ -51,7 +38,7 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         on the CPU also indices out of range, which the reference reports. On a GPU the kernel
         asserts that they are in range, and all leaves that it takes at once share one launch.
         """
-        gathered = _gathered(kernels.compact, tensors, indices)
+        gathered: list[Tensor] | None = kernels.compact(tensors, indices, empty_rows)
         if gathered is not None:
             return gathered
         if len(tensors) == 1:

@@ -102,7 +102,7 @@ def is_usual(source: Tensor) -> bool:
 def takes(backend: str, batch: object, indices: Tensor) -> bool:
     """Whether the backend's kernel takes the batch, all tensors at once."""
     kernels = simt.extension if backend == "simt" else extension
-    return kernels.compact_batch(batch, indices, empty_rows) is not None  # type: ignore[union-attr]
+    return kernels.compact(batch, indices, empty_rows) is not None  # type: ignore[union-attr]
 
 
 def in_range(spec: Spec, rows: int) -> Tensor:
