@@ -77,7 +77,7 @@ struct Gather {
   const py::handle empty_rows;
   const int64_t k;
   std::vector<Tensor> tensors, out;
-  std::vector<py::object> kept;  // what `tensors` are views of
+  std::vector<py::object> kept;  // what they are views of
 
   // Memory for k rows; null where the tensor is not taken.
   py::object add(py::handle tensor, const Tensor& t) {
@@ -85,8 +85,9 @@ struct Gather {
     NewTensor rows = memory_for(tensor, t);
     if (!rows.object) return {};
     tensors.push_back(t);
-    kept.push_back(py::reinterpret_borrow<py::object>(tensor));
     out.push_back(rows.view);
+    kept.push_back(py::reinterpret_borrow<py::object>(tensor));
+    kept.push_back(rows.object);
     return rows.object;
   }
 

@@ -33,19 +33,18 @@ class Descent {
   Descent& operator=(const Descent&) = delete;
 };
 
-// on_tensor may let other threads run, which may change the container: nothing of it is borrowed.
+// on_tensor may let other threads run, which may change the containers: of a dict a copy is walked,
+// of a list nothing is borrowed.
 template <class OnTensor>
 pybind11::object map_plain_dict(PyObject* node, const OnTensor& on_tensor) {
+  const auto copy = pybind11::reinterpret_steal<pybind11::object>(PyDict_Copy(node));
+  if (!copy) throw pybind11::error_already_set();
   pybind11::dict mapped;
-  PyObject *key_, *value_;
-  for (Py_ssize_t place = 0; PyDict_Next(node, &place, &key_, &value_);) {
-    const auto key = pybind11::reinterpret_borrow<pybind11::object>(key_);
-    const auto value = pybind11::reinterpret_borrow<pybind11::object>(value_);
+  PyObject *key, *value;
+  for (Py_ssize_t place = 0; PyDict_Next(copy.ptr(), &place, &key, &value);) {
     const pybind11::object child = map_plain(value, on_tensor);
     if (!child) return {};
-    if (PyDict_SetItem(mapped.ptr(), key.ptr(), child.ptr()) != 0) {
-      throw pybind11::error_already_set();
-    }
+    if (PyDict_SetItem(mapped.ptr(), key, child.ptr()) != 0) throw pybind11::error_already_set();
   }
   return std::move(mapped);
 }

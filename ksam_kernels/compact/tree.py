@@ -22,7 +22,8 @@ def map_batched(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return fn(batch) if batch.dim() > 0 else batch
     if kind is dict:  # the usual nodes without tree_map, which takes several us for each
-        return {key: map_batched(fn, value) for key, value in batch.items()}
+        # A list of them, as another thread may change the dict meanwhile.
+        return {key: map_batched(fn, value) for key, value in list(batch.items())}
     if kind is tuple or kind is list:
         return kind([map_batched(fn, value) for value in batch])
     if not tree_is_leaf(batch):  # its children, without descending further
@@ -35,6 +36,11 @@ def map_batched(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
         sequence = copy.copy(batch)
         sequence[:] = [map_batched(fn, value) for value in batch]
         return sequence
+    if isinstance(batch, tuple) and not isinstance(batch, torch.Size):
+        rows = tuple.__new__(kind, [map_batched(fn, value) for value in batch])
+        if hasattr(batch, "__dict__"):
+            vars(rows).update(vars(batch))
+        return rows
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return _map_dataclass(fn, batch)
     return batch

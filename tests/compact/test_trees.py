@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ksam_kernels import batch_size, compact_batch
 from tests.helpers import same_bits
@@ -48,6 +49,17 @@ class Rows(list):  # type: ignore[type-arg]
     pass
 
 
+class Columns(tuple):  # type: ignore[type-arg]
+    """A tuple that its class makes of single arguments, with an attribute."""
+
+    def __new__(cls, first: Any, *others: Any) -> Columns:
+        made = super().__new__(cls, (first, *others))
+        made.note = "kept"
+        return made
+
+    note: str
+
+
 def trees(x: Tensor, y: Tensor) -> dict[str, Any]:
     return {
         "tensor": x,
@@ -62,6 +74,7 @@ def trees(x: Tensor, y: Tensor) -> dict[str, Any]:
         "nested dataclass": [Sample(x, {"y": (y,)}), Frozen(y)],
         "UserDict": Encoding({"x": x, "y": y}),
         "subclass of dict": Attributes(x=x, y={"x": x}),
+        "subclass of tuple": Columns(x, Columns(y)),
         "subclass of list": Rows([x, Rows([y])]),
         "nested UserDict": (Encoding({"x": [x, y]}), y),
         "empty": (),
@@ -157,8 +170,25 @@ def test_tensors_on_several_devices_stay_where_they_are() -> None:
     assert rows[1].shape == (2, 3)
 
 
-def test_attributes_of_a_dict_stay(backend: str) -> None:
-    assert compact_batch(Attributes(x=torch.arange(3)), torch.tensor([2])).note == "kept"
+@pytest.mark.parametrize("batch", [Attributes(x=torch.arange(3)), Columns(torch.arange(3))])
+def test_attributes_of_a_container_stay(backend: str, batch: Any) -> None:
+    assert compact_batch(batch, torch.tensor([2])).note == "kept"
+
+
+def test_a_dict_that_changes_meanwhile_is_compacted_as_it_was(backend: str) -> None:
+    """As another thread may do while memory is made for the first tensor."""
+    batch = {"x": torch.arange(4000), "y": torch.arange(4000)}
+
+    class MovesX(TorchFunctionMode):
+        def __torch_function__(self, function: Any, *args: Any, **_: Any) -> Any:
+            batch["x"] = batch.pop("x")
+            return function(*args[1], **(args[2] if len(args) > 2 else {}))
+
+    indices = torch.tensor([3999, 7])
+    with MovesX():
+        rows = compact_batch(batch, indices)
+    assert sorted(rows) == ["x", "y"]
+    assert all(row.tolist() == [3999, 7] for row in rows.values())
 
 
 def test_a_dataclass_that_fields_do_not_rebuild_raises(backend: str) -> None:
