@@ -64,7 +64,17 @@ def test_upstream_gradients_are_seen_with_their_sign(backend: str, name: str) ->
     assert same_bits(gradients[0][0], gradients[1][0])
 
 
-W, G = [torch.randn(4), torch.randn(3, 2)], [torch.randn(4), torch.randn(3, 2)]
+def one_wide(x: Tensor) -> Tensor:
+    """As :func:`imaginary`, with a last dimension of one element and stride 1 where x has one."""
+    if x.shape[-1] != 1:
+        return imaginary(x)
+    negated = imaginary(x.squeeze(-1)).unsqueeze(-1)
+    assert negated.stride(-1) == 1
+    return negated
+
+
+SHAPES = ((4,), (3, 2), (4, 1), (1,))
+W, G = [[torch.randn(shape) for shape in SHAPES] for _ in range(2)]
 
 
 def updated(name: str, grads: list[Tensor]) -> list[Tensor]:
@@ -82,9 +92,12 @@ def updated(name: str, grads: list[Tensor]) -> list[Tensor]:
     return w
 
 
+@pytest.mark.parametrize("layout", [imaginary, one_wide])
 @pytest.mark.parametrize("name", ["grad_norm", "perturb_", "restore_sgd_", "restore_adam_"])
-def test_gradients_in_lists_are_seen_with_their_sign(backend: str, name: str) -> None:
-    negated: list[Tensor] = tree_map(imaginary, G)
+def test_gradients_in_lists_are_seen_with_their_sign(
+    backend: str, name: str, layout: Callable[[Tensor], Tensor]
+) -> None:
+    negated: list[Tensor] = tree_map(layout, G)
     # The order of a sum follows the layout.
     for found, expected in zip(updated(name, negated), updated(name, G), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

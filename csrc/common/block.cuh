@@ -121,10 +121,6 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T, N>& value) {
   *reinterpret_cast<Vector<T, N>*>(p) = value;
 }
 
-inline bool is_aligned(const void* p, int bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
 // --- Warps and blocks ---------------------------------------------------------------------------
 
 __device__ __forceinline__ int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }

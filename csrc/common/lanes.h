@@ -59,6 +59,10 @@ struct LanesOf<T, kCount, true> {
 template <class T>
 using Lanes = typename LanesOf<opmath_t<T>, kLanes>::type;
 
+// As many of them as one register holds.
+template <class T>
+using Register = typename LanesOf<opmath_t<T>, kRegisterBytes / sizeof(opmath_t<T>)>::type;
+
 #define KSAM_PAIRWISE(op)                                               \
   template <class V>                                                    \
   KSAM_INLINE Pair<V> operator op(const Pair<V>& a, const Pair<V>& b) { \
@@ -126,6 +130,11 @@ KSAM_INLINE V larger(const V& a, const V& b) {
   } else {
     return a > b ? a : b;
   }
+}
+
+template <class V>
+KSAM_INLINE V magnitude(const V& x) {
+  return larger(x, V{} - x);  // NaN stays NaN
 }
 
 // x in the lanes where keep is not 0, and 0 in the others, whatever x is there.

@@ -46,9 +46,14 @@ DType dtype_of(dlpack::DataType type) {
 }
 
 // torch's negative bit: the numbers are the negatives of what the memory holds. Views that have it
-// are of imaginary parts, so their elements are never side by side.
+// are of imaginary parts, so no two elements are side by side, whatever the stride of a dimension of
+// one element says. (as_strided() and torch._neg_view() can make others.)
 bool may_be_negative(const dlpack::Tensor& t) {
-  return t.dtype.code == dlpack::kFloat && (t.ndim == 0 || t.strides[t.ndim - 1] != 1);
+  if (t.dtype.code != dlpack::kFloat) return false;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] > 1 && t.strides[d] == 1) return false;
+  }
+  return true;
 }
 
 bool says(py::handle tensor, PyObject* question) {

@@ -245,6 +245,14 @@ KSAM_INLINE opmath_t<T> load_one(const T* p) {
   }
 }
 
+KSAM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+KSAM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+template <class V>
+KSAM_INLINE V square_root(V x) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = square_root(x[i]);
+  return x;
+}
+
 // a * b + c, rounded once; twice where the machine has no fused multiply-add.
 template <class V>
 KSAM_INLINE V fma(V a, V b, V c) {

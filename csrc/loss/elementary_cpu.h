@@ -89,9 +89,4 @@ KSAM_INLINE V log1p(const V& x) {
   }
 }
 
-template <class V>
-KSAM_INLINE V magnitude(const V& x) {
-  return larger(x, V{} - x);  // NaN stays NaN
-}
-
 }  // namespace ksam::KSAM_ISA

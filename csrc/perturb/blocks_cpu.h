@@ -1,9 +1,9 @@
-// Walks the rows of a call in blocks that fit the first cache.
+// Walks the rows of a call.
 //
-// A block of a float tensor in memory order is worked on in place. Everything else (bfloat16, a
-// gradient with strides of its own, a dtype of its own) is converted into a small buffer and back,
-// so that each formula is one plain loop over contiguous floats or doubles, which the compiler
-// turns into vectors of the instruction set. Nothing is contracted, so any width rounds alike.
+// Where all operands of a row lie in memory order and have one dtype, a formula is applied to them
+// a register at a time, converted on the way in and out. Everything else (a gradient with strides
+// of its own, a dtype of its own) is first converted into small buffers, block by block, and back
+// afterwards. Nothing is contracted, so any width rounds alike.
 #pragma once
 
 #include "common/dispatch.h"
@@ -11,39 +11,39 @@
 #include "common/parallel.h"
 #include "perturb/perturb.h"
 
-// Iterations of the next loop do not touch what another one writes.
-#if defined(__clang__)
-#define KSAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define KSAM_INDEPENDENT _Pragma("GCC ivdep")
-#endif
-
 namespace ksam::KSAM_ISA {
 
 constexpr int kBlock = 512;  // elements; five operands of doubles fit 32 KiB
-// Elements that are streamed at a time: few enough for the processor to read the next ones while
-// these lines leave it. By whole blocks SGD takes 6 % longer.
-constexpr int kTile = 64;
+// Bytes that are streamed at a time: few enough for the processor to read the next ones while these
+// lines leave it.
+constexpr int kTileBytes = 512;
 // Below this number of elements a second thread costs more than it brings.
 constexpr int64_t kSerial = 32768;
 
 // visit(address, j) for the j-th of the logical elements [begin, begin + n) of a strided operand.
 template <class Visit>
 void for_each_strided(const Operand& t, int64_t begin, int n, const Visit& visit) {
-  int64_t index[64];  // torch's limit of dimensions
+  // The innermost dimension first; those of one element are left out, so that no more are left than
+  // a count of elements has bits.
+  int64_t index[63], size[63], step[63];
+  int dims = 0;
   char* element = t.data;
   int64_t rest = begin;
   for (int d = t.ndim - 1; d >= 0; --d) {
-    index[d] = rest % t.shape[d];
+    if (t.shape[d] == 1) continue;
+    index[dims] = rest % t.shape[d];
+    size[dims] = t.shape[d];
+    step[dims] = t.strides[d] * t.itemsize;
     rest /= t.shape[d];
-    element += index[d] * t.strides[d] * t.itemsize;
+    element += index[dims] * step[dims];
+    ++dims;
   }
   for (int j = 0; j < n; ++j) {
     visit(element, j);
-    for (int d = t.ndim - 1; d >= 0; --d) {
-      element += t.strides[d] * t.itemsize;
-      if (++index[d] < t.shape[d]) break;
-      element -= t.shape[d] * t.strides[d] * t.itemsize;
+    for (int d = 0; d < dims; ++d) {
+      element += step[d];
+      if (++index[d] < size[d]) break;
+      element -= size[d] * step[d];
       index[d] = 0;
     }
   }
@@ -161,26 +161,11 @@ void for_each_chunk(const Rows<N>& rows, const Body& body) {
   });
 }
 
-// body(operands, n) over the tiles of a block; what it writes to operand 0 goes past the caches.
-template <class A, int N, class Body>
-void stream_block(A* const (&operand)[N], int n, const Body& body) {
-  alignas(64) A tile[kTile];
-  for (int at = 0; at < n; at += kTile) {
-    const int count = n - at < kTile ? n - at : kTile;
-    A* part[N] = {tile};
-    for (int i = 1; i < N; ++i) part[i] = operand[i] == nullptr ? nullptr : operand[i] + at;
-    body(part, count);
-    copy_flat(reinterpret_cast<const char*>(tile), count * sizeof(A), true,
-              reinterpret_cast<char*>(operand[0] + at));
-  }
-}
-
 // body(operands, n) over the blocks of [begin, end), with A* operands[N]; null where there is none
-// or it is not touched. Operand 0 is streamed if asked for and worth it: it lies in memory as A, is
-// written only, and is not what operand 1 reads as well.
+// or it is not touched.
 template <class A, int N, class Body>
-void for_each_block(const Row<N>& row, const Access (&access)[N], bool streaming, int64_t begin,
-                    int64_t end, const Body& body) {
+void for_each_block(const Row<N>& row, const Access (&access)[N], int64_t begin, int64_t end,
+                    const Body& body) {
   alignas(64) A buffer[N][kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int n = static_cast<int>(end - at < kBlock ? end - at : kBlock);
@@ -189,17 +174,108 @@ void for_each_block(const Row<N>& row, const Access (&access)[N], bool streaming
       const bool absent = row.operand[i].data == nullptr || access[i] == kUntouched;
       operand[i] = absent ? nullptr : stage(row.operand[i], access[i], at, n, buffer[i]);
     }
-    if (streaming && access[0] == kWrite && operand[0] != buffer[0] && operand[0] != operand[1]) {
-      stream_block(operand, n, body);
-    } else {
-      body(operand, n);
-    }
+    body(operand, n);
     for (int i = 0; i < N; ++i) {
       if ((access[i] & kWrite) && operand[i] == buffer[i]) {
         unstage(row.operand[i], at, n, buffer[i]);
       }
     }
   }
+}
+
+// formula(x) with x[i] a register of the i-th operands' elements, for two registers.
+template <class T, int N, class Formula>
+KSAM_INLINE void apply(const Formula& formula, T* const (&operand)[N], int64_t j) {
+  using V = Register<T>;
+  V low[N], high[N];
+  for (int i = 0; i < N; ++i) {
+    if (Formula::kAccess[i] & kRead) {
+      const auto both = load_lanes<Pair<V>>(operand[i] + j);
+      low[i] = both.low;
+      high[i] = both.high;
+    }
+  }
+  formula(low);
+  formula(high);
+  for (int i = 0; i < N; ++i) {
+    if (Formula::kAccess[i] & kWrite) store_lanes(operand[i] + j, Pair<V>{low[i], high[i]});
+  }
+}
+
+// By value: the compiler need not fear that a store changes the formula's numbers.
+template <class T, int N, class Formula>
+KSAM_INLINE void apply_to_all(Formula formula, T* const (&operand)[N], int64_t n) {
+  constexpr int kCount = 2 * LaneTraits<Register<T>>::kCount;
+  int64_t j = 0;
+  for (; j + kCount <= n; j += kCount) apply(formula, operand, j);
+  if (j == n) return;
+  T padded[N][kCount] = {};
+  T* part[N];
+  for (int i = 0; i < N; ++i) {
+    part[i] = padded[i];
+    if (Formula::kAccess[i] & kRead) std::memcpy(part[i], operand[i] + j, (n - j) * sizeof(T));
+  }
+  apply(formula, part, 0);
+  for (int i = 0; i < N; ++i) {
+    if (Formula::kAccess[i] & kWrite) std::memcpy(operand[i] + j, part[i], (n - j) * sizeof(T));
+  }
+}
+
+// The same tile by tile; what is written to operand 0 goes past the caches.
+template <class T, int N, class Formula>
+KSAM_INLINE void apply_streaming(const Formula& formula, T* const (&operand)[N], int64_t n) {
+  constexpr int kTile = kTileBytes / sizeof(T);
+  alignas(64) T tile[kTile];
+  for (int64_t at = 0; at < n; at += kTile) {
+    const int count = static_cast<int>(n - at < kTile ? n - at : kTile);
+    T* part[N] = {tile};
+    for (int i = 1; i < N; ++i) part[i] = operand[i] == nullptr ? nullptr : operand[i] + at;
+    apply_to_all(formula, part, count);
+    copy_flat(reinterpret_cast<const char*>(tile), count * sizeof(T), true,
+              reinterpret_cast<char*>(operand[0] + at));
+  }
+}
+
+// Whether what the formula touches lies in memory order with one dtype, and that of its arithmetic.
+template <class Formula, int N>
+bool is_uniform(const Row<N>& row) {
+  const DType dtype = row.operand[0].dtype;
+  for (int i = 0; i < N; ++i) {
+    const Operand& t = row.operand[i];
+    if (Formula::kAccess[i] == kUntouched) continue;
+    if (t.strides != nullptr || t.dtype != dtype) return false;
+  }
+  return row.wide == (dtype == DType::f64);
+}
+
+// Applies a formula on A to the elements [begin, end) of a row. Operand 0 is streamed if asked for
+// and worth it: it is written only, and is not what operand 1 reads as well.
+template <class A, int N, class Formula>
+void transform(const Row<N>& row, bool streaming, int64_t begin, int64_t end,
+               const Formula& formula) {
+  if (!is_uniform<Formula>(row)) {
+    for_each_block<A>(row, Formula::kAccess, begin, end, [&](A* const(&operand)[N], int n) {
+      apply_to_all(formula, operand, n);
+    });
+    return;
+  }
+  const bool past_caches = streaming && Formula::kAccess[0] == kWrite &&
+                           row.operand[0].data != row.operand[1].data;
+  on_floating(row.operand[0].dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (sizeof(A) == sizeof(opmath_t<T>)) {
+      T* operand[N];
+      for (int i = 0; i < N; ++i) {
+        const bool touched = Formula::kAccess[i] != kUntouched;
+        operand[i] = touched ? reinterpret_cast<T*>(row.operand[i].data) + begin : nullptr;
+      }
+      if (past_caches) {
+        apply_streaming(formula, operand, end - begin);
+      } else {
+        apply_to_all(formula, operand, end - begin);
+      }
+    }
+  });
 }
 
 // body(Type<A>{}) with A the arithmetic of the row.

@@ -23,9 +23,6 @@ KSAM_INLINE Sums::f64x4 load_doubles(const float* p) {
   return __builtin_convertvector(load_raw<f32x4>(p), Sums::f64x4);
 }
 
-KSAM_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
-KSAM_INLINE double magnitude(double x) { return __builtin_fabs(x); }
-
 // T g with T = |w| + eta, or g
 KSAM_INLINE double weighted(double g, double w, bool adaptive, double eta) {
   return adaptive ? (magnitude(w) + eta) * g : g;
@@ -64,7 +61,7 @@ double sum_of_squares(const Rows<2>& rows, bool adaptive, double eta, double* pa
     double sum = 0;
     on_arithmetic(row, [&](auto type) {
       using A = typename decltype(type)::type;
-      for_each_block<A>(row, kAccess, false, begin, end, [&](A* const(&operand)[2], int n) {
+      for_each_block<A>(row, kAccess, begin, end, [&](A* const(&operand)[2], int n) {
         sum += block_squares(operand, n, adaptive, eta);
       });
     });
@@ -95,26 +92,34 @@ void copy_bytes(const Operand& from, const Operand& to, int64_t begin, int64_t e
   }
 }
 
+// What a perturbation does to its operands: weights, gradient, backup.
 template <class A>
-void climb(A* w, const A* g, int count, A n, A rho) {
-  KSAM_INDEPENDENT
-  for (int j = 0; j < count; ++j) w[j] = climbed(w[j], g[j], n, rho);
-}
+struct Climb {
+  static constexpr Access kAccess[] = {kReadWrite, kRead, kUntouched};
+  A n, rho;
+
+  template <class V>
+  KSAM_INLINE void operator()(V (&x)[3]) const {
+    x[0] = climbed(x[0], x[1], n, rho);
+  }
+};
 
 template <class A>
-void climb_adaptive(A* w, const A* g, int count, A n, A rho, A eta) {
-  KSAM_INDEPENDENT
-  for (int j = 0; j < count; ++j) {
-    w[j] = climbed_adaptive(w[j], magnitude(w[j]), g[j], n, rho, eta);
+struct AdaptiveClimb {
+  static constexpr Access kAccess[] = {kReadWrite, kRead, kUntouched};
+  A n, rho, eta;
+
+  template <class V>
+  KSAM_INLINE void operator()(V (&x)[3]) const {
+    x[0] = climbed_adaptive(x[0], magnitude(x[0]), x[1], n, rho, eta);
   }
-}
+};
 
 }  // namespace
 
 // backup <- w, bit for bit; w <- w + rho * g / norm. Bytes moved: 16 an element (read w and g,
 // write w and backup).
 void perturb(const Rows<3>& rows, const PerturbArgs& args) {
-  constexpr Access kAccess[] = {kReadWrite, kRead, kUntouched};
   const double norm = *args.norm;
   const bool moves = moves_at(norm);
   for_each_chunk(rows, [&](const Row<3>& row, int64_t, int64_t begin, int64_t end) {
@@ -125,13 +130,11 @@ void perturb(const Rows<3>& rows, const PerturbArgs& args) {
       using A = typename decltype(type)::type;
       const A n = static_cast<A>(divisor_of(norm));
       const A radius = static_cast<A>(rho), eta = static_cast<A>(args.eta);
-      for_each_block<A>(row, kAccess, false, begin, end, [&](A* const(&p)[3], int count) {
-        if (args.adaptive) {
-          climb_adaptive(p[0], p[1], count, n, radius, eta);
-        } else {
-          climb(p[0], p[1], count, n, radius);
-        }
-      });
+      if (args.adaptive) {
+        transform<A>(row, false, begin, end, AdaptiveClimb<A>{n, radius, eta});
+      } else {
+        transform<A>(row, false, begin, end, Climb<A>{n, radius});
+      }
     });
   });
 }

@@ -36,7 +36,7 @@ struct NormCall {
   // False where the lists do not fit.
   bool build(const TensorList& grads, const TensorList& params) {
     const TensorList none;
-    if (!table.build({&grads, adaptive ? &params : &none})) return false;
+    if (!table.build({&grads, adaptive ? &params : &none}, 0b00)) return false;
     for (const TensorList* list : {&grads, &params}) {
       if (list == &params && !adaptive) continue;
       for (const Tensor& t : *list) {
@@ -127,7 +127,7 @@ bool perturb_(py::handle params_, py::handle grads_, py::handle backup_, py::han
   RowTable<3> table;
   NormCall norm{{}, adaptive, eta};
   if (!is_scalar_of(params, out) || !read_radii(rho_, params.size(), &radii) ||
-      !table.build({&params, &grads, &backup}) || !same_dtypes(params, backup) ||
+      !table.build({&params, &grads, &backup}, 0b101) || !same_dtypes(params, backup) ||
       !norm.build(grads, params)) {
     return false;
   }
@@ -138,7 +138,7 @@ bool perturb_(py::handle params_, py::handle grads_, py::handle backup_, py::han
 
 bool restore_lists(const TensorList& params, const TensorList& backup) {
   RowTable<2> table;
-  if (params.size() != backup.size() || !table.build({&params, &backup}) ||
+  if (params.size() != backup.size() || !table.build({&params, &backup}, 0b01) ||
       !same_dtypes(params, backup)) {
     return false;
   }
@@ -231,7 +231,7 @@ bool restore_sgd_(py::handle params_, py::handle backup_, py::handle grads_, py:
   if (momentum == 0) buffers.clear();
   if (buffers.size() != (momentum == 0 ? 0 : update.params.size())) return false;
   RowTable<4> table;
-  if (!table.build({&update.params, &update.backup, &update.grads, &buffers})) return false;
+  if (!table.build({&update.params, &update.backup, &update.grads, &buffers}, 0b1001)) return false;
   if (update.params.empty()) return true;
   if (update.overflows_on_cpu()) return restore_lists(update.params, update.backup);
   const SgdArgs args{lr, momentum, dampening, weight_decay, nesterov, maximize, update.scaling};
@@ -241,10 +241,10 @@ bool restore_sgd_(py::handle params_, py::handle backup_, py::handle grads_, py:
 
 std::vector<BiasCorrection> bias_corrections(const UpdateCall& update, const AdamArgs& args) {
   std::vector<BiasCorrection> corrections;
-  double previous = -1;
+  double previous = 0;
   for (const float* step : update.steps) {
     const double t = double{*step} + 1;
-    if (t == previous) {  // all the same in most runs, and powers are dear
+    if (!corrections.empty() && t == previous) {  // all the same in most runs, and powers are dear
       corrections.push_back(corrections.back());
     } else {
       corrections.push_back(
@@ -282,7 +282,9 @@ bool restore_adam_(py::handle params_, py::handle backup_, py::handle grads_, py
     return false;
   }
   RowTable<5> table;
-  if (!table.build({&update.params, &update.backup, &update.grads, &means, &squares})) return false;
+  if (!table.build({&update.params, &update.backup, &update.grads, &means, &squares}, 0b11001)) {
+    return false;
+  }
   if (count == 0) return true;
   if (update.overflows_on_cpu()) return restore_lists(update.params, update.backup);
   const AdamArgs args{

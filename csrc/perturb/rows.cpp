@@ -4,19 +4,22 @@ namespace ksam {
 
 bool is_dense(const Tensor& t) {
   if (is_contiguous(t)) return true;
-  // Dimensions in ascending order of stride must fill what lies below them.
-  int64_t expected = 1;
-  bool used[64] = {};
-  for (int placed = 0; placed < t.ndim; ++placed) {
-    int next = -1;
-    for (int d = 0; d < t.ndim && next < 0; ++d) {
-      if (!used[d] && (t.strides[d] == expected || t.shape[d] == 1)) next = d;
-    }
-    if (next < 0) return false;
-    used[next] = true;
-    expected *= t.shape[next];
+  // Dimensions in ascending order of stride must fill what lies below them; none fits twice.
+  int64_t filled = 1;
+  while (filled < t.numel) {
+    int d = 0;
+    while (d < t.ndim && (t.shape[d] == 1 || t.strides[d] != filled)) ++d;
+    if (d == t.ndim) return false;
+    filled *= t.shape[d];
   }
   return true;
+}
+
+bool overlaps_itself(const Tensor& t) {
+  for (int d = 0; d < t.ndim; ++d) {
+    if (t.strides[d] == 0 && t.shape[d] > 1) return true;
+  }
+  return false;
 }
 
 Operand operand_of(const Tensor& t, bool flat) {

@@ -17,15 +17,19 @@ constexpr int64_t kStreamFrom = int64_t{8} << 20;
 // Every element once and no gaps, so that memory order is an order of the elements.
 bool is_dense(const Tensor& t);
 
+// Whether two elements are one, by a stride of 0: torch looks no further either.
+bool overlaps_itself(const Tensor& t);
+
 Operand operand_of(const Tensor& t, bool flat);
 
 // Rows of N lists of equal length; list 0 says what every tensor's shape is.
 template <int N>
 class RowTable {
  public:
-  // An empty list stands for an operand that no row has. False where a tensor is not floating, does
-  // not fit its row, or is on a device without kernels or on another one than the first tensor.
-  bool build(const std::array<const std::vector<Tensor>*, N>& lists) {
+  // An empty list stands for an operand that no row has; bit i of `written`: list i is written.
+  // False where a tensor is not floating, does not fit its row, is on a device without kernels or on
+  // another one than the first tensor, or is written and overlaps itself.
+  bool build(const std::array<const std::vector<Tensor>*, N>& lists, unsigned written) {
     const size_t count = lists[0]->size();
     if (count != 0 && !has_kernels(lists[0]->front())) return false;
     for (const std::vector<Tensor>* list : lists) {
@@ -35,7 +39,7 @@ class RowTable {
     first_chunk_.reserve(count + 1);
     first_chunk_.push_back(0);
     for (size_t r = 0; r < count; ++r) {
-      if (!add(lists, r)) return false;
+      if (!add(lists, written, r)) return false;
     }
     return true;
   }
@@ -57,7 +61,7 @@ class RowTable {
   }
 
   // Empty rows too: they may have a step count.
-  bool add(const std::array<const std::vector<Tensor>*, N>& lists, size_t r) {
+  bool add(const std::array<const std::vector<Tensor>*, N>& lists, unsigned written, size_t r) {
     const Tensor &like = (*lists[0])[r], &first = (*lists[0])[0];
     bool flat = is_dense(like);
     for (const std::vector<Tensor>* list : lists) {
@@ -69,6 +73,8 @@ class RowTable {
     Row<N> row;
     for (int i = 0; i < N; ++i) {
       if (lists[i]->empty()) continue;
+      const bool is_written = (written >> i & 1) != 0;
+      if (!flat && is_written && overlaps_itself((*lists[i])[r])) return false;
       row.operand[i] = operand_of((*lists[i])[r], flat);
       bytes_ += like.numel * row.operand[i].itemsize;
     }

@@ -1,8 +1,7 @@
 // What becomes of an element, in the order in which it is rounded; shared by host and device.
 //
-// S is float or double. No product may be contracted with a sum: the contract is the bits that
-// ksam_kernels/perturb/reference.py computes. Choices are made by values rather than branches, so
-// that loops over these formulas become vectors.
+// S is float or double, and V as much or a vector of it. No product may be contracted with a sum: the
+// contract is the bits that ksam_kernels/perturb/reference.py computes.
 #pragma once
 
 #include "common/host_device.h"
@@ -24,15 +23,15 @@ KSAM_FORMULA bool moves_at(double norm) {
 KSAM_FORMULA double divisor_of(double norm) { return norm < 0x1p-126 ? 0x1p-126 : norm; }
 
 // w + rho * g / n
-template <class S>
-KSAM_HOST_DEVICE inline S climbed(S w, S g, S n, S rho) {
+template <class V, class S>
+KSAM_FORMULA V climbed(V w, V g, S n, S rho) {
   return w + rho * (g / n);
 }
 
 // w + rho * T^2 g / n with T = |w| + eta; n = ||T g||
-template <class S>
-KSAM_HOST_DEVICE inline S climbed_adaptive(S w, S magnitude, S g, S n, S rho, S eta) {
-  const S t = magnitude + eta;
+template <class V, class S>
+KSAM_FORMULA V climbed_adaptive(V w, V magnitude, V g, S n, S rho, S eta) {
+  const V t = magnitude + eta;
   return w + rho * (t * (t * g / n));
 }
 
@@ -40,18 +39,13 @@ KSAM_HOST_DEVICE inline S climbed_adaptive(S w, S magnitude, S g, S n, S rho, S 
 template <class S>
 struct Direction {
   S grad_scale, weight_decay;
-  bool scaled, maximize;
+  bool scaled, maximize, decays;
 
-  // Scale and sign in one: -(g / s) and g / -s are the same number.
-  KSAM_HOST_DEVICE S divisor() const {
-    const S scale = scaled ? grad_scale : 1;
-    return maximize ? -scale : scale;
-  }
-
-  KSAM_HOST_DEVICE S operator()(S g, S w) const {
-    S d = scaled ? g / grad_scale : g;
+  template <class V>
+  KSAM_HOST_DEVICE V operator()(V g, V w) const {
+    V d = scaled ? g / grad_scale : g;
     d = maximize ? -d : d;
-    return weight_decay != 0 ? d + weight_decay * w : d;
+    return decays ? d + weight_decay * w : d;
   }
 };
 
@@ -59,7 +53,7 @@ template <class S>
 KSAM_FORMULA Direction<S> direction_of(const Scaling& scaling, double weight_decay, bool maximize) {
   const bool scaled = scaling.grad_scale != nullptr;
   const S scale = scaled ? static_cast<S>(*scaling.grad_scale) : 1;
-  return {scale, static_cast<S>(weight_decay), scaled, maximize};
+  return {scale, static_cast<S>(weight_decay), scaled, maximize, weight_decay != 0};
 }
 
 template <class S>
@@ -67,9 +61,13 @@ struct Sgd {
   S lr, momentum, gain;  // gain = 1 - dampening
   bool nesterov, first;  // first: no momentum yet
 
-  KSAM_HOST_DEVICE S new_momentum(S v, S d) const { return first ? d : momentum * v + gain * d; }
+  template <class V>
+  KSAM_HOST_DEVICE V new_momentum(V v, V d) const {
+    return first ? d : momentum * v + gain * d;
+  }
 
-  KSAM_HOST_DEVICE S updated(S w, S v, S d) const {
+  template <class V>
+  KSAM_HOST_DEVICE V updated(V w, V v, V d) const {
     return w - lr * (nesterov ? d + momentum * v : v);
   }
 };
@@ -88,13 +86,18 @@ struct Adam {
   bool from_old;                           // beta1 > 0.5
 
   // m + (1 - beta1) * (g - m), from the nearer end as torch.lerp does.
-  KSAM_HOST_DEVICE S new_mean(S m, S g) const {
+  template <class V>
+  KSAM_HOST_DEVICE V new_mean(V m, V g) const {
     return (from_old ? m : g) + (from_old ? mean_gain : -beta1) * (g - m);
   }
 
-  KSAM_HOST_DEVICE S new_square(S v, S g) const { return beta2 * v + square_gain * g * g; }
+  template <class V>
+  KSAM_HOST_DEVICE V new_square(V v, V g) const {
+    return beta2 * v + square_gain * g * g;
+  }
 
-  KSAM_HOST_DEVICE S updated(S w, S m, S root_v) const {
+  template <class V>
+  KSAM_HOST_DEVICE V updated(V w, V m, V root_v) const {
     return w * kept - (step_size * m) / (root_v / root_correction + eps);
   }
 };

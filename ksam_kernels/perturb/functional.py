@@ -23,35 +23,61 @@ __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 TensorList = Sequence[Tensor]
 
 
-def _check_list(name: str, tensors: list[Tensor]) -> None:
+def _check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> None:
     for i, tensor in enumerate(tensors):
         check_dtype(f"{name}[{i}]", tensor, FLOATING)
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name}[{i}] must be a dense tensor, got layout {tensor.layout}")
+        if tensor.device.type != tensors[0].device.type:
+            raise ValueError(
+                f"{name}[{i}] must be on {tensors[0].device.type} as {name}[0] is, "
+                f"got {tensor.device}"
+            )
+        if written and _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name}[{i}] is written, and {tuple(tensor.shape)} elements must not share "
+                f"memory, got strides {tensor.stride()}"
+            )
 
 
-def _check_count(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two of its elements are one, by a stride of 0: torch looks no further either."""
+    return any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _check_count(
+    name: str, tensors: list[Tensor], params: list[Tensor], model: str = "params"
+) -> None:
     if len(tensors) != len(params):
         raise ValueError(
-            f"{name} must hold one tensor per parameter, {len(params)}, got {len(tensors)}"
+            f"{name} must hold one tensor for each of {model}, {len(params)}, got {len(tensors)}"
         )
 
 
 def _check_like(
-    name: str, tensors: list[Tensor], params: list[Tensor], *, same_dtype: bool = False
+    name: str,
+    tensors: list[Tensor],
+    params: list[Tensor],
+    *,
+    model: str = "params",
+    same_dtype: bool = False,
+    written: bool = False,
 ) -> None:
-    """As many tensors as parameters, with their shapes and devices (and dtypes)."""
-    _check_list(name, tensors)
-    _check_count(name, tensors, params)
+    """As many tensors as in the list named ``model``, with their shapes and devices (and
+    dtypes)."""
+    _check_list(name, tensors, written=written)
+    _check_count(name, tensors, params, model)
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         if tensor.shape != param.shape or tensor.device != param.device:
             raise ValueError(
-                f"{name}[{i}] must be {tuple(param.shape)} on {param.device} as its parameter is, "
+                f"{name}[{i}] must be {tuple(param.shape)} on {param.device} as {model}[{i}] is, "
                 f"got {tuple(tensor.shape)} on {tensor.device}"
             )
         if same_dtype and tensor.dtype != param.dtype:
             raise TypeError(
-                f"{name}[{i}] must be {param.dtype} as its parameter is, got {tensor.dtype}"
+                f"{name}[{i}] must be {param.dtype} as {model}[{i}] is, got {tensor.dtype}"
             )
 
 
@@ -61,7 +87,7 @@ def _check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
         check_dtype(f"steps[{i}]", step, (torch.float32,))
         if step.numel() != 1 or step.device != param.device:
             raise ValueError(
-                f"steps[{i}] must be one element on {param.device} as its parameter is, "
+                f"steps[{i}] must be one element on {param.device} as params[{i}] is, "
                 f"got {tuple(step.shape)} on {step.device}"
             )
 
@@ -107,7 +133,7 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
         return quick
     _check_list("grads", grads)
     if adaptive:
-        _check_like("params", params, grads)
+        _check_like("params", params, grads, model="grads")
     norm: Tensor = torch.ops.ksam.grad_norm(grads, params, adaptive, eta)
     return norm
 
@@ -153,9 +179,9 @@ def perturb_(
     quick = native.try_perturb_(params, grads, backup, given, adaptive, eta)
     if quick is not None:
         return quick
-    _check_list("params", params)
+    _check_list("params", params, written=True)
     _check_like("grads", grads, params)
-    _check_like("backup", backup, params, same_dtype=True)
+    _check_like("backup", backup, params, same_dtype=True, written=True)
     radii = given if isinstance(given, list) else [given] * len(params)
     if len(radii) != len(params):
         raise ValueError(
@@ -183,7 +209,7 @@ def restore_(params: TensorList, backup: TensorList) -> None:
     params, backup = list(params), list(backup)
     if native.try_restore_(params, backup):
         return
-    _check_list("params", params)
+    _check_list("params", params, written=True)
     _check_like("backup", backup, params, same_dtype=True)
     with torch.no_grad():
         torch.ops.ksam.restore_(params, backup)
@@ -232,7 +258,7 @@ def restore_sgd_(
     """
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
-    check_number("dampening", dampening)
+    check_finite("dampening", dampening)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(
             f"nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}"
@@ -242,15 +268,16 @@ def restore_sgd_(
     counters = [] if steps is None else list(steps)
     if steps is not None:
         _check_count("steps", counters, params)
-    options = (lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, found_inf)
+    flags = (bool(nesterov), bool(maximize))
+    options = (lr, momentum, dampening, weight_decay, *flags, grad_scale, found_inf)
     states = (buffers, counters)
     if native.try_update_("restore_sgd_", params, backup, grads, states, *options):
         return
-    _check_list("params", params)
+    _check_list("params", params, written=True)
     _check_like("backup", backup, params, same_dtype=True)
     _check_like("grads", grads, params)
     if momentum != 0:
-        _check_like("momentum_buffers", buffers, params)
+        _check_like("momentum_buffers", buffers, params, written=True)
     if steps is not None:
         _check_steps(counters, params)
     _check_scalar("grad_scale", grad_scale)
@@ -307,16 +334,15 @@ def restore_adam_(
             raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
     params, backup, grads = list(params), list(backup), list(grads)
     states = (list(exp_avgs), list(exp_avg_sqs), list(steps))
-    options = (
-        *(lr, *betas, eps, weight_decay, maximize, decoupled_weight_decay, grad_scale, found_inf),
-    )
+    flags = (bool(maximize), bool(decoupled_weight_decay))
+    options = (lr, *betas, eps, weight_decay, *flags, grad_scale, found_inf)
     if native.try_update_("restore_adam_", params, backup, grads, states, *options):
         return
-    _check_list("params", params)
+    _check_list("params", params, written=True)
     _check_like("backup", backup, params, same_dtype=True)
     _check_like("grads", grads, params)
-    _check_like("exp_avgs", states[0], params)
-    _check_like("exp_avg_sqs", states[1], params)
+    _check_like("exp_avgs", states[0], params, written=True)
+    _check_like("exp_avg_sqs", states[1], params, written=True)
     _check_steps(states[2], params)
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)

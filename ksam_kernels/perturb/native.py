@@ -92,8 +92,8 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
     """Make the kernels of a compiled module a backend's implementations on some devices."""
 
     def norm_of(name: str, *args: Any) -> Tensor:
-        grads = args[0]
-        norm = torch.empty((), dtype=torch.float32, device=grads[0].device if grads else "cpu")
+        first = args[0]
+        norm = torch.empty((), dtype=torch.float32, device=first[0].device if first else "cpu")
         run(kernels, name, *args, norm)
         return norm
 

@@ -254,6 +254,21 @@ def test_up_to_twelve_dimensions_of_two_layouts(backend: str) -> None:
     assert_same_bits_as_reference(backend, call)
 
 
+@pytest.mark.parametrize("dims", [64, 65, 90])
+def test_any_number_of_dimensions_of_one_element(backend: str, dims: int) -> None:
+    """torch has no limit; a kernel that keeps an index of every dimension has one."""
+    numbers = torch.arange(6.0).reshape(2, 3)
+    many = numbers.t()[(..., *[None] * dims)]  # with gaps in no order of its dimensions
+    flat = many.contiguous()
+    w, b = [flat.clone()], [torch.zeros_like(flat)]
+    norm = perturb_(w, [many], b, rho=0.1)
+    expected = [flat.clone()]
+    assert same_bits(norm, perturb_(expected, [flat], [torch.zeros_like(flat)], rho=0.1))
+    assert all_same_bits(w, expected)
+    restore_(w, [many])
+    assert same_bits(w[0], flat)
+
+
 def test_what_a_kernel_has_no_room_for_raises_and_writes_nothing(backend: str) -> None:
     """Thirteen dimensions that no two neighbours of which can be merged, on a GPU."""
     shape = (2,) * 13

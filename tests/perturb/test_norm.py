@@ -127,7 +127,7 @@ def test_the_adaptive_norm_weights_each_element(norm_of: object) -> None:
 
 def test_no_parameters_and_an_empty_list_of_them_differ(backend: str) -> None:
     assert grad_norm([], []) == 0
-    with pytest.raises(ValueError, match="params must hold one tensor per parameter, 1, got 0"):
+    with pytest.raises(ValueError, match="params must hold one tensor for each of grads, 1, got 0"):
         grad_norm([torch.ones(1)], [])
 
 
@@ -165,7 +165,7 @@ def test_what_it_cannot_serve_raises_with_the_argument_and_the_value(backend: st
             ValueError,
             rf"params\[0\] must be \(3,\) on {g.device}.*got \(2,\)",
         ),
-        (([g], [g, g]), ValueError, "params must hold one tensor per parameter, 1, got 2"),
+        (([g], [g, g]), ValueError, "params must hold one tensor for each of grads, 1, got 2"),
         (([g], [g], -1.0), ValueError, "eta must be finite and >= 0.0, got -1.0"),
         (([g], [g], INF), ValueError, "eta must be .*got inf"),
         (([g], [g], NAN), ValueError, "eta must be .*got nan"),

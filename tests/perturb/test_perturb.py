@@ -311,10 +311,22 @@ def refused() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "grads elsewhere": ({"grads": [meta]}, ValueError, r"grads\[0\] must be .*on meta"),
         "backup dtype": (
             *({"backup": [W.double()]}, TypeError),
-            r"backup\[0\] must be torch.float32 as its parameter is, got torch.float64",
+            r"backup\[0\] must be torch.float32 as params\[0\] is, got torch.float64",
         ),
         "backup short": ({"backup": [short]}, ValueError, r"backup\[0\] must be \(3,\)"),
         "backup missing": ({"backup": []}, ValueError, "backup must hold one .* 1, got 0"),
+        "backup overlaps": (
+            *({"backup": [torch.zeros(1).expand(3)]}, ValueError),
+            r"backup\[0\] is written, .* must not share memory, got strides \(0,\)",
+        ),
+        "params overlap": (
+            *({"params": [torch.ones(1).expand(3)]}, ValueError),
+            r"params\[0\] is written, .* got strides \(0,\)",
+        ),
+        "params on two": (
+            *({"params": [W, meta], "grads": [W, meta], "backup": [W.clone(), meta]}, ValueError),
+            r"params\[1\] must be on .* as params\[0\] is, got meta",
+        ),
         "rho inf": ({"rho": INF}, ValueError, "rho must be finite, got inf"),
         "rho NaN": ({"rho": [NAN]}, ValueError, "rho must be .*got nan"),
         "rho too large": ({"rho": [10**400]}, ValueError, "rho must be finite, got 1000"),
@@ -356,7 +368,7 @@ def test_numbers_of_numpy_are_numbers(backend: str) -> None:
 
 def test_restore_refuses_a_backup_that_does_not_fit(backend: str) -> None:
     for backup, error, message in (
-        ([], ValueError, "backup must hold one tensor per parameter, 1, got 0"),
+        ([], ValueError, "backup must hold one tensor for each of params, 1, got 0"),
         ([torch.ones(2)], ValueError, r"backup\[0\] must be \(3,\)"),
         ([W.half()], TypeError, r"backup\[0\] must be torch.float32 .*got torch.float16"),
     ):

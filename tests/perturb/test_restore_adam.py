@@ -225,6 +225,13 @@ def test_adam_and_adamw_differ_and_empty_lists_are_fine(backend: str) -> None:
     restore_adam_([], [], [], [], [], [], lr=0.1)
 
 
+@pytest.mark.parametrize("step", [-2.0, -1.0, float("nan")])
+def test_a_step_count_without_meaning_gives_nan_as_in_torch(backend: str, step: float) -> None:
+    w = [torch.ones(3)]
+    restore_adam_(w, clones(w), clones(w), clones(w), clones(w), [torch.tensor(step)], lr=0.1)
+    assert w[0].isnan().all()
+
+
 W, ONE = torch.ones(3), one(0.0)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "backup dtype": ({"backup": [W.half()]}, TypeError, r"backup\[0\] must be torch.float32"),

@@ -261,7 +261,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "grads int": ({"grads": [W.int()]}, TypeError, r"grads\[0\] must be float32.*torch.int32"),
     "buffers missing": (
         *({"momentum_buffers": []}, ValueError),
-        "momentum_buffers must hold one tensor per parameter, 1, got 0",
+        "momentum_buffers must hold one tensor for each of params, 1, got 0",
     ),
     "steps missing": ({"steps": []}, ValueError, "steps must hold one .* 1, got 0"),
     "steps int": ({"steps": [one(0).int()]}, TypeError, r"steps\[0\] must be float32, got .*int32"),
@@ -275,6 +275,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lr None": ({"lr": None}, TypeError, "lr must be a number, got None"),
     "momentum < 0": ({"momentum": -0.9}, ValueError, "momentum must be .*got -0.9"),
     "weight_decay < 0": ({"weight_decay": -1.0}, ValueError, "weight_decay must be .*got -1.0"),
+    "dampening too large": ({"dampening": 10**400}, ValueError, "dampening must be .*got 1000"),
+    "buffers overlap": (
+        *({"momentum_buffers": [torch.zeros(1).expand(3)]}, ValueError),
+        r"momentum_buffers\[0\] is written, .* got strides \(0,\)",
+    ),
     "dampening a word": ({"dampening": "x"}, TypeError, "dampening must be a number, got 'x'"),
     "nesterov with dampening": (
         *({"nesterov": True, "dampening": 0.5}, ValueError),
