@@ -51,7 +51,7 @@ struct SgdUpdate : Update<SgdArgs> {
     Sgd<A> sgd;
 
     __device__ __forceinline__ void operator()(A (&x)[kOperands]) const {
-      const A w = x[1], d = direction(x[2], w);
+      const A w = x[1], d = direction(x[2], w, direction.decays());
       if constexpr (kMomentum) {
         x[3] = sgd.new_momentum(x[3], d);
         x[0] = sgd.updated(w, x[3], d);
@@ -80,7 +80,7 @@ struct AdamUpdate : Update<AdamArgs> {
     Adam<A> adam;
 
     __device__ __forceinline__ void operator()(A (&x)[kOperands]) const {
-      const A w = x[1], d = direction(x[2], w);
+      const A w = x[1], d = direction(x[2], w, direction.decays());
       x[3] = adam.new_mean(x[3], d);
       x[4] = adam.new_square(x[4], d);
       x[0] = adam.updated(w, x[3], square_root(x[4]));

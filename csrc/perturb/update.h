@@ -39,10 +39,14 @@ KSAM_FORMULA V climbed_adaptive(V w, V magnitude, V g, S n, S rho, S eta) {
 template <class S>
 struct Direction {
   S grad_scale, weight_decay;
-  bool scaled, maximize, decays;
+  bool scaled, maximize;
 
+  KSAM_HOST_DEVICE bool decays() const { return weight_decay != 0; }
+
+  // `decays` is given: the CPU asks once before a loop, a GPU for every element, as one more
+  // number in a register would make it spill.
   template <class V>
-  KSAM_HOST_DEVICE V operator()(V g, V w) const {
+  KSAM_HOST_DEVICE V operator()(V g, V w, bool decays) const {
     V d = scaled ? g / grad_scale : g;
     d = maximize ? -d : d;
     return decays ? d + weight_decay * w : d;
@@ -53,7 +57,7 @@ template <class S>
 KSAM_FORMULA Direction<S> direction_of(const Scaling& scaling, double weight_decay, bool maximize) {
   const bool scaled = scaling.grad_scale != nullptr;
   const S scale = scaled ? static_cast<S>(*scaling.grad_scale) : 1;
-  return {scale, static_cast<S>(weight_decay), scaled, maximize, weight_decay != 0};
+  return {scale, static_cast<S>(weight_decay), scaled, maximize};
 }
 
 template <class S>

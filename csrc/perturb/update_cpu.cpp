@@ -10,11 +10,12 @@ template <class A>
 struct PlainSgd {
   static constexpr Access kAccess[] = {kWrite, kRead, kRead, kUntouched};
   Direction<A> direction;
+  bool decays;
   Sgd<A> sgd;
 
   template <class V>
   KSAM_INLINE void operator()(V (&x)[4]) const {
-    x[0] = x[1] - sgd.lr * direction(x[2], x[1]);
+    x[0] = x[1] - sgd.lr * direction(x[2], x[1], decays);
   }
 };
 
@@ -22,11 +23,12 @@ template <class A>
 struct MomentumSgd {
   static constexpr Access kAccess[] = {kWrite, kRead, kRead, kReadWrite};
   Direction<A> direction;
+  bool decays;
   Sgd<A> sgd;
 
   template <class V>
   KSAM_INLINE void operator()(V (&x)[4]) const {
-    const V d = direction(x[2], x[1]);
+    const V d = direction(x[2], x[1], decays);
     x[3] = sgd.new_momentum(x[3], d);
     x[0] = sgd.updated(x[1], x[3], d);
   }
@@ -36,11 +38,12 @@ template <class A>
 struct AdamUpdate {
   static constexpr Access kAccess[] = {kWrite, kRead, kRead, kReadWrite, kReadWrite};
   Direction<A> direction;
+  bool decays;
   Adam<A> adam;
 
   template <class V>
   KSAM_INLINE void operator()(V (&x)[5]) const {
-    const V d = direction(x[2], x[1]);
+    const V d = direction(x[2], x[1], decays);
     x[3] = adam.new_mean(x[3], d);
     x[4] = adam.new_square(x[4], d);
     x[0] = adam.updated(x[1], x[3], square_root(x[4]));
@@ -56,10 +59,11 @@ void restore_sgd(const Rows<4>& rows, const SgdArgs& args, const float* const* s
       using A = typename decltype(type)::type;
       const auto direction = direction_of<A>(args.scaling, args.weight_decay, args.maximize);
       const auto sgd = sgd_of<A>(args, steps != nullptr && *steps[row.index] == 0);
+      const bool decays = direction.decays();
       if (row.operand[3].data == nullptr) {
-        transform<A>(row, rows.streaming, begin, end, PlainSgd<A>{direction, sgd});
+        transform<A>(row, rows.streaming, begin, end, PlainSgd<A>{direction, decays, sgd});
       } else {
-        transform<A>(row, rows.streaming, begin, end, MomentumSgd<A>{direction, sgd});
+        transform<A>(row, rows.streaming, begin, end, MomentumSgd<A>{direction, decays, sgd});
       }
     });
   });
@@ -72,7 +76,8 @@ void restore_adam(const Rows<5>& rows, const AdamArgs& args, const BiasCorrectio
       using A = typename decltype(type)::type;
       const auto direction = direction_of<A>(args.scaling, l2_of(args), args.maximize);
       const auto adam = adam_of<A>(args, corrections[row.index]);
-      transform<A>(row, rows.streaming, begin, end, AdamUpdate<A>{direction, adam});
+      const AdamUpdate<A> update{direction, direction.decays(), adam};
+      transform<A>(row, rows.streaming, begin, end, update);
     });
   });
 }
