@@ -50,6 +50,17 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within, what torch makes without a dtype has this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def raises_out_of_range(backend: str, message: str) -> AbstractContextManager[Any]:
     """An IndexError with the message; of GPU kernels, which cannot raise it, their assertion."""
     if backend == "simt":

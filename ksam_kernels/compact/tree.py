@@ -18,41 +18,78 @@ def map_batched(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
     Tensors without dimensions and leaves that are no tensors pass through.
     """
-    kind = type(batch)
-    if isinstance(batch, Tensor):
-        return fn(batch) if batch.dim() > 0 else batch
+    return map_tensors(lambda tensor: fn(tensor) if tensor.dim() > 0 else tensor, batch)
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The tree with ``fn`` applied to every tensor, in a fixed order; other leaves pass through."""
+    kind = type(tree)
+    if isinstance(tree, Tensor):
+        return fn(tree)
     if kind is dict:  # the usual nodes without tree_map, which takes several us for each
         # A list of them, as another thread may change the dict meanwhile.
-        return {key: map_batched(fn, value) for key, value in list(batch.items())}
+        return {key: map_tensors(fn, value) for key, value in list(tree.items())}
     if kind is tuple or kind is list:
-        return kind([map_batched(fn, value) for value in batch])
-    if not tree_is_leaf(batch):  # its children, without descending further
-        return tree_map(lambda x: map_batched(fn, x), batch, is_leaf=lambda x: x is not batch)
-    if isinstance(batch, (dict, UserDict)):  # Hugging Face's BatchEncoding for one
-        mapping = copy.copy(batch)
-        mapping.update({key: map_batched(fn, value) for key, value in batch.items()})
+        return kind([map_tensors(fn, value) for value in tree])
+    if not tree_is_leaf(tree):  # its children, without descending further
+        return tree_map(lambda x: map_tensors(fn, x), tree, is_leaf=lambda x: x is not tree)
+    if isinstance(tree, (dict, UserDict)):  # Hugging Face's BatchEncoding for one
+        mapping = copy.copy(tree)
+        mapping.update({key: map_tensors(fn, value) for key, value in tree.items()})
         return mapping
-    if isinstance(batch, list):
-        sequence = copy.copy(batch)
-        sequence[:] = [map_batched(fn, value) for value in batch]
+    if isinstance(tree, list):
+        sequence = copy.copy(tree)
+        sequence[:] = [map_tensors(fn, value) for value in tree]
         return sequence
-    if isinstance(batch, tuple) and not isinstance(batch, torch.Size):
-        rows = tuple.__new__(kind, [map_batched(fn, value) for value in batch])
-        if hasattr(batch, "__dict__"):
-            vars(rows).update(vars(batch))
+    if isinstance(tree, tuple) and not isinstance(tree, torch.Size):
+        rows = tuple.__new__(kind, [map_tensors(fn, value) for value in tree])
+        if hasattr(tree, "__dict__"):
+            vars(rows).update(vars(tree))
         return rows
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return _map_dataclass(fn, batch)
-    return batch
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return _map_dataclass(fn, tree)
+    return tree
 
 
-def _map_dataclass(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    fields = [f.name for f in dataclasses.fields(batch) if f.init]
-    changes = {name: map_batched(fn, getattr(batch, name)) for name in fields}
+def _map_dataclass(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    rebuilt = _rebuilt(fn, tree)
+    for name in _set_later(tree):
+        # Not setattr, which a frozen dataclass refuses.
+        object.__setattr__(rebuilt, name, map_tensors(fn, getattr(tree, name)))
+    return rebuilt
+
+
+def _rebuilt(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """By its constructor, which computes what it derives from its fields for the new ones."""
+    fields = [f.name for f in dataclasses.fields(tree) if f.init]
+    changes = {name: map_tensors(fn, getattr(tree, name)) for name in fields}
     try:
-        return dataclasses.replace(batch, **changes)
+        return dataclasses.replace(tree, **changes)
     except ValueError as error:  # a value that only __init__ saw
-        raise TypeError(f"batch holds a {type(batch).__name__}: {error}") from error
+        kind = type(tree).__name__
+        raise TypeError(f"a {kind} cannot be rebuilt from its fields: {error}") from error
+
+
+def _set_later(tree: Any) -> list[str]:
+    """What a dataclass has and its constructor does not make: names, in a fixed order.
+
+    Told by a copy with the same tensors, so that they are the same whatever a caller makes of the
+    tensors: with other ones a constructor might make other things.
+    """
+    fields = dataclasses.fields(tree)
+    defaults = {f.name: f.default for f in fields if not f.init}
+    declared = {f.name for f in fields}
+    defaults.update({name: None for name in getattr(tree, "__dict__", {}) if name not in declared})
+    if not defaults:
+        return []
+    made = _rebuilt(lambda tensor: tensor, tree)
+
+    def is_lost(name: str, default: Any) -> bool:
+        value = getattr(made, name, None)
+        unmade = value is None or value is default
+        return unmade and getattr(tree, name, value) is not value
+
+    return [name for name, default in defaults.items() if is_lost(name, default)]
 
 
 def batched_tensors(batch: Any) -> list[Tensor]:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.parts import Sampler
-from ksam.samplers import Ordered
+from ksam.samplers import Importance, LossIncrease, Ordered
+from ksam.tables import SharpnessSample
 from ksam.when import Policy
 from ksam_kernels.checks import check_count
 
@@ -37,9 +38,39 @@ def _check_samplers(ascent: object, descent: object, scale: str) -> None:
             f"descent must be given where the ascent is not on samples, got None with "
             f"ascent={ascent!r}"
         )
-    if scale != "mean" and any(isinstance(part, Ordered) for part in (ascent, descent)):
+    _check_comparisons(ascent, descent)
+    descends = ascent if descent is None else descent
+    if scale != "mean" and isinstance(descends, (Ordered, Importance)):
         raise ValueError(
-            f'scale must be "mean" for the highest losses of a whole batch, got {scale!r}'
+            f'scale must be "mean" with {type(descends).__name__}, whose mean loss is the one to '
+            f"descend, got {scale!r}"
+        )
+
+
+def _check_comparisons(ascent: object, descent: object) -> None:
+    """Losses before the ascent are compared with those after it: of the same samples."""
+    if isinstance(ascent, LossIncrease):
+        raise ValueError(
+            f"ascent must not be LossIncrease, which selects by what the ascent did to the losses: "
+            f"it is a descent; got {ascent!r}"
+        )
+    # StaleTopK, for one, evaluates the whole batch at step 0 but not at 1.
+    if isinstance(descent, LossIncrease) and not (
+        isinstance(ascent, Sampler) and ascent.whole(0) and ascent.whole(1)
+    ):
+        raise ValueError(
+            f"ascent must evaluate the whole batch in every step with descent=LossIncrease, which "
+            f"compares its losses there, got {ascent!r}"
+        )
+    if isinstance(descent, SharpnessSample):
+        raise ValueError(
+            f"descent must not be SharpnessSample, which records what the ascent on its samples "
+            f"does to their losses: it is an ascent; got {descent!r}"
+        )
+    if isinstance(ascent, SharpnessSample) and descent is not None:
+        raise ValueError(
+            f"descent must be None with ascent=SharpnessSample, which compares the losses of the "
+            f"same samples, got {descent!r}"
         )
 
 

@@ -53,15 +53,25 @@ def parameter_names(groups: Sequence[dict[str, Any]], model: nn.Module | None) -
 
 
 def check_base(base: Optimizer) -> None:
-    """It steps without a closure, and leaves the name rho to the radius."""
+    """It steps without arguments, and leaves the name rho to the radius."""
     if "rho" in base.defaults:
         raise ValueError(
             f"base must have no hyperparameter of the name rho, which is the radius's in "
             f"param_groups, got {type(base).__name__} with rho={base.defaults['rho']!r}"
         )
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(f"base {type(base).__name__} needs a closure, which a K-SAM step has not")
+    # That of the class: what a scheduler puts in place of the instance's shows self as an argument.
+    _, *arguments = inspect.signature(type(base).step).parameters.values()
+    may_be_missing = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [
+        argument.name
+        for argument in arguments
+        if argument.default is inspect.Parameter.empty and argument.kind not in may_be_missing
+    ]
+    if needed:
+        raise TypeError(
+            f"base {type(base).__name__} needs a {' and a '.join(needed)} to step, "
+            f"which a K-SAM step has not"
+        )
 
 
 def check_no_overlap(params: Sequence[Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,14 +182,19 @@ def alignment(
 ) -> Tensor:
     r"""Cosine of the k highest-loss samples' gradient with the batch's, a float32 scalar.
 
-    Both from one forward pass over the batch at the present weights. ``.grad`` and BatchNorm's
-    running statistics are left alone.
+    Both from one forward pass over the batch at the present weights. ``.grad`` and the states of
+    PyTorch's random generators are left alone, and with the optimizer's ``model`` BatchNorm's
+    running statistics; without it the pass updates them, as any forward does.
 
     Raises:
         TypeError, ValueError: k outside [1, M].
     """
     params = [p for p in parameters(optimizer.param_groups) if p.requires_grad]
-    with torch.enable_grad(), batchnorm.Norms(optimizer.model).frozen():
+    with (
+        torch.enable_grad(),
+        batchnorm.Norms(optimizer.model).frozen(),
+        _random_state_kept(params),
+    ):
         losses = _losses(per_sample_loss, batch)
         top = ksam_kernels.topk_indices(losses.detach(), k)
         of_batch = _gradient(losses.mean(), params)
@@ -197,6 +202,13 @@ def alignment(
     dots = [(a * b).sum() for a, b in zip(of_batch, of_top, strict=True)]
     norms = ksam_kernels.grad_norm(of_batch) * ksam_kernels.grad_norm(of_top)
     return torch.stack([d.float() for d in dots]).sum() / norms
+
+
+def _random_state_kept(params: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """What dropout draws within is drawn again afterwards: a run is the same as without."""
+    devices = {p.device for p in params} - {torch.device("cpu")}
+    kind = next((device.type for device in devices), "cuda")  # of no device, on the CPU
+    return torch.random.fork_rng(devices, device_type=kind)
 
 
 def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
@@ -237,8 +249,9 @@ def sharpness(
     """Measure the sharpness of a solution on some batches.
 
     The model's mode is the caller's choice: ``model.eval()`` measures the network that is tested.
-    Its running statistics are left alone and its weights come back bit for bit, also where the
-    function raises. The model's gradients are discarded.
+    Its running statistics and the states of PyTorch's random generators are left alone and its
+    weights come back bit for bit, also where the function raises. The model's gradients are
+    discarded.
 
     Args:
         per_sample_loss: as for a step.
@@ -253,12 +266,12 @@ def sharpness(
     check_rho(rho)
     check_count("directions", directions, 1)
     check_count("seed", seed, 0)
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches must hold at least one batch, got none")
     params = [p for p in model.parameters() if p.requires_grad]
     # Ctrl-C may come just before a block without gradients is left: this one then ends it.
-    with torch.enable_grad(), batchnorm.Norms(model).frozen():
+    with torch.enable_grad(), batchnorm.Norms(model).frozen(), _random_state_kept(params):
+        batches = list(batches)  # a loader draws their order
+        if not batches:
+            raise ValueError("batches must hold at least one batch, got none")
         model.zero_grad()
         loss = _mean_loss(per_sample_loss, batches, backward=True)
         gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
@@ -266,13 +279,18 @@ def sharpness(
         generator = torch.Generator().manual_seed(seed)
         rises = []
         for _ in range(directions):
-            # Drawn on the CPU: the same directions on every device.
-            noise = [torch.randn(p.shape, generator=generator).to(p) for p in params]
+            noise = [_normal(p, generator) for p in params]
             with _perturbed(params, noise, rho):
                 rises.append(_mean_loss(per_sample_loss, batches) - loss)
         with _perturbed(params, gradient, rho):
             adversarial = _mean_loss(per_sample_loss, batches) - loss
     return Sharpness(loss, sum(rises) / directions, adversarial)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Drawn as float32 on the CPU: the same direction on every device."""
+    noise = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return noise.to(like)
 
 
 def _mean_loss(per_sample_loss: PerSampleLoss, batches: list[Any], backward: bool = False) -> float:

@@ -169,6 +169,6 @@ class StochasticWeights(Geometry):
         drawn = random.Random(seed)
         chosen = moving.take([drawn.random() < self.beta for _ in moving.params])
         if not chosen.params:
-            return torch.zeros((), device=moving.params[0].device)
+            return torch.zeros((), dtype=torch.float32, device=moving.params[0].device)
         chosen.radii = [radius / self.beta for radius in chosen.radii]
         return self._climb(chosen, moved, self.adaptive)

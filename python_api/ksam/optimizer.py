@@ -19,7 +19,7 @@ from ksam.distributed import mean_over_ranks
 from ksam.geometry import Geometry, Moving
 from ksam.momentum import Momentum
 from ksam.over_base import OverBase
-from ksam.parts import Part, Sampler
+from ksam.parts import Part, Sampler, Subset
 from ksam.passes import Passes, PerSampleLoss
 from ksam.radius import Rho
 from ksam.result import StepResult
@@ -62,6 +62,7 @@ class SharpnessAware(OverBase):
         scale: of the descent loss over n selected of M samples: ``"mean"`` over the n, their sum
             divided by M (``"batch"``), or by M times their share of the gradient bounds
             (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
+            ``"mean"`` alone where Ordered or Importance descends.
         statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
             statistics, these ``"matched"`` to the full batch's (its values, BatchNorm's gradient:
             Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones; without ``model`` the
@@ -125,6 +126,7 @@ class SharpnessAware(OverBase):
             "descent": self.descent,
             "geometry": self.geometry,
             "when": self.when,
+            "otherwise": self.otherwise,
         }
         return {name: part for name, part in parts.items() if isinstance(part, Part)}
 
@@ -172,7 +174,9 @@ class SharpnessAware(OverBase):
             per_sample_loss: ``f(batch) -> losses [B]`` or ``(losses, aux)``; called once for every
                 pass, in the model's current mode, on the batch or on the selected samples. K-SAM
                 calls it three times: on the batch without gradients, then twice on the selection
-                (twice in all, on the batch, where every sample is selected).
+                (twice in all, on the batch, where every sample is selected). What it does to the
+                batch's tensors in place must be the same done once or thrice: clamping is, scaling
+                is not.
             batch: any tree of tensors with the samples in dimension 0; what else is in it is
                 passed on (see :func:`ksam_kernels.compact_batch`).
 
@@ -180,11 +184,17 @@ class SharpnessAware(OverBase):
             A :class:`StepResult`. ``.grad`` holds the descent gradient afterwards.
 
         Raises:
+            RuntimeError: in ``torch.inference_mode()``; losses without a graph.
             TypeError, ValueError: a batch, losses or scheduled values that are not as described.
                 Whatever is raised before the base optimizer's own step, by this method or by the
                 function, KeyboardInterrupt included: weights and BatchNorm statistics are bit for
                 bit what they were. What the base raises in its step may leave its state changed.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "step needs gradients, which do not exist in torch.inference_mode(); call it "
+                "outside of that"
+            )
         samples = ksam_kernels.batch_size(batch)
         if samples == 0:
             raise ValueError("batch must hold at least one sample, got 0")
@@ -271,23 +281,31 @@ class SharpnessAware(OverBase):
             self.zero_grad()
         subset = passes.subset if descent is None else descent.choose(passes)
         assert subset is not None
-        if passes.subset is None or passes.subset.indices is None:
+        if passes.subset is None or not passes.subset.is_selection:
             passes.subset = subset
         share = self._share(passes, sharp)
-        factor: Tensor | float | None = None
-        if subset.indices is not None and self.scale != "mean":
-            factor = subset.samples / passes.samples
-            if self.scale == "share" and share is not None:
-                # A share of nothing is NaN: where no sample has a gradient.
-                factor = torch.where(share > 0, factor / share, factor)
-        passes.after = passes.gradient(subset, factor)
+        passes.after = passes.gradient(subset, self._factor(passes, subset, share))
         if share is None:
             share = self._share(passes, sharp)
         self._looked_for_batchnorm |= passes.taken > 1
         losses = passes.losses
         if norm is None:
-            norm = torch.zeros((), device=losses.device)
+            norm = torch.zeros((), dtype=torch.float32, device=losses.device)
         return StepResult(losses.mean(), losses, passes.indices(), norm, passes.aux, sharp, share)
+
+    def _factor(
+        self, passes: Passes, subset: Subset, share: Tensor | None
+    ) -> Tensor | float | None:
+        """Of the descent's mean loss; ``share`` is that of the step's selection."""
+        if subset.indices is None or self.scale == "mean":
+            return None
+        factor = subset.samples / passes.samples
+        if self.scale == "batch" or share is None:
+            return factor
+        if subset is not passes.subset:  # the ascent has a selection of its own
+            share = passes.share(subset.indices)
+        # A share of nothing is NaN: where no sample has a gradient.
+        return torch.where(share > 0, factor / share, factor)
 
     def _share(self, passes: Passes, sharp: bool) -> Tensor | None:
         """What the selection carries, where somebody asks and a pass over the batch tells."""
@@ -336,11 +354,12 @@ class SharpnessAware(OverBase):
 
     def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
         """The weights are updated: now what the parts learn from the step is final too."""
+        # First, as the step is done whatever a part makes of it.
+        self.steps_done += 1
         for sampler in self._samplers():
             sampler.observe(passes)
         if isinstance(self.when, Policy):
-            self.when.observe(self.steps_done, cost, probe)
-        self.steps_done += 1
+            self.when.observe(passes.step, cost, probe)
 
     def _parameters(self) -> list[Tensor]:
         """In every step, so without the look at each entry that ``parameters`` takes."""

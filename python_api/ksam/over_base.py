@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,19 @@ from ksam.base import check_base, check_no_overlap, parameters
 from ksam.parts import Part
 from ksam.radius import Rho, check_radius, radius_at
 from ksam_kernels.checks import is_number
+
+
+@dataclass
+class _Radius:
+    """A group's rho.
+
+    Attributes:
+        schedule: what gives it at every step; None: the number in the group is it.
+        last: the number, for a group that a checkpoint without one takes the place of.
+    """
+
+    schedule: Rho | None
+    last: float
 
 
 class OverBase(Optimizer):
@@ -35,8 +49,9 @@ class OverBase(Optimizer):
         self.base = base
         self.steps_done = 0
         self._rho = check_radius(rho)
-        self._rho_schedules: list[Rho | None] = []
-        self._rhos: list[float] = []
+        # By each parameter of a group: loads put other dicts in the place of groups, and groups may
+        # be deleted, sorted and thinned out.
+        self._radii: dict[Tensor, _Radius] = {}
         super().__init__(base.param_groups, dict(base.defaults))
         self._built = True
         self._initial = copy.deepcopy(self._states())
@@ -72,40 +87,54 @@ class OverBase(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with the default rho unless the group has its own."""
         if not any(param_group is group for group in self.base.param_groups):
-            if not isinstance(param_group["params"], Tensor):
+            # Sets, which have no order, are the base's to refuse.
+            if not isinstance(param_group["params"], (Tensor, set)):
                 param_group["params"] = list(param_group["params"])
-            self._radius(param_group)
+            self._radius_of_new(param_group)
             check_no_overlap(parameters([*self.base.param_groups, param_group]))
             self.base.add_param_group(param_group)
+            for p in param_group["params"]:  # may be known from a group that was deleted
+                self._radii.pop(p, None)
         self._adopt_groups()
 
-    def _radius(self, group: dict[str, Any]) -> float:
-        """The rho of a group that is new here, and may be taken."""
+    def _known(self, group: dict[str, Any]) -> _Radius | None:
+        """The radius of a group that has been here before."""
+        return next((self._radii[p] for p in group["params"] if p in self._radii), None)
+
+    def _radius_of_new(self, group: dict[str, Any]) -> float:
+        """The rho of a group that is new here; raises if the group may not be taken."""
         self._check_group(group)
         rho = group.get("rho", self._rho)
         return radius_at(rho, self.steps_done, {**self.base.defaults, **group})
 
     def _adopt_groups(self) -> None:
-        """Every group has a rho, also those that the base was given or has loaded by itself."""
-        groups, known = self.param_groups, len(self._rhos)
-        self._rhos = [
-            group.setdefault("rho", rho)
-            for group, rho in zip(groups[:known], self._rhos, strict=True)
-        ]
-        if len(groups) > known:
-            check_no_overlap(parameters(groups))
-        for group, rho in [(group, self._radius(group)) for group in groups[known:]]:
+        """Every group's rho is a number, also where the base was given or has loaded the group.
+
+        What gives one, if that was put there, is the group's schedule from now on.
+        """
+        new = []
+        for group in self.param_groups:
+            known = self._known(group)
+            if known is not None and is_number(group.setdefault("rho", known.last)):
+                known.last = group["rho"]
+            else:
+                new.append(group)
+        if new:
+            check_no_overlap(parameters(self.param_groups))
+        # All are checked before any is taken.
+        for group, rho in [(group, self._radius_of_new(group)) for group in new]:
             given = group.get("rho", self._rho)
-            self._rho_schedules.append(None if is_number(given) else given)
-            self._rhos.append(rho)
+            radius = _Radius(None if is_number(given) else given, rho)
+            self._radii.update(dict.fromkeys(group["params"], radius))
             group["rho"] = rho
 
     def _schedule_rho(self) -> None:
-        schedules = self._rho_schedules
-        values = [
-            radius_at(group["rho"] if schedule is None else schedule, self.steps_done, group)
-            for schedule, group in zip(schedules, self.param_groups, strict=True)
-        ]
+        values = []
+        for group in self.param_groups:
+            known = self._known(group)
+            schedule = None if known is None else known.schedule
+            rho = group["rho"] if schedule is None else schedule
+            values.append(radius_at(rho, self.steps_done, group))
         for group, value in zip(self.param_groups, values, strict=True):
             group["rho"] = value
 
@@ -121,6 +150,7 @@ class OverBase(Optimizer):
         """The base optimizer's state and groups; under ``"ksam"`` the steps done and the parts'."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
+        self._adopt_groups()
         own = {name: state for name, state in self._states().items() if state}
         found = {**self.base.state_dict(), "ksam": {"steps_done": self.steps_done, **own}}
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -140,6 +170,8 @@ class OverBase(Optimizer):
         own = {"steps_done": 0, **copy.deepcopy(self._initial), **state_dict.get("ksam", {})}
         steps_done = int(own.pop("steps_done"))
         self._adopt_groups()
+        for group in state_dict["param_groups"]:
+            self._radius_of_new({"rho": 0.0, **group})
         present = copy.deepcopy(self._states())
         try:
             self._load_parts(own)
@@ -153,5 +185,5 @@ class OverBase(Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "steps_done", "_rho", "_rho_schedules", "_rhos", "_built", "_initial")
+        names = ("base", "steps_done", "_rho", "_radii", "_built", "_initial")
         return {"defaults": self.defaults, **{name: getattr(self, name) for name in names}}

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class Part:
     """A piece of a method. Most have no state; those that do override both methods.
 
-    What a part remembers changes in ``observe`` methods only, which the engine calls once the
-    weights are updated: a step that fails leaves no trace in it.
+    Samplers and policies learn from a step in ``observe``, which the engine calls once the weights
+    are updated: a step that fails leaves no trace in them. Other parts are not told of completed
+    steps.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,6 +45,11 @@ class Subset:
     weights: Tensor | None = None
     keep: int | None = None
 
+    @property
+    def is_selection(self) -> bool:
+        """Whether the gradient is that of some samples, and not of the whole batch."""
+        return self.indices is not None or self.keep not in (None, self.samples)
+
 
 class Sampler(Part):
     """Which samples a gradient is taken on."""
@@ -68,7 +74,18 @@ class Sampler(Part):
         raise NotImplementedError
 
     def representatives(self, passes: Passes) -> Tensor:
-        """Samples whose share of the batch's gradient bounds is reported: the highest losses."""
+        """Samples whose share of the batch's gradient bounds is reported.
+
+        Those that the step selected; :meth:`candidates` where it selected none. So too where they
+        have weights, without which they do not represent the batch.
+        """
+        subset = passes.subset
+        if subset is not None and subset.indices is not None and subset.weights is None:
+            return subset.indices
+        return self.candidates(passes)
+
+    def candidates(self, passes: Passes) -> Tensor:
+        """As many samples as are selected, in a step that selects none: the highest losses."""
         return passes.highest(self.selects(passes.samples, passes.step))
 
     def cost(self, samples: int, step: int) -> int:

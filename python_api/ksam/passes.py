@@ -15,7 +15,7 @@ import ksam_kernels
 from ksam import batchnorm
 from ksam.parts import Subset
 from ksam.selection import recording
-from ksam_kernels.compact.tree import batched_tensors, map_batched
+from ksam_kernels.compact.tree import batched_tensors, map_tensors
 
 PerSampleLoss = Callable[[Any], Any]
 
@@ -39,7 +39,12 @@ def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
 
 def containers_copied(batch: Any) -> Any:
     """The batch's tensors in containers of their own, from which a function may take some."""
-    return map_batched(lambda tensor: tensor, batch)
+    return map_tensors(lambda tensor: tensor, batch)
+
+
+def detached(tree: Any) -> Any:
+    """The tree with tensors that keep no graph, and what is no tensor as it is."""
+    return map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, tree)
 
 
 class Passes:
@@ -50,7 +55,7 @@ class Passes:
 
     Attributes:
         batch, samples, step: the whole batch, its size M, the number of steps before this one.
-        losses, aux: those of the reported pass.
+        losses, aux: those of the reported pass, detached.
         top: indices of the highest losses of the pass that was asked for them.
         subset: the samples of the ascent gradient, or where it has none, of the descent.
         before, after: the losses of the ascent's and of the descent's gradient pass.
@@ -104,12 +109,16 @@ class Passes:
         """Uniform float32 ``[M]`` in [0, 1); the seed and the step decide them.
 
         Drawn on the device, from a generator of its own: no wait, and a failed step draws the same
-        numbers again.
+        numbers again. The device is that of the reported losses, with which the numbers are
+        combined; before there are any, the batch's, which the model may be on another than.
         """
-        device = batched_tensors(self.batch)[0].device
-        if self._generator is None:
+        known = self.losses if self._reported else batched_tensors(self.batch)[0]
+        device = known.device
+        if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self._seed)
-        return torch.rand(self.samples, generator=self._generator, device=device)
+        return torch.rand(
+            self.samples, generator=self._generator, dtype=torch.float32, device=device
+        )
 
     def draw(self, size: int) -> Tensor:
         """``size`` random samples without replacement, ascending."""
@@ -175,7 +184,7 @@ class Passes:
             if seen:
                 _warn_of_batchnorm()
             if reports:
-                self.losses, self.aux = losses.detach(), aux
+                self.losses, self.aux = losses.detach(), detached(aux)
                 self.scores = recorded.scores(losses)
                 self._reported = True
             backward = reports and torch.is_grad_enabled()

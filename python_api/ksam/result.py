@@ -21,7 +21,8 @@ class StepResult(NamedTuple):
         grad_norm: norm of the ascent direction, float32 scalar; 0, inf or NaN mean that the descent
             gradient was taken at the unperturbed weights.
         aux: the second value of the loss function in the pass of ``losses``, if it returns two;
-            else None.
+            else None. Its tensors are detached, in any tree that a batch may be (one without
+            dimensions, too), and what is no tensor is what the function returned.
         sharp: whether it was a sharpness-aware step of the method (True) or one of those that
             ``when`` leaves to the base optimizer, plain or along its momentum (False).
         share: the share of the batch's gradient bounds that the selection carries, if the step

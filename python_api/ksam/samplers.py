@@ -83,10 +83,8 @@ class TopK(_AfterForward):
         others = ksam_kernels.topk_indices(passes.random().index_fill(0, top, -1.0), drawn)
         return torch.cat([top, others]).sort().values
 
-    def representatives(self, passes: Passes) -> Tensor:
-        """Those that were selected, or in another step would have been."""
-        if passes.subset is not None and passes.subset.indices is not None:
-            return passes.subset.indices
+    def candidates(self, passes: Passes) -> Tensor:
+        """Those that would have been selected."""
         return self._indices(passes, self.size(passes.samples, passes.step))
 
 
@@ -107,8 +105,8 @@ class Importance(_AfterForward):
     r"""k samples drawn with replacement, :math:`p_i \propto` gradient bound, weighted by 1 / (M p).
 
     :math:`\frac{1}{k} \sum_j \frac{1}{M p_{i_j}} \nabla L_{i_j}` is an unbiased estimate of the
-    batch's gradient (Katharopoulos & Fleuret 2018), unlike that of the highest losses. The bound is
-    that of :meth:`ksam.selection.Recording.scores`.
+    batch's gradient (Katharopoulos & Fleuret 2018), unlike that of the highest losses, and so has
+    no other scale. The bound is that of :meth:`ksam.selection.Recording.scores`.
 
     Args:
         k: as in :class:`TopK`.
@@ -140,7 +138,7 @@ class LossIncrease(_AfterForward):
     For the descent only: a forward pass at :math:`\hat w`, without gradients, gives
     :math:`L_i(\hat w) - L_i(w)`; exactly :math:`\gamma M` samples are chosen, equal differences by
     the lowest index. (The authors' code keeps those *above* the last of them: one less, and none
-    where all are equal.) The ascent must have taken its gradient on the whole batch.
+    where all are equal.) The ascent must evaluate the whole batch in every step.
     """
 
     def __init__(self, gamma: K | Schedule) -> None:

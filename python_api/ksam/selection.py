@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -58,6 +59,21 @@ class Amount(Part):
             self.value.load_state_dict(state)
 
 
+@contextmanager
+def _versioned() -> Iterator[None]:
+    """What is made within counts the writes to it, as nothing that inference mode makes does."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _differentiable(value: Any) -> Any:
+    """A tensor that autograd takes, as it does none that inference mode made; else the value."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
 class Recording:
     """The fused loss of a whole batch, if the loss function made one: its top k and its logits."""
 
@@ -70,11 +86,12 @@ class Recording:
         self._inputs: tuple[Tensor, Tensor, dict[str, Any]] | None = None
 
     def cross_entropy(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        if self._k is None:
-            losses = ksam_kernels.cross_entropy(logits, target, **options)
-        else:
-            select = ksam_kernels.select_cross_entropy
-            losses, self._indices = select(logits, target, self._k, **options)
+        with _versioned():
+            if self._k is None:
+                losses = ksam_kernels.cross_entropy(logits, target, **options)
+            else:
+                select = ksam_kernels.select_cross_entropy
+                losses, self._indices = select(logits, target, self._k, **options)
         self._losses, self._version = losses, losses._version
         self._inputs = logits.detach(), target, options
         return losses
@@ -103,8 +120,10 @@ class Recording:
 
         def bounds() -> Tensor:
             with torch.enable_grad():
-                x = logits.requires_grad_()
-                total = ksam_kernels.cross_entropy(x, target, **options).sum()
+                x = _differentiable(logits).requires_grad_()
+                y = _differentiable(target)
+                others = {name: _differentiable(value) for name, value in options.items()}
+                total = ksam_kernels.cross_entropy(x, y, **others).sum()
                 (gradient,) = torch.autograd.grad(total, x)
             norms: Tensor = torch.linalg.vector_norm(gradient.float(), dim=1)
             return norms
@@ -112,19 +131,38 @@ class Recording:
         return bounds
 
 
-_active: Recording | None = None
+class _OfThread(threading.local):
+    """What is recorded in this thread: several may train, each a model of its own."""
+
+    active: Recording | None = None
+
+
+_of_thread = _OfThread()
 
 
 @contextmanager
 def recording(batch_size: int, k: int | None = None) -> Iterator[Recording]:
-    """Within, :func:`cross_entropy` of a whole batch is recorded, and selects its k largest."""
-    global _active
-    previous = _active
+    """Within, :func:`cross_entropy` of a whole batch is recorded, and selects its k largest.
+
+    In the same thread only.
+    """
+    recorded = Recording(batch_size, k)
+    previous = _of_thread.active
     try:
-        _active = Recording(batch_size, k)
-        yield _active
+        _of_thread.active = recorded
+        yield recorded
     finally:
-        _active = previous
+        _of_thread.active = previous
+
+
+def _records(logits: Tensor) -> Recording | None:
+    """Where the loss of these logits is to be recorded, if it is."""
+    if torch.compiler.is_compiling():  # it would bake this step's selection into its graph
+        return None
+    active = _of_thread.active
+    if active is None or logits.dim() != 2 or logits.shape[0] != active.batch_size:
+        return None
+    return active
 
 
 def cross_entropy(
@@ -145,13 +183,6 @@ def cross_entropy(
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
     }
-    active = _active
-    # A compiled function would bake this step's selection into its graph.
-    if (
-        active is not None
-        and not torch.compiler.is_compiling()
-        and logits.dim() == 2
-        and logits.shape[0] == active.batch_size
-    ):
-        return active.cross_entropy(logits, target, **options)
-    return ksam_kernels.cross_entropy(logits, target, **options)
+    active = _records(logits)
+    loss = ksam_kernels.cross_entropy if active is None else active.cross_entropy
+    return loss(logits, target, **options)

@@ -68,7 +68,11 @@ class _Table(Sampler):
     def __init__(self, amount: Amount, size: int, index: Index) -> None:
         check_count("size", size, 1)
         self.amount, self.entries, self.index = amount, size, index
-        self._columns = {n: torch.full((size,), v) for n, v in self.COLUMNS.items()}
+        # Not by torch's defaults: losses come as float32, and the table moves to its indices.
+        self._columns = {
+            name: torch.full((size,), begin, dtype=torch.float32, device="cpu")
+            for name, begin in self.COLUMNS.items()
+        }
 
     def size(self, samples: int, step: int) -> int:
         return self.amount.of(samples, step)
@@ -101,10 +105,14 @@ class _Table(Sampler):
         self.amount.load_state_dict(state["amount"])
 
     def seen(self, passes: Passes) -> Tensor:
-        """The indices of the samples that the step took its ascent gradient on."""
+        """The indices of the samples that the step took its ascent gradient on.
+
+        On the device of the table, like all that is written to it: the model, and so the losses and
+        what was selected by them, may be on another.
+        """
         rows = self.rows(passes.batch)
         chosen = None if passes.subset is None else passes.subset.indices
-        return rows if chosen is None else rows[chosen]
+        return rows if chosen is None else rows[chosen.to(rows.device)]
 
 
 class StaleTopK(_Table):
@@ -146,9 +154,9 @@ class StaleTopK(_Table):
         return passes.select(ksam_kernels.topk_indices(stale, size))
 
     def observe(self, passes: Passes) -> None:
-        losses = passes.losses.float()
-        everything = losses.shape[0] == passes.samples
+        everything = passes.losses.shape[0] == passes.samples
         rows = self.rows(passes.batch) if everything else self.seen(passes)
+        losses = passes.losses.to(rows.device, torch.float32)
         self._columns["loss"].index_copy_(0, rows, losses)
 
 
@@ -210,8 +218,9 @@ class SharpnessSample(_Table):
         if size == passes.samples:
             return passes.everything()
         # The sum of logarithm and Gumbel noise: its top k is a draw without replacement.
-        noise = -passes.random().clamp_min(1e-20).log()
-        keys = self.probabilities(passes).log() - noise.clamp_min(1e-20).log()
+        p = self.probabilities(passes)
+        noise = -passes.random().to(p.device).clamp_min(1e-20).log()
+        keys = p.log() - noise.clamp_min(1e-20).log()
         return passes.select(ksam_kernels.topk_indices(keys, size))
 
     def probabilities(self, passes: Passes) -> Tensor:
@@ -229,6 +238,6 @@ class SharpnessSample(_Table):
         if passes.before is None or passes.after is None:  # a plain step
             return
         rows = self.seen(passes)
-        change = (passes.after - passes.before).abs().float()
+        change = (passes.after - passes.before).abs().to(rows.device, torch.float32)
         self._columns["total"].index_add_(0, rows, change)
         self._columns["count"].index_add_(0, rows, torch.ones_like(change))

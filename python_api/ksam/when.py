@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +64,8 @@ class Policy(Part):
         Args:
             step: as in :meth:`decide`.
             cost: what this step cost, in units of a plain one.
-            share: the share of the batch's gradient bounds that the highest losses carry, as many
-                as the method would select; a float32 scalar on the device.
+            share: the share of the batch's gradient bounds that the step's selection carries, or
+                in a plain step the highest losses, as many; a float32 scalar on the device.
         """
         raise NotImplementedError
 
@@ -77,11 +76,12 @@ class Representative(Policy):
     Of every ``every`` steps the first is a probe: the share
     :math:`\sum_{i \in S} b_i / \sum_i b_i` of the per-sample gradient bounds
     :math:`b_i = \lVert \mathrm{softmax}(x_i) - \mathrm{onehot}(y_i) \rVert_2` (the losses, where
-    the loss is not :func:`ksam.cross_entropy`) that the k highest losses carry. It comes from the
-    pass over the whole batch that the step makes anyway: a plain step has one too. The *next*
-    ``every`` steps are sharpness-aware if it is at least ``threshold``. Training thus begins with
-    plain steps. Where a sharpness-aware step does not see the whole batch (AUSAM; StaleKSAM but for
-    every ``refresh``-th step), the last probe that there was decides.
+    the loss is not :func:`ksam.cross_entropy`) that the selection S carries, in a plain step the k
+    highest losses. It comes from the pass over the whole batch that the step makes anyway: a plain
+    step has one too. The *next* ``every`` steps are sharpness-aware if it is at least
+    ``threshold``. Training thus begins with plain steps. Where a sharpness-aware step does not see
+    the whole batch (AUSAM; StaleKSAM but for every ``refresh``-th step), the last probe that there
+    was decides.
 
     The share is copied to the host without waiting, and read ``every`` steps later whatever the
     timing: the same decisions on every device and in every run. The state is part of the
@@ -155,7 +155,9 @@ class _Later:
         self._event: torch.cuda.Event | None = None
         self._number: Tensor | float
         if isinstance(value, Tensor) and value.is_cuda:
-            self._number = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._number = torch.empty(
+                value.shape, dtype=value.dtype, device="cpu", pin_memory=True
+            )
             self._number.copy_(value, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(value.device))
@@ -167,6 +169,3 @@ class _Later:
         if self._event is not None:
             self._event.synchronize()
         return float(self._number)
-
-
-When = Callable[[int], bool] | Policy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import OrderedDict, UserDict, namedtuple
 from typing import Any
 
@@ -199,8 +200,85 @@ def test_a_dataclass_that_fields_do_not_rebuild_raises(backend: str) -> None:
 
         def __post_init__(self, seen: int) -> None: ...
 
-    with pytest.raises(TypeError, match=r"batch holds a Once: .*'seen'"):
+    with pytest.raises(TypeError, match=r"a Once cannot be rebuilt from its fields: .*'seen'"):
         compact_batch(Once(torch.arange(3), 1), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_dataclass_keeps_what_was_set_later(backend: str, frozen: bool, slots: bool) -> None:
+    """And makes anew what it derives from its fields."""
+
+    @dataclasses.dataclass(frozen=frozen, slots=slots)
+    class Later:
+        x: Tensor
+        mask: Tensor | None = dataclasses.field(init=False, default=None)
+        masked: bool = dataclasses.field(init=False, default=False)
+        boxes: list[Tensor] = dataclasses.field(init=False)
+        never: Tensor = dataclasses.field(init=False)
+        rows: int = dataclasses.field(init=False, default=0)
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "rows", len(self.x))
+
+    x, mask, box, note = torch.arange(6), torch.rand(6) > 0.5, torch.rand(6, 4), torch.rand(6, 2)
+    batch, indices = Later(x), torch.tensor([1, 4])
+    later = {"mask": mask, "masked": True, "boxes": [box]}
+    if not slots:
+        later |= {"note": note, "scale": torch.tensor(2.0), "nothing": None}
+    for name, value in later.items():
+        object.__setattr__(batch, name, value)
+    found = compact_batch(batch, indices)
+    assert type(found) is Later
+    assert found.x.tolist() == [1, 4]
+    assert found.rows == 2
+    assert same_bits(found.mask, mask[indices])
+    assert found.masked
+    assert same_bits(found.boxes[0], box[indices])
+    assert not hasattr(found, "never")
+    if not slots:
+        assert same_bits(found.note, note[indices])
+        assert found.scale is batch.scale
+    object.__setattr__(batch, "mask", torch.ones(5))
+    with pytest.raises(ValueError, match="one size in dimension 0"):
+        batch_size(batch)
+
+
+def test_a_dataclass_computes_its_cached_properties_anew(backend: str) -> None:
+    @dataclasses.dataclass
+    class Texts:
+        ids: Tensor
+
+        @functools.cached_property
+        def total(self) -> Tensor:
+            return self.ids.sum(0, keepdim=True)
+
+    batch = Texts(torch.arange(12).reshape(6, 2))
+    assert batch.total.tolist() == [[30, 36]]
+    assert batch_size(batch) == 6
+    assert compact_batch(batch, torch.tensor([0, 5])).total.tolist() == [[10, 12]]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_dataclass_that_is_made_otherwise_of_few_rows_is_walked_as_of_many(
+    backend: str, whole: bool
+) -> None:
+    """Its constructor makes a mask of the whole batch only, or of few rows only."""
+
+    @dataclasses.dataclass
+    class Moody:
+        x: Tensor
+        mask: Tensor | None = dataclasses.field(init=False, default=None)
+
+        def __post_init__(self) -> None:
+            if (len(self.x) > 3) == whole:
+                self.mask = torch.zeros(len(self.x))
+
+    moody, y = Moody(torch.arange(6)), torch.arange(6)
+    moody.mask = torch.ones(6)
+    found = compact_batch([moody, y], torch.tensor([2, 5]))
+    assert found[0].x.tolist() == found[1].tolist() == [2, 5]
+    assert found[0].mask is None if whole else found[0].mask.tolist() == [1, 1]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

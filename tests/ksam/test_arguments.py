@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from ksam import (
     MSAM,
     AutoKSAM,
     From,
+    ImportanceKSAM,
     Momentum,
     OrderedSGD,
     Representative,
     SharpnessAware,
 )
-from ksam.samplers import All
+from ksam.samplers import All, Importance, LossIncrease, Ordered, Random, TopK
+from ksam.tables import SharpnessSample, StaleTopK
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
@@ -52,9 +55,87 @@ def test_arguments_are_checked(
 
 
 @pytest.mark.parametrize("scale", ["batch", "share"])
-def test_ordered_sgd_has_one_scale(scale: Any) -> None:
-    with pytest.raises(ValueError, match=f'scale must be "mean" .*{scale}'):
-        OrderedSGD(network().parameters(), torch.optim.SGD, lr=0.1, scale=scale)
+@pytest.mark.parametrize("method", [OrderedSGD, ImportanceKSAM])
+def test_a_loss_that_is_as_it_should_be_has_one_scale(method: type[Any], scale: str) -> None:
+    with pytest.raises(ValueError, match=f'scale must be "mean" with .*{scale}'):
+        method(network().parameters(), torch.optim.SGD, lr=0.1, scale=scale)
+
+
+def built(ascent: Any, descent: Any, model: nn.Module) -> SharpnessAware:
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    return SharpnessAware(
+        model.parameters(), torch.optim.SGD, ascent=ascent, descent=descent, **options
+    )
+
+
+def stale() -> StaleTopK:
+    return StaleTopK(8, 24, "index")
+
+
+def sharpness() -> SharpnessSample:
+    return SharpnessSample(8, 24, "index")
+
+
+@pytest.mark.parametrize(
+    ("ascent", "descent", "message"),
+    [
+        (LossIncrease(8), None, "ascent must not be LossIncrease"),
+        (LossIncrease(8), All(), "ascent must not be LossIncrease"),
+        *(
+            (ascent, LossIncrease(8), f"ascent must evaluate the whole batch .*got .*{name}")
+            for ascent, name in [
+                (Random(8), "Random"),
+                (stale(), "StaleTopK"),
+                (sharpness(), "SharpnessSample"),
+                (Momentum(), "Momentum"),
+                (None, "None"),
+            ]
+        ),
+        (All(), sharpness(), "descent must not be SharpnessSample"),
+        (sharpness(), sharpness(), "descent must not be SharpnessSample"),
+        (sharpness(), All(), "descent must be None with ascent=SharpnessSample"),
+        (sharpness(), TopK(8), "descent must be None with ascent=SharpnessSample"),
+    ],
+)
+def test_parts_that_compare_losses_are_refused_where_they_cannot(
+    ascent: Any, descent: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(ascent, descent, network())
+
+
+SAMPLERS: dict[str, Callable[[], Any]] = {
+    "All": All,
+    "TopK": lambda: TopK(8),
+    "Random": lambda: Random(8),
+    "Importance": lambda: Importance(8),
+    "Ordered": lambda: Ordered(8),
+    "StaleTopK": stale,
+}
+#: Where they may stand, as documented.
+TOGETHER = [
+    *((ascent, descent) for ascent in SAMPLERS for descent in SAMPLERS),
+    *((ascent, None) for ascent in (*SAMPLERS, "SharpnessSample")),
+    *((ascent, descent) for ascent in ("Momentum", None) for descent in SAMPLERS),
+    *((ascent, "LossIncrease") for ascent in ("All", "TopK", "Importance", "Ordered")),
+]
+
+
+@pytest.mark.parametrize(("ascent", "descent"), TOGETHER)
+def test_all_other_parts_go_together(ascent: str | None, descent: str | None) -> None:
+    others = {
+        "SharpnessSample": sharpness,
+        "Momentum": Momentum,
+        "LossIncrease": lambda: LossIncrease(6),
+    }
+    make: dict[str | None, Callable[[], Any]] = {**SAMPLERS, **others, None: lambda: None}
+    model = network()
+    optimizer = built(make[ascent](), make[descent](), model)
+    optimizer.report_share = True
+    for step in range(3):
+        data = {**batch(step), "index": torch.arange(24)}
+        result = optimizer.step(loss_of(model), data)
+        assert len(result.indices) == optimizer.selected(24, step)
 
 
 def test_a_base_with_a_rho_of_its_own_is_refused() -> None:

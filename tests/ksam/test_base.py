@@ -96,6 +96,33 @@ def test_the_parameters_of_a_new_group_may_come_from_a_generator() -> None:
     assert optimizer.param_groups[1]["params"] == list(late.parameters())
 
 
+def test_a_set_of_parameters_is_refused_as_it_has_no_order() -> None:
+    optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="sets"):
+        optimizer.add_param_group({"params": set(nn.Linear(2, 2).parameters())})
+    assert len(optimizer.param_groups) == 1
+
+
+class NeedsLoss(torch.optim.SGD):
+    def step(self, loss: Any, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+
+
+class TakesAnything(torch.optim.SGD):
+    def step(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        super().step(*args, **kwargs)
+
+
+def test_a_base_whose_step_needs_arguments_is_refused(backend: str) -> None:
+    model = network()
+    inner = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="base KSAM needs a per_sample_loss and a batch to step"):
+        KSAM(None, inner)
+    with pytest.raises(TypeError, match="base NeedsLoss needs a loss to step"):
+        KSAM(model.parameters(), NeedsLoss, lr=0.1)
+    KSAM(model.parameters(), TakesAnything, lr=0.1).step(loss_of(model), batch())
+
+
 def test_a_group_added_to_a_copy_has_the_radius_of_the_original() -> None:
     clone = copy.deepcopy(KSAM(network().parameters(), torch.optim.SGD, lr=0.1, rho=0.3))
     clone.add_param_group({"params": nn.Parameter(torch.ones(2))})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ksam import KSAM, Representative
+from ksam import KSAM, AutoKSAM, EveryNth, Momentum, Representative
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 from tests.ksam.test_family import build, data_of, losses
@@ -109,3 +109,67 @@ def test_the_base_may_be_given_groups(backend: str) -> None:
     with pytest.raises(ValueError, match="maximize must be False"):
         optimizer.step(loss_of(model), batch())
     assert all_same_bits(weights(model), before)
+
+
+class Counts(Momentum):
+    """Momentum with a state."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def test_the_part_of_the_other_steps_has_its_state_in_the_checkpoint() -> None:
+    def build(count: int) -> KSAM:
+        return KSAM(
+            network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, when=EveryNth(2),
+            otherwise=Counts(count),
+        )  # fmt: skip
+
+    resumed = build(0)
+    resumed.load_state_dict(build(3).state_dict())
+    assert isinstance(resumed.otherwise, Counts)
+    assert resumed.otherwise.count == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"momentum": 0.0}, r"base must have momentum .*SGD with momentum=0\.0"),
+        ({"maximize": True}, "maximize must be False, got True"),
+        ({"rho": -0.5}, r"rho must be .*-0\.5"),
+    ],
+    ids=["no momentum", "maximize", "rho"],
+)
+def test_groups_of_a_checkpoint_that_the_method_cannot_take_are_refused(
+    backend: str, wrong: dict[str, Any], message: str
+) -> None:
+    model = network()
+    optimizer = AutoKSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.step(loss_of(model), batch())
+    before = copy.deepcopy(optimizer.state_dict())
+    state = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9).state_dict()
+    state["param_groups"][0].update(wrong)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["ksam"] == before["ksam"]
+    assert all_same_bits(
+        *([entry["momentum_buffer"] for entry in s["state"].values()] for s in (after, before))
+    )
+
+
+def test_what_a_group_of_a_checkpoint_leaves_out_is_as_the_base_has_it(backend: str) -> None:
+    model = network()
+    optimizer = AutoKSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["maximize"]
+    optimizer.load_state_dict(state)
+    optimizer.step(loss_of(model), batch())

@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import ksam
 from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter, page
 from tests.helpers import all_same_bits, read_rows
 from tests.ksam import plain
 from tests.ksam.models import batch, loss_of, network, weights
+from tests.ksam.test_passes import default_dtype
 
 
 def run(
@@ -118,6 +120,26 @@ def test_alignment_needs_no_gradient_mode_and_leaves_frozen_weights_out(backend:
         assert torch.equal(ksam.alignment(optimizer, loss_of(model), batch(), 8), expected)
 
 
+@pytest.mark.parametrize("measured", ["alignment", "sharpness"])
+def test_what_is_measured_takes_no_random_numbers_from_the_run(backend: str, measured: str) -> None:
+    """Neither for dropout nor for the order of batches."""
+
+    def run(measures: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(network(), nn.Dropout(), nn.Linear(5, 5))
+        optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8)
+        every = 1 if measures and measured == "alignment" else 100
+        diagnostics = Diagnostics(optimizer, every=every)
+        for step in range(3):
+            diagnostics(optimizer.step(loss_of(model), batch(step)), loss_of(model), batch(step))
+            if measures and measured == "sharpness":
+                shuffled = DataLoader([batch(0), batch(1)], batch_size=None, shuffle=True)
+                ksam.sharpness(model, loss_of(model), shuffled, rho=0.5)
+        return [*weights(model), torch.rand(3)]
+
+    assert all_same_bits(run(True), run(False))
+
+
 def test_selections_are_counted_by_sample(backend: str, tmp_path: Path) -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=EveryNth(3))
@@ -166,6 +188,19 @@ def test_sharpness_against_plain_torch(backend: str) -> None:
     rises = [rise([n.to(p) for n, p in zip(ns, params, strict=True)]) for ns in noise]
     assert found.random == pytest.approx(sum(rises) / 2, rel=1e-6)
     assert found.adversarial > found.random
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_sharpness_is_the_same_under_any_default_dtype_and_device(
+    backend: str, dtype: torch.dtype
+) -> None:
+    model = network()
+    data = [batch()]
+    expected = ksam.sharpness(model, loss_of(model), data, rho=0.5)
+    with default_dtype(dtype):
+        assert ksam.sharpness(model, loss_of(model), data, rho=0.5) == expected
+    with torch.device("meta"):
+        assert ksam.sharpness(model, loss_of(model), data, rho=0.5) == expected
 
 
 def test_sharpness_moves_no_frozen_weights(backend: str) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ksam import KSAM, MSAM, AutoKSAM
 from ksam.selection import subset_size
 from ksam.update import _step_counter
-from tests.helpers import all_same_bits, same_bits
+from tests.helpers import all_same_bits, default_dtype, same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
 
@@ -322,6 +322,17 @@ def test_one_pass_a_step_is_no_reason_to_warn(backend: str) -> None:
     assert not auto.step(loss_of(model), batch()).sharp
     with pytest.warns(UserWarning, match="pass model="):
         assert auto.step(loss_of(model), batch()).sharp
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_step_that_does_not_climb_reports_a_norm_of_the_same_dtype(
+    backend: str, dtype: torch.dtype
+) -> None:
+    model, data = network(), batch()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, when=lambda step: step == 0)
+    with default_dtype(dtype):
+        norms = [optimizer.step(loss_of(model), data).grad_norm for _ in range(2)]
+    assert [norm.dtype for norm in norms] == [torch.float32] * 2
 
 
 def test_evaluation_mode_is_respected(backend: str) -> None:

@@ -1,7 +1,8 @@
-"""Passes under torch.autocast and activation checkpointing are those without them."""
+"""Passes: under autocast and checkpointing as without them, what they draw, and what they keep."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import ksam
 from ksam import KSAM, SAM
 from ksam.arguments import STATISTICS
 from tests.device import DEVICE
-from tests.helpers import all_same_bits
+from tests.helpers import all_same_bits, default_dtype
 from tests.ksam.models import Batch, batch, loss_of, network, weights
 from tests.ksam.test_family import NAMES, build, data_of, losses
 from tests.ksam.test_reliability import fails_in_call
@@ -125,3 +126,71 @@ def test_activation_checkpointing_changes_nothing(
         found.append([*weights(model), *grads, *model.buffers()])
         assert model.body[1].momentum == momentum
     assert all_same_bits(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["KSAM", "RandomSubsetSAM", "ImportanceKSAM"])
+def test_the_default_dtype_does_not_change_what_is_drawn(
+    backend: str, name: str, dtype: torch.dtype
+) -> None:
+    def run(inside: torch.dtype) -> list[Tensor]:
+        model = network(dtype=torch.float64)
+        optimizer = build(name, model)
+        # So many samples that the highest of numbers with eight bits would be alike.
+        batches = [batch(step, 512, torch.float64) for step in range(3)]
+        with default_dtype(inside):
+            chosen = [optimizer.step(losses(model), data).indices for data in batches]
+        return [*weights(model), *chosen]
+
+    assert all_same_bits(run(dtype), run(torch.float32))
+
+
+@pytest.mark.parametrize("name", ["KSAM", "ImportanceKSAM"])
+def test_what_is_drawn_is_on_the_device_of_the_losses(name: str) -> None:
+    """The batch is on another, on which this function has no use for the tensor's values."""
+    model = network(dtype=torch.float64)
+    optimizer = build(name, model)
+
+    def function(b: Batch) -> Tensor:
+        data = data_of(0)
+        rows = len(b["x"])
+        return losses(model)({"x": data["x"][:rows], "y": data["y"][:rows]})
+
+    result = optimizer.step(function, {"x": torch.empty(24, 8, device="meta")})
+    assert result.indices.device == result.losses.device == model[0].weight.device
+    assert len(result.indices) == 8
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    names: list[str]
+
+
+@pytest.mark.parametrize("when", [None, lambda step: False], ids=["sharp", "plain"])
+@pytest.mark.parametrize("name", NAMES)
+def test_aux_has_no_graph_whatever_the_step(
+    backend: str, name: str, when: Callable[[int], bool] | None
+) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build(name, model, when=when)
+    thing, made = object(), []
+
+    def function(b: Batch) -> tuple[Tensor, Any]:
+        logits = model(b["x"])
+        made.append(logits.detach())
+        scalar, parameter = logits.sum(), model[0].weight
+        output = Output(logits, ["a"])
+        found = {"tree": [output, (scalar, {"deep": parameter})], "thing": thing, "count": 3}
+        return losses(lambda _: logits)(b), found
+
+    aux = optimizer.step(function, data_of(0)).aux
+    output, (scalar, deep) = aux["tree"]
+    tensors = [output.logits, scalar, deep["deep"]]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert any(torch.equal(output.logits, logits) for logits in made)
+    assert torch.equal(scalar, output.logits.sum())
+    assert output.names == ["a"]
+    assert aux["thing"] is thing
+    assert aux["count"] == 3
+    assert model[0].weight.requires_grad

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import ksam
 from ksam import KSAM, SAM, AutoKSAM, EveryNth, From, Momentum, Representative
+from tests.device import DEVICE
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
@@ -111,6 +112,16 @@ def test_the_budget_is_kept(backend: str) -> None:
     assert sharp_share(12, None) == 59 / 60
     assert sharp_share(12, 1.0) == pytest.approx(0.06, abs=0.02)  # the 2 % that are tolerated
     assert sharp_share(12, 1.1) == pytest.approx(0.366, abs=0.02)
+
+
+def test_a_probe_comes_to_the_host_whatever_the_default_device(backend: str) -> None:
+    """Only from a GPU is it copied, into memory that is pinned and so the host's."""
+    model, data = network(), [batch(step) for step in range(4)]
+    policy = Representative(threshold=0.0, every=2, budget=None)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=policy)
+    with torch.device(DEVICE):
+        sharp = [optimizer.step(loss_of(model), b).sharp for b in data]
+    assert sharp == [False, False, True, True]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -185,3 +188,108 @@ def test_a_radius_along_the_momentum_may_be_a_function_of_the_step(backend: str)
         mixed.step(loss_of(model), batch(step))
         alone.step(loss_of(twin), batch(step))
     assert all_same_bits(weights(model), weights(twin))
+
+
+def ramp(step: int) -> float:
+    """A schedule that pickles."""
+    return (step + 1) / 8
+
+
+def grouped(rho: Any = 0.5) -> tuple[torch.nn.Module, KSAM]:
+    """A group for each parameter; that of the third follows a schedule of its own."""
+    model = network()
+    groups: list[dict[str, Any]] = [{"params": [p]} for p in model.parameters()]
+    groups[2]["rho"] = ramp
+    return model, KSAM(groups, torch.optim.SGD, rho=rho, **SGD)
+
+
+def radii(optimizer: KSAM) -> list[float]:
+    return [group["rho"] for group in optimizer.param_groups]
+
+
+def test_a_schedule_put_into_a_group_is_followed(backend: str) -> None:
+    model, optimizer = grouped()
+    optimizer.param_groups[0]["rho"] = ramp
+    optimizer.param_groups[1]["rho"] = ByLearningRate(0.25)
+    for step in range(3):
+        optimizer.step(loss_of(model), batch())
+        assert radii(optimizer) == [ramp(step), 0.25, ramp(step), 0.5]
+    optimizer.param_groups[1]["lr"] /= 2
+    optimizer.step(loss_of(model), batch())
+    assert radii(optimizer) == [ramp(3), 0.125, ramp(3), 0.5]
+
+
+def test_a_schedule_put_into_a_group_is_not_in_the_checkpoint_but_what_it_gives() -> None:
+    _, optimizer = grouped()
+    optimizer.param_groups[0]["rho"] = lambda step: 0.75
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert saved["param_groups"][0]["rho"] == 0.75
+
+
+@pytest.mark.parametrize(("rho", "error"), [("1", TypeError), (lambda step: -1.0, ValueError)])
+def test_what_is_no_radius_is_refused_in_a_group_too(
+    backend: str, rho: Any, error: type[Exception]
+) -> None:
+    model, optimizer = grouped()
+    before = weights(model)
+    optimizer.param_groups[0]["rho"] = rho
+    with pytest.raises(error, match="rho must be"):
+        optimizer.step(loss_of(model), batch())
+    assert all_same_bits(weights(model), before)
+    optimizer.param_groups[0]["rho"] = 0.125
+    optimizer.step(loss_of(model), batch())
+    assert radii(optimizer) == [0.125, 0.5, ramp(0), 0.5]
+
+
+def copied(optimizer: KSAM, how: str) -> KSAM:
+    if how == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+        return optimizer
+    return copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("how", ["loaded", "deepcopy", "pickle"])
+def test_groups_keep_their_radii_where_others_are_deleted_or_they_are_sorted(
+    backend: str, how: str
+) -> None:
+    def function(b: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of the parameters that are left."""
+        left = [p for group in optimizer.param_groups for p in group["params"]]
+        return b["x"][:, 0].square() * sum(p.square().sum() for p in left)
+
+    optimizer = copied(grouped()[1], how)
+    optimizer.step(function, batch())
+    for p in optimizer.param_groups[1]["params"]:
+        del optimizer.state[p]  # torch saves no state of parameters that are in no group
+    del optimizer.param_groups[1]
+    optimizer.step(function, batch())
+    assert radii(optimizer) == [0.5, ramp(1), 0.5]
+    optimizer.param_groups.reverse()
+    optimizer.param_groups[0]["rho"] = 0.25
+    optimizer = copied(optimizer, how)
+    optimizer.step(function, batch())
+    assert radii(optimizer) == [0.25, ramp(2), 0.5]
+    del optimizer.param_groups[0]
+    optimizer.step(function, batch())
+    assert radii(optimizer) == [ramp(3), 0.5]
+
+
+def test_a_group_that_is_thinned_out_keeps_its_schedule(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, rho=ramp, **SGD)
+    [group] = optimizer.param_groups
+    group["params"] = group["params"][1:]
+    for _ in range(2):
+        optimizer.step(loss_of(model), batch())
+    assert radii(optimizer) == [ramp(1)]
+
+
+def test_parameters_that_come_back_have_the_radius_of_their_new_group(backend: str) -> None:
+    model, optimizer = grouped()
+    [late] = optimizer.param_groups.pop(2)["params"]
+    optimizer.add_param_group({"params": late})
+    optimizer.step(loss_of(model), batch())
+    assert radii(optimizer) == [0.5] * 4

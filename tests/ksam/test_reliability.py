@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import ksam.optimizer
-from ksam import KSAM
+from ksam import KSAM, Representative, SharpnessAware
+from ksam.samplers import TopK
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
@@ -248,3 +249,44 @@ def test_bad_input_is_named_before_anything_changes(
     assert all_same_bits(weights(model), before[0])
     assert all_same_bits(list(model.buffers()), before[1])
     assert optimizer.steps_done == 0
+
+
+def test_inference_mode_is_refused_before_anything_is_called(backend: str) -> None:
+    model, calls = network(), []
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode\(\)"):
+        optimizer.step(lambda b: (calls.append(b), loss_of(model)(b))[1], batch())
+    assert not calls
+    with torch.no_grad():
+        optimizer.step(loss_of(model), batch())
+
+
+class Forgets(TopK):
+    """Fails to take in what the step found out."""
+
+    def observe(self, passes: Any) -> None:
+        raise RuntimeError("observe")
+
+
+def test_a_step_counts_also_where_a_part_fails_to_learn_from_it(backend: str) -> None:
+    model = network()
+    before = weights(model)
+    optimizer = SharpnessAware(model.parameters(), torch.optim.SGD, lr=0.1, ascent=Forgets(8))
+    with pytest.raises(RuntimeError, match="observe"):
+        optimizer.step(loss_of(model), batch())
+    assert not all_same_bits(weights(model), before)
+    assert optimizer.steps_done == 1
+
+
+def test_parts_are_told_the_number_of_the_step_that_is_done(backend: str) -> None:
+    told: list[int] = []
+
+    class Listens(Representative):
+        def observe(self, step: int, cost: float, share: Tensor | None) -> None:
+            told.append(step)
+
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, when=Listens())
+    for step in range(3):
+        optimizer.step(loss_of(model), batch(step))
+    assert told == [0, 1, 2]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ksam import KSAM, ImportanceKSAM, OrderedSGD, SharpnessAware
-from ksam.samplers import AccuracySchedule, Random
+from ksam.samplers import AccuracySchedule, All, Ordered, Random, TopK
 from tests.helpers import all_same_bits
+from tests.ksam import plain
 from tests.ksam.models import batch, loss_of, network, weights
 from tests.ksam.test_family import NAMES, build, data_of, losses
 
@@ -119,3 +120,79 @@ def test_seeds_draw_other_samples_in_every_step(backend: str) -> None:
         return [tuple(indices.tolist()) for indices in found]
 
     assert len({*drawn(0), *drawn(1)}) == 8
+
+
+def share_of(found: Tensor, indices: Tensor) -> float:
+    return float(found[indices].sum() / found.sum())
+
+
+@pytest.mark.parametrize("name", ["KSAM", "ESAM", "OrderedSGD"])
+def test_a_reported_share_is_that_of_the_samples_that_were_taken(backend: str, name: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build(name, model)
+    optimizer.report_share = True
+    for step in range(3):
+        result = optimizer.step(losses(model), data_of(step))
+        assert float(result.share) == pytest.approx(share_of(result.losses, result.indices))
+
+
+def test_so_it_is_where_another_pass_sees_the_batch(backend: str) -> None:
+    """The random samples climb, and the descent's pass over the batch tells the losses."""
+    model = network(dtype=torch.float64)
+    optimizer = build("RandomSubsetSAM", model)
+    optimizer.report_share = True
+    result = optimizer.step(losses(model), data_of(0))
+    assert float(result.share) == pytest.approx(share_of(result.losses, result.indices))
+
+
+@pytest.mark.parametrize("sharp", [True, False])
+def test_the_share_of_weighted_samples_is_that_of_the_highest_losses(
+    backend: str, sharp: bool
+) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build("ImportanceKSAM", model, when=lambda step: sharp)
+    optimizer.report_share = True
+    result = optimizer.step(losses(model), data_of(0))
+    highest = plain.largest(result.losses, 8)
+    assert float(result.share) == pytest.approx(share_of(result.losses, highest))
+
+
+def test_the_scale_by_share_is_that_of_the_samples_whose_loss_rose_most(backend: str) -> None:
+    grads = []
+    for scale in ("mean", "share"):
+        model = network(dtype=torch.float64)
+        optimizer = build("ESAM", model, scale=scale)
+        result = optimizer.step(losses(model), data_of(0))
+        grads.append([p.grad for p in model.parameters()])
+    factor = 10 / 24 / share_of(result.losses, result.indices)
+    for mean, scaled in zip(*grads, strict=True):
+        torch.testing.assert_close(scaled, mean * factor, rtol=1e-6, atol=1e-12)
+
+
+def test_the_scale_by_share_is_that_of_the_descent_where_the_ascent_has_samples_too(
+    backend: str,
+) -> None:
+    grads = []
+    for scale in ("mean", "share"):
+        model = network(dtype=torch.float64)
+        optimizer = SharpnessAware(
+            model.parameters(), torch.optim.SGD, lr=0.1, rho=0.0, ascent=TopK(4), descent=TopK(12),
+            scale=scale,
+        )  # fmt: skip
+        result = optimizer.step(losses(model), data_of(0))
+        grads.append([p.grad for p in model.parameters()])
+    highest = plain.largest(result.losses, 12)
+    factor = 12 / 24 / share_of(result.losses, highest)
+    for mean, scaled in zip(*grads, strict=True):
+        torch.testing.assert_close(scaled, mean * factor, rtol=1e-6, atol=1e-12)
+    assert torch.equal(result.indices, plain.largest(result.losses, 4))
+    assert float(result.share) == pytest.approx(share_of(result.losses, result.indices))
+
+
+def test_the_highest_losses_of_an_ascent_s_own_pass_are_its_selection(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = SharpnessAware(
+        model.parameters(), torch.optim.SGD, lr=0.1, ascent=Ordered(9), descent=All()
+    )
+    result = optimizer.step(losses(model), data_of(0))
+    assert torch.equal(result.indices, plain.largest(result.losses, 9))

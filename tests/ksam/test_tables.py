@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.helpers import all_same_bits
+from ksam.parts import Subset
+from ksam.tables import SharpnessSample, StaleTopK
+from tests.helpers import all_same_bits, default_dtype
 from tests.ksam import plain
 from tests.ksam.models import batch, network, weights
 from tests.ksam.test_family import SIZE, STEPS, build, data_of, losses
@@ -150,3 +153,40 @@ def test_the_length_of_an_epoch_survives_a_resume(backend: str) -> None:
         for _ in range(2)
     ]
     assert sizes == [8, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", TABLES)
+def test_figures_are_float32_whatever_torchs_default_is(
+    backend: str, name: str, dtype: torch.dtype
+) -> None:
+    with default_dtype(dtype):
+        model = network(dtype=torch.float64)
+        optimizer = build(name, model)
+        for step in range(4):
+            optimizer.step(losses(model), data_of(step))
+    table: Any = optimizer.ascent
+    assert {table.column(column).dtype for column in table.COLUMNS} == {torch.float32}
+
+
+@pytest.mark.parametrize("selected", ["cpu", "cuda"])
+@pytest.mark.parametrize("seen", [24, 8])
+def test_the_batch_may_be_on_another_device_than_the_losses(selected: str, seen: int) -> None:
+    """On the CPU, from where the function moves it to the model."""
+    with FakeTensorMode():
+        passes = types.SimpleNamespace(
+            batch={"index": torch.arange(24, device="cpu")},
+            samples=24,
+            step=101,
+            subset=Subset(None, 8, torch.arange(8, device=selected)),
+            losses=torch.ones(seen, device="cuda"),
+            before=torch.ones(8, device="cuda"),
+            after=torch.ones(8, device="cuda"),
+            random=lambda: torch.ones(24, device="cuda"),
+            select=lambda indices: indices,
+        )
+        for table in (StaleTopK(8, SIZE, "index"), SharpnessSample(8, SIZE, "index")):
+            part: Any = table
+            part.observe(passes)
+            assert part.choose(passes).shape == (8,)
+            assert {part.column(name).device.type for name in part.COLUMNS} == {"cpu"}
