@@ -73,6 +73,7 @@ ROOM_NVCC_FLAGS = {"perturb": ["-fmad=false"]}
 
 DEFAULT_ARCHITECTURES = ("80", "90", "100", "120")
 OLDEST_NVCC = (12, 0)
+OLDEST_ARCHITECTURE = 70  # the first that takes structs as __grid_constant__
 
 
 def compiler() -> list[str]:
@@ -164,6 +165,11 @@ def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
                     f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{number}, which this nvcc "
                     f"does not know; it knows {', '.join(known)}."
                 )
+            if int(number) < OLDEST_ARCHITECTURE:
+                sys.exit(
+                    f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{number}; the kernels need "
+                    f"sm_{OLDEST_ARCHITECTURE} or later."
+                )
         return chosen
     default = [name for name in DEFAULT_ARCHITECTURES if name in known]
     if not default:
@@ -235,7 +241,9 @@ class NinjaBuildExt(build_ext):
         cxx, cuda = compiler(), choose_cuda()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = ROOT / "build" / "native" / str(sysconfig.get_config_var("SOABI"))
+        # Objects made with different versions of pybind11 must not be linked.
+        soabi = sysconfig.get_config_var("SOABI")
+        folder = ROOT / "build" / "native" / f"{soabi}-pybind11-{pybind11.__version__}"
         folder.mkdir(parents=True, exist_ok=True)
         # pip's build environments have a new path each time, which would make every command new.
         headers = folder / "pybind11"

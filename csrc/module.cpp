@@ -5,6 +5,7 @@
 // written nothing; ksam_kernels/<room>/native.py says what happens then.
 #include <pybind11/pybind11.h>
 
+#include "common/gpu_runtime.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/python.h"
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
 #if defined(KSAM_CUDA)
   m.attr("cuda_architectures") = KSAM_CUDA_ARCHITECTURES;
+  m.def("has_code_for", &ksam::gpu::has_code_for);
 #else
   m.attr("cuda_architectures") = "";
 #endif

@@ -14,6 +14,7 @@ cpu_isa: str
 cuda_architectures: str  # "80 90+PTX", or "" without CUDA kernels
 sanitized: bool
 
+def has_code_for(device: int) -> bool: ...  # only in builds with CUDA kernels
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -53,6 +53,8 @@ def explain(backend: str, reason: str) -> None:
 _kernels: dict[str, dict[str, Kernel]] = {name: {} for name in BACKENDS}
 #: (backend, operator) -> the device types it runs on; absent: all.
 _devices: dict[tuple[str, str], tuple[str, ...]] = {}
+#: backend -> why it cannot run on a device of such a type, if it cannot.
+_obstacles: dict[str, Callable[[torch.device], str | None]] = {}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -127,12 +129,19 @@ def implements(
     return register
 
 
+def except_where(backend: str, obstacle: Callable[[torch.device], str | None]) -> None:
+    """Ask ``obstacle`` for the reason why a backend's kernels cannot run on a device after all."""
+    _obstacles[backend] = obstacle
+
+
 def why_not(backend: str, operator: str, device: torch.device | None) -> str | None:
     """Why ``backend`` cannot run ``operator`` on ``device`` (None: no tensors); None if it can."""
     if operator in _kernels[backend]:
         devices = _devices.get((backend, operator))
-        if devices is None or device is None or device.type in devices:
+        if device is None:
             return None
+        if devices is None or device.type in devices:
+            return _obstacles[backend](device) if backend in _obstacles else None
     if not _kernels[backend]:
         return _NOT_INSTALLED[backend]
     return f"it has no {operator} kernel" + ("" if device is None else f" for {device.type}")

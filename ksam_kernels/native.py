@@ -25,6 +25,23 @@ __all__ = ["DEVICES", "direct", "extension", "run"]
 DEVICES = ("cpu", "cuda") if extension is not None and extension.cuda_architectures else ("cpu",)
 
 
+def _has_no_code(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a GPU: this build has none for its architecture."""
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if extension.has_code_for(index):
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"it was built for sm_{', sm_'.join(extension.cuda_architectures.split())}, and {device} "
+        f"is sm_{major}{minor}; build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+backends.except_where("native", _has_no_code)
+
+
 def direct(name: str) -> Any:
     """The kernel for a public function to try before its own checks, which take longer than a
     small kernel; None where anything but a call of it would happen."""

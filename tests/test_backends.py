@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 import ksam_kernels
-from ksam_kernels import BackendUnavailableError, backends, requested_backend, use_backend
+from ksam_kernels import (
+    BackendUnavailableError,
+    backends,
+    native,
+    requested_backend,
+    use_backend,
+)
 from ksam_kernels.__main__ import main
 
 CPU = torch.device("cpu")
@@ -247,6 +253,41 @@ def test_a_backend_that_is_not_installed_raises_and_says_why(
 def test_the_reference_has_every_operator_and_torch_knows_it(room: str, operator: str) -> None:
     assert backends.why_not("reference", operator, CPU) is None
     assert hasattr(torch.ops.ksam, operator)
+
+
+def test_a_device_that_kernels_cannot_run_on_after_all_takes_the_next_best(
+    half_native: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU of an architecture that the extension was not built for."""
+    monkeypatch.setattr(backends, "_obstacles", {})
+    backends.except_where("native", lambda device: f"it was not built for {device}")
+    losses = torch.tensor([1.0, 3.0, 2.0])
+    assert backends.call("topk_indices", CPU, losses, 1).tolist() == [1]
+    assert half_native == []
+    assert backends.why_not("native", "topk_indices", CPU) == "it was not built for cpu"
+    assert backends.why_not("native", "topk_indices", None) is None
+    with (
+        use_backend("native"),
+        pytest.raises(
+            backends.BackendUnavailableError,
+            match="cannot run topk_indices on cpu: it was not built",
+        ),
+    ):
+        backends.call("topk_indices", CPU, losses, 1)
+
+
+def test_the_extension_says_which_gpus_it_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = SimpleNamespace(has_code_for=lambda index: index == 0, cuda_architectures="80 120+PTX")
+    monkeypatch.setattr(native, "extension", built)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert native._has_no_code(torch.device("cuda", 0)) is None
+    assert native._has_no_code(CPU) is None
+    for device in (torch.device("cuda", 1), torch.device("cuda")):
+        assert native._has_no_code(device) == (
+            f"it was built for sm_80, sm_120+PTX, and {device} is sm_75; "
+            f"build it with TORCH_CUDA_ARCH_LIST=7.5"
+        )
 
 
 def test_registering_an_operator_that_is_not_listed_raises() -> None:

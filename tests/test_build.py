@@ -90,6 +90,11 @@ def test_an_architecture_that_the_toolkit_does_not_know_is_refused(build: Module
         build.choose_architectures("8.0;12.1+PTX", list(KNOWN))
 
 
+def test_an_architecture_that_the_kernels_cannot_do_with_is_refused(build: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"asks for sm_61; the kernels need sm_70 or later"):
+        build.choose_architectures("8.6;6.1", ["61", "70", "86"])
+
+
 def test_without_nvcc_the_build_is_for_the_cpu(build: ModuleType) -> None:
     assert build.choose_cuda() == "no nvcc found"
     assert build.summary(build.choose_cuda()).endswith("only, no CUDA kernels: no nvcc found")

@@ -10,6 +10,10 @@ namespace ksam {
 
 #if defined(KSAM_CUDA)
 
+bool has_kernels(const Tensor& t) {
+  return on_cpu(t) || (on_gpu(t) && gpu::has_code_for(t.device_id));
+}
+
 DeviceGuard::DeviceGuard(int device) : previous_(gpu::set_device(device)) {}
 DeviceGuard::~DeviceGuard() { gpu::return_to_device(previous_); }
 
@@ -22,11 +26,12 @@ GpuCall::GpuCall(const Tensor& t) : device_{t.device_type, t.device_id}, guard_(
 }
 
 GpuCall::~GpuCall() {
-  for (int i = 0; i < scratch_count_; ++i) scratch_[i]->deleter(scratch_[i]);
+  if (scratch_ != nullptr) scratch_->deleter(scratch_);
 }
 
 void* GpuCall::scratch(int64_t bytes) {
-  if (scratch_count_ == kMaxScratch) throw std::logic_error("too many pieces of scratch memory");
+  if (bytes == 0) return nullptr;
+  if (scratch_ != nullptr) throw std::logic_error("a second piece of scratch memory");
   int64_t shape[] = {bytes};
   dlpack::Tensor prototype{};
   prototype.device = device_;
@@ -37,12 +42,11 @@ void* GpuCall::scratch(int64_t bytes) {
   const auto set_error = [](void* context, const char*, const char* message) {
     *static_cast<std::string*>(context) = message;
   };
-  dlpack::ManagedTensor* tensor = nullptr;
-  if (torch_api().managed_tensor_allocator(&prototype, &tensor, &error, set_error) != 0) {
+  if (torch_api().managed_tensor_allocator(&prototype, &scratch_, &error, set_error) != 0) {
+    scratch_ = nullptr;
     throw std::runtime_error("no " + std::to_string(bytes) + " bytes of device memory: " + error);
   }
-  scratch_[scratch_count_++] = tensor;
-  return static_cast<char*>(tensor->tensor.data) + tensor->tensor.byte_offset;
+  return static_cast<char*>(scratch_->tensor.data) + scratch_->tensor.byte_offset;
 }
 
 #else

@@ -13,6 +13,7 @@ namespace ksam::gpu {
 int multiprocessors() { return 3; }
 int set_device(int) { return 0; }
 void return_to_device(int) noexcept {}
+bool has_code_for(int) { return true; }
 
 // The counter and the fallback in turn. A kernel that was stopped by a fault has left its count.
 unsigned* ticket(Stream, void* fallback) {
@@ -66,22 +67,37 @@ int place_of(int device, Stream stream) {
   return next++;
 }
 
-// What `find` says of the current device, asked once for each.
+// What `find` says of a device, asked once for each.
 template <class T, class Find>
-T once_per_device(const Find& find) {
+T once_per_device(int device, const Find& find) {
   constexpr int kDevices = 64;
   static std::atomic<T> known[kDevices];  // T() where it is not
-  const int device = current_device();
   if (device < kDevices && known[device] != T()) return known[device];
   const T found = find(device);
   if (device < kDevices) known[device] = found;
   return found;
 }
 
+__global__ void any_kernel() {}
+
+enum class Code { unknown, missing, present };
+
 }  // namespace
 
+bool has_code_for(int device) {
+  const Code code = once_per_device<Code>(device, [](int which) {
+    const int previous = set_device(which);
+    cudaFuncAttributes attributes;
+    const bool found = cudaFuncGetAttributes(&attributes, any_kernel) == cudaSuccess;
+    if (!found) cudaGetLastError();  // or the next launch would report it
+    return_to_device(previous);
+    return found ? Code::present : Code::missing;
+  });
+  return code == Code::present;
+}
+
 int multiprocessors() {
-  return once_per_device<int>([](int device) {
+  return once_per_device<int>(current_device(), [](int device) {
     int count = 0;
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
     return count;
@@ -92,9 +108,10 @@ unsigned* ticket(Stream stream, void* fallback) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture));
   if (capture == cudaStreamCaptureStatusNone) {
-    const int place = place_of(current_device(), stream);
+    const int device = current_device();
+    const int place = place_of(device, stream);
     if (place < kTickets) {
-      return place + once_per_device<unsigned*>([](int) {
+      return place + once_per_device<unsigned*>(device, [](int) {
                void* begin = nullptr;
                check(cudaGetSymbolAddress(&begin, tickets));
                return static_cast<unsigned*>(begin);

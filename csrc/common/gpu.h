@@ -28,7 +28,11 @@ inline bool on_gpu(const Tensor&) { return false; }
 #endif
 
 // Whether this build has kernels for the tensor's device.
-inline bool has_kernels(const Tensor& t) { return on_cpu(t) || on_gpu(t); }
+#if defined(KSAM_CUDA)
+bool has_kernels(const Tensor& t);
+#else
+inline bool has_kernels(const Tensor& t) { return on_cpu(t); }
+#endif
 
 inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.device_type == b.device_type && a.device_id == b.device_id;
@@ -57,17 +61,15 @@ class GpuCall {
 
   Stream stream() const { return stream_; }
 
-  // Device memory from torch's allocator, aligned to 512 bytes; freed with this object, which
-  // torch's allocator takes as the order of the stream.
+  // Device memory from torch's allocator, aligned to 512 bytes, null for no bytes; one piece a call.
+  // Freed with this object, which torch's allocator takes as the order of the stream.
   void* scratch(int64_t bytes);
 
  private:
-  static constexpr int kMaxScratch = 4;
   dlpack::Device device_;
   DeviceGuard guard_;
   Stream stream_ = nullptr;
-  dlpack::ManagedTensor* scratch_[kMaxScratch] = {};
-  int scratch_count_ = 0;
+  dlpack::ManagedTensor* scratch_ = nullptr;
 };
 
 // What a call of a kernel that this build leaves out stands for; has_kernels() prevents it.

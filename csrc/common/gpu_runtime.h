@@ -9,6 +9,9 @@ namespace ksam::gpu {
 int set_device(int device);
 void return_to_device(int device) noexcept;
 
+// Whether this build has machine code, or PTX, for a device's architecture.
+bool has_code_for(int device);
+
 int multiprocessors();  // of the current device
 
 // A counter on the current device for kernels of one stream, 0 before and after each of them

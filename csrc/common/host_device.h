@@ -1,4 +1,5 @@
-// Marks functions that host code and CUDA kernels share.
+// Marks functions that host code and CUDA kernels share. They are always inlined: common/isa.h says
+// what would become of those that *_cpu.cpp files include.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -6,3 +7,4 @@
 #else
 #define KSAM_HOST_DEVICE
 #endif
+#define KSAM_FORMULA KSAM_HOST_DEVICE inline __attribute__((always_inline))

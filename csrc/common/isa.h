@@ -2,8 +2,9 @@
 //
 // Every <room>_cpu.cpp is compiled once per instruction set into a namespace of that name, and a
 // call picks one of them by the processor it runs on. Those files must use no std container or
-// algorithm: the linker keeps a single copy of such an inline function, perhaps the one compiled
-// for AVX-512, and a processor without it would run that.
+// algorithm, nor any other inline function from outside of that namespace, unless it is always
+// inlined: the linker keeps a single copy of such a function, perhaps the one compiled for AVX-512,
+// and a processor without it would run that.
 #pragma once
 
 #include "common/gpu.h"

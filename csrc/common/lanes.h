@@ -120,6 +120,29 @@ KSAM_INLINE void store_lanes(T* p, const V& x) {
   }
 }
 
+// body(i) at vectors that cover [0, n), n >= kLanes; the last may cover elements a second time.
+template <class Body>
+KSAM_INLINE void for_each_vector(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i);
+  if (i < n) body(n - kLanes);
+}
+
+// n numbers of one dtype as those of another; from double to a half through float, as torch does.
+template <class From, class To>
+void convert(const From* from, int64_t n, To* to) {
+  if constexpr (sizeof(opmath_t<From>) == sizeof(opmath_t<To>)) {
+    if (n >= kLanes) {
+      return for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
+        store_lanes(to + i, load_lanes<Lanes<From>>(from + i));
+      });
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    store_one(to + i, static_cast<opmath_t<To>>(load_one(from + i)));
+  }
+}
+
 // The larger; b where one of the two is NaN.
 KSAM_INLINE float larger(float a, float b) { return a > b ? a : b; }
 KSAM_INLINE double larger(double a, double b) { return a > b ? a : b; }

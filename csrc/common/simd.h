@@ -1,9 +1,9 @@
-// Sixteen elements at a time, written once for every instruction set.
+// Dtypes and vectors, written once for every instruction set.
 //
 // Vectors are the compiler's own (vector_size of GCC and Clang): sixteen floats are one register of
-// AVX-512, two of AVX2, four of SSE or NEON. The same number of lanes everywhere means that a sum
-// is added up in the same order on every machine. Everything lives in the namespace of the
-// instruction set that it is compiled for. Nothing contracts a * b + c unless it calls fma().
+// AVX-512, two of AVX2, four of SSE or NEON (common/lanes.h). The same number of lanes everywhere
+// means that a sum is added up in the same order on every machine. Everything lives in the namespace
+// of the instruction set that it is compiled for. Nothing contracts a * b + c unless it calls fma().
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,6 @@ namespace ksam::KSAM_ISA {
 
 constexpr int kLanes = 16;
 
-using f32x16 = float __attribute__((vector_size(64)));
-using f64x16 = double __attribute__((vector_size(128)));
-using u16x16 = uint16_t __attribute__((vector_size(32)));
 using f32x8 = float __attribute__((vector_size(32)));
 using u16x8 = uint16_t __attribute__((vector_size(16)));
 
@@ -48,20 +45,6 @@ struct OpMath<double> {
 };
 template <class T>
 using opmath_t = typename OpMath<T>::type;
-
-template <class T>
-struct VecOf;
-template <>
-struct VecOf<float> {
-  using type = f32x16;
-};
-template <>
-struct VecOf<double> {
-  using type = f64x16;
-};
-// Sixteen values of the arithmetic on T.
-template <class T>
-using vec_t = typename VecOf<opmath_t<T>>::type;
 
 template <class To, class From>
 KSAM_INLINE To bit_cast(const From& from) {
@@ -130,23 +113,20 @@ KSAM_INLINE u16x8 from_float(f32x8 x, f16) {
   return bit_cast<u16x8>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 }
 
+#if defined(__AVX512F__)
+// Masked by nothing: GCC 12 warns of the unmasked ones.
+using f32x16 = float __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+
 KSAM_INLINE f32x16 to_float(u16x16 h, f16) {
-  struct {
-    f32x8 low, high;
-  } x;
-  x.low = to_float(load_raw<u16x8>(&h), f16{});
-  x.high = to_float(load_raw<u16x8>(reinterpret_cast<const char*>(&h) + 16), f16{});
-  return bit_cast<f32x16>(x);
+  return bit_cast<f32x16>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h)));
 }
 
 KSAM_INLINE u16x16 from_float(f32x16 x, f16) {
-  struct {
-    u16x8 low, high;
-  } h;
-  h.low = from_float(load_raw<f32x8>(&x), f16{});
-  h.high = from_float(load_raw<f32x8>(reinterpret_cast<const char*>(&x) + 32), f16{});
-  return bit_cast<u16x16>(h);
+  return bit_cast<u16x16>(
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 }
+#endif
 #else
 // By integers, so that a flush-to-zero mode does not touch the denormal halves.
 template <class Half>
@@ -181,19 +161,6 @@ KSAM_INLINE typename LikeOf<V>::u16 from_float(V x, f16) {
 }
 #endif
 
-KSAM_INLINE f32x16 load(const float* p) { return load_raw<f32x16>(p); }
-KSAM_INLINE f64x16 load(const double* p) { return load_raw<f64x16>(p); }
-KSAM_INLINE f32x16 load(const bf16* p) { return to_float(load_raw<u16x16>(p), bf16{}); }
-KSAM_INLINE f32x16 load(const f16* p) { return to_float(load_raw<u16x16>(p), f16{}); }
-
-KSAM_INLINE void store(float* p, f32x16 x) { std::memcpy(p, &x, sizeof(x)); }
-KSAM_INLINE void store(double* p, f64x16 x) { std::memcpy(p, &x, sizeof(x)); }
-template <class Half>
-KSAM_INLINE void store(Half* p, f32x16 x) {
-  const u16x16 h = from_float(x, Half{});
-  std::memcpy(p, &h, sizeof(h));
-}
-
 // 64 bytes past the caches to an address aligned to as many; then call stream_fence().
 KSAM_INLINE void stream_line(const char* from, char* to) {
 #if defined(__AVX512F__)
@@ -221,27 +188,21 @@ KSAM_INLINE bool is_line_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
-// The first `count` < 16 elements, 0 behind them.
-template <class T>
-KSAM_INLINE vec_t<T> load_partial(const T* p, int count) {
-  T padded[kLanes] = {};
-  std::memcpy(padded, p, count * sizeof(T));
-  return load(padded);
-}
-
-template <class T>
-KSAM_INLINE void store_partial(T* p, vec_t<T> x, int count) {
-  T padded[kLanes];
-  store(padded, x);
-  std::memcpy(p, padded, count * sizeof(T));
-}
-
 template <class T>
 KSAM_INLINE opmath_t<T> load_one(const T* p) {
   if constexpr (sizeof(T) == sizeof(opmath_t<T>)) {
     return *p;
   } else {
     return to_float(u16x8{p->bits}, T{})[0];
+  }
+}
+
+template <class T>
+KSAM_INLINE void store_one(T* p, opmath_t<T> x) {
+  if constexpr (sizeof(T) == sizeof(opmath_t<T>)) {
+    *p = x;
+  } else {
+    p->bits = from_float(f32x8{x}, T{})[0];
   }
 }
 

@@ -7,7 +7,15 @@ namespace ksam {
 
 enum class DType : int8_t { f32, f64, bf16, f16, i32, i64, other };
 
-constexpr bool is_floating(DType dtype) { return dtype <= DType::f16; }
+__attribute__((always_inline)) constexpr bool is_floating(DType dtype) {
+  return dtype <= DType::f16;
+}
+
+// Bytes of a floating number.
+constexpr int size_of(DType dtype) {
+  if (dtype == DType::f64) return 8;
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 // Borrowed: shape and strides point into the torch tensor, which must outlive the view.
 struct Tensor {

@@ -220,8 +220,7 @@ struct Selection {
 };
 
 RowPlan plan_of(const CrossEntropy& args) {
-  const DType dtype = args.logits.dtype;
-  const int itemsize = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  const int itemsize = size_of(args.logits.dtype);
   return plan_rows(args.logits.rows, args.logits.columns, kVectorBytes / itemsize,
                    resident_blocks(kind_of(args), itemsize));
 }

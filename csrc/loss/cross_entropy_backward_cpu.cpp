@@ -4,7 +4,6 @@
 // Bytes moved: each logit once, each element of the gradient once, and each probability where the
 // target has them; per row a class, 4 for g and 12 for the statistics.
 #include "loss/elementary_cpu.h"
-#include "loss/loss_row.h"
 #include "loss/target_cpu.h"
 
 namespace ksam::KSAM_ISA {

@@ -62,7 +62,7 @@ KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, 
   using V = Lanes<T>;
   const int64_t classes = args.logits.columns;
   Tile<T, kNarrow> x{};
-  Tile<A, kNarrow> spread;
+  Tile<A, kNarrow> spread{};
   for (int64_t i = 0; i < count; ++i) {
     put_row(row_of<T>(args.logits, begin + i), classes, i, &x);
     if constexpr (kSpread) put_row(target.spread(begin + i, 0, classes, room), classes, i, &spread);

@@ -195,8 +195,8 @@ void on_samples(const Elementwise& args, const Body& body) {
 }
 
 RowPlan plan_of(const Elementwise& args) {
-  const int bytes = args.input.dtype == DType::f64 ? 8 : args.input.dtype == DType::f32 ? 4 : 2;
-  return plan_rows(args.input.rows, args.input.columns, kVectorBytes / bytes, kSampleBlocks);
+  const int vector = kVectorBytes / size_of(args.input.dtype);
+  return plan_rows(args.input.rows, args.input.columns, vector, kSampleBlocks);
 }
 
 template <class Loss>

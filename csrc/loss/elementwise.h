@@ -5,8 +5,6 @@
 
 #include "common/host_device.h"
 
-#define KSAM_FORMULA KSAM_HOST_DEVICE inline __attribute__((always_inline))
-
 namespace ksam {
 
 // (1 - t) x + positive softplus(-x), softplus(-x) = log1p(exp(-|x|)) + max(-x, 0).
@@ -58,5 +56,3 @@ struct SquaredError {
 };
 
 }  // namespace ksam
-
-#undef KSAM_FORMULA

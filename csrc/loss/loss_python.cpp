@@ -1,4 +1,3 @@
-#include <cstdlib>
 #include <memory>
 #include <string>
 
@@ -42,22 +41,20 @@ bool flatten(const Tensor& t, int ndim, int64_t* size, int64_t* stride) {
 }
 
 // [..., columns] as rows that have unit stride inside.
-bool read_rows(py::handle object, Tensor* t, Matrix* rows) {
-  if (!read_tensor(object, t) || !has_kernels(*t) || t->ndim < 1) return false;
-  const int last = t->ndim - 1;
-  rows->data = t->data;
-  rows->dtype = t->dtype;
-  rows->columns = t->shape[last];
+bool as_rows(const Tensor& t, Matrix* rows) {
+  if (!has_kernels(t) || t.ndim < 1) return false;
+  const int last = t.ndim - 1;
+  rows->data = t.data;
+  rows->dtype = t.dtype;
+  rows->columns = t.shape[last];
   if (rows->columns < 1) return false;
   // torch takes any strides for contiguous where there are no elements, and rearranges nothing.
-  if (rows->columns > 1 && t->strides[last] != 1 && t->numel > 0) return false;
-  return flatten(*t, last, &rows->rows, &rows->stride);
+  if (rows->columns > 1 && t.strides[last] != 1 && t.numel > 0) return false;
+  return flatten(t, last, &rows->rows, &rows->stride);
 }
 
-// [...] as rows of one element, any stride between them, on the device of another tensor.
-bool read_column(py::handle object, const Tensor& like, Matrix* rows) {
-  Tensor t;
-  if (!read_tensor(object, &t) || !same_device(t, like)) return false;
+// [...] as rows of one element, any stride between them.
+bool as_column(const Tensor& t, Matrix* rows) {
   rows->data = t.data;
   rows->dtype = t.dtype;
   rows->columns = 1;
@@ -69,23 +66,23 @@ bool read_target(py::handle object, const Tensor& logits, Matrix* target) {
   Tensor t;
   if (!read_tensor(object, &t) || !same_device(t, logits)) return false;
   if (is_index(t.dtype)) {
-    if (t.ndim != logits.ndim - 1 || !read_column(object, logits, target)) return false;
+    if (t.ndim != logits.ndim - 1 || !as_column(t, target)) return false;
     for (int i = 0; i < t.ndim; ++i) {
       if (t.shape[i] != logits.shape[i]) return false;
     }
     return true;
   }
   if (!is_floating(t.dtype) || !takes_target(t.dtype, logits)) return false;
-  return same_shape(t, logits) && read_rows(object, &t, target);
+  return same_shape(t, logits) && as_rows(t, target);
 }
 
 // numel weights of the dtype of the arithmetic on another tensor, or None.
-bool read_weight(py::handle object, const Tensor& like, int64_t numel, const void** weight) {
-  Tensor t;
-  if (!read_optional(object, &t)) return false;
-  *weight = t.data;
+bool read_weight(py::handle object, const Tensor& like, int64_t numel, Tensor* t,
+                 const void** weight) {
+  if (!read_optional(object, t)) return false;
+  *weight = t->data;
   return object.is_none() ||
-         (is_plain(t, like, opmath_of(like.dtype), numel) && !is_negative(object));
+         (is_plain(*t, like, opmath_of(like.dtype), numel) && !is_negative(object));
 }
 
 // The upstream gradient, and memory for that of the input, which has the input's shape; without an
@@ -93,16 +90,14 @@ bool read_weight(py::handle object, const Tensor& like, int64_t numel, const voi
 template <class Gradient>
 NewTensor read_gradient(py::handle grad, py::handle input_, const Tensor& input,
                         const Matrix& rows, Gradient* args) {
-  if (!read_column(grad, input, &args->grad) || is_negative(grad)) return {};
+  Tensor t;
+  if (!read_tensor(grad, &t) || !same_device(t, input) || is_negative(grad)) return {};
+  if (!as_column(t, &args->grad)) return {};
   if (args->grad.rows != rows.rows || args->grad.dtype != DType::f32) return {};
   const std::vector<int64_t> sizes(input.shape, input.shape + input.ndim);
   NewTensor out = new_empty(input_, input, input.dtype, sizes);
   args->out = out.view.data;
   return out;
-}
-
-void* scratch_of(GpuCall* call, int64_t bytes) {
-  return bytes == 0 ? nullptr : call->scratch(bytes);
 }
 
 // The options of a call, which the public functions check where a kernel is not tried first.
@@ -117,13 +112,13 @@ bool read_options(py::handle ignore_index, py::handle label_smoothing, CrossEntr
 bool read_cross_entropy(py::handle object, py::handle target, py::handle weight,
                         py::handle ignore_index, py::handle label_smoothing, Tensor* logits,
                         CrossEntropy* args) {
-  if (!read_rows(object, logits, &args->logits) || !is_floating(logits->dtype)) return false;
+  if (!read_tensor(object, logits) || !as_rows(*logits, &args->logits)) return false;
+  if (!is_floating(logits->dtype)) return false;
   if (!read_target(target, *logits, &args->target)) return false;
   if (is_negative(object) || is_negative(target)) return false;
-  const int64_t classes = args->logits.columns;
   Tensor w;
-  if (!read_optional(weight, &w) || (w.data != nullptr && w.ndim != 1)) return false;
-  return read_weight(weight, *logits, classes, &args->weight) &&
+  if (!read_weight(weight, *logits, args->logits.columns, &w, &args->weight)) return false;
+  return (args->weight == nullptr || w.ndim == 1) &&
          read_options(ignore_index, label_smoothing, args);
 }
 
@@ -183,7 +178,7 @@ py::object cross_entropy(py::handle logits, py::handle target, py::handle weight
   if (on_gpu(x)) {
     GpuCall call(x);
     py::gil_scoped_release release;
-    void* scratch = scratch_of(&call, KSAM_ON_GPU(cross_entropy_scratch_bytes, args));
+    void* scratch = call.scratch(KSAM_ON_GPU(cross_entropy_scratch_bytes, args));
     KSAM_ON_GPU(cross_entropy, args, scratch, call.stream());
   } else {
     run_on_cpu(&args, [&] { KSAM_ON_ISA(cross_entropy, args); });
@@ -194,7 +189,7 @@ py::object cross_entropy(py::handle logits, py::handle target, py::handle weight
 void select_on_gpu(const Tensor& logits, const CrossEntropy& args, const Tensor& indices) {
   GpuCall call(logits);
   py::gil_scoped_release release;
-  void* scratch = scratch_of(&call, KSAM_ON_GPU(select_cross_entropy_scratch_bytes, args));
+  void* scratch = call.scratch(KSAM_ON_GPU(select_cross_entropy_scratch_bytes, args));
   KSAM_ON_GPU(select_cross_entropy, args, indices.numel, scratch, indices.as<int64_t>(),
               call.stream());
 }
@@ -279,7 +274,8 @@ bool read_elementwise(py::handle object, py::handle target_, py::handle pos_weig
   if (is_negative(object) || is_negative(target_)) return false;
   if (!same_device(target, *input) || !same_shape(target, *input)) return false;
   if (!takes_target(target.dtype, *input)) return false;
-  return read_weight(pos_weight, *input, args->input.columns, &args->pos_weight);
+  Tensor weight;
+  return read_weight(pos_weight, *input, args->input.columns, &weight, &args->pos_weight);
 }
 
 // on_gpu_(args, scratch, stream) or on_cpu_(args) once the arguments are read. The losses, or None.
@@ -295,7 +291,7 @@ py::object elementwise(py::handle input, py::handle target, py::handle pos_weigh
   if (on_gpu(x)) {
     GpuCall call(x);
     py::gil_scoped_release release;
-    void* scratch = scratch_of(&call, KSAM_ON_GPU(elementwise_scratch_bytes, args));
+    void* scratch = call.scratch(KSAM_ON_GPU(elementwise_scratch_bytes, args));
     on_gpu_(args, scratch, call.stream());
   } else {
     py::gil_scoped_release release;

@@ -7,10 +7,10 @@
 
 namespace ksam {
 
-KSAM_HOST_DEVICE inline float logarithm(float x) { return ::logf(x); }
-KSAM_HOST_DEVICE inline double logarithm(double x) { return ::log(x); }
-KSAM_HOST_DEVICE inline float exponential(float x) { return ::expf(x); }
-KSAM_HOST_DEVICE inline double exponential(double x) { return ::exp(x); }
+KSAM_FORMULA float logarithm(float x) { return ::logf(x); }
+KSAM_FORMULA double logarithm(double x) { return ::log(x); }
+KSAM_FORMULA float exponential(float x) { return ::expf(x); }
+KSAM_FORMULA double exponential(double x) { return ::exp(x); }
 
 // With z_c = x_c - max, and the row's target q_c = hot [c = y] + spread_c (target_cpu.h).
 template <class A>
@@ -23,21 +23,22 @@ struct RowSums {
 
 // What z_c are measured from: where all x_c so far are -inf, so are z_c from any number.
 template <class A>
-KSAM_HOST_DEVICE inline A origin(A max) {
+KSAM_FORMULA A origin(A max) {
   return max == -HUGE_VALF ? A(0) : max;
 }
 
-// From the maximum so far to a larger one. All z_c <= 0, so no term of dot cancels another.
+// From the maximum so far to a larger one, which may be infinitely far. All z_c <= 0, so no term of
+// dot cancels another.
 template <class A>
-KSAM_HOST_DEVICE inline void raise_maximum(RowSums<A>* row, A max) {
+KSAM_FORMULA void raise_maximum(RowSums<A>* row, A max) {
   if (row->exp != 0) row->exp *= exponential(row->max - max);  // not for the first maximum
-  row->dot += row->mass * (origin(row->max) - origin(max));
+  if (row->mass != 0) row->dot += row->mass * (origin(row->max) - origin(max));
   row->max = max;
 }
 
 // Two parts of a row as one; the same bits in either order.
 template <class A>
-KSAM_HOST_DEVICE inline void merge(RowSums<A>* row, RowSums<A> other) {
+KSAM_FORMULA void merge(RowSums<A>* row, RowSums<A> other) {
   if (other.max > row->max) raise_maximum(row, other.max);
   if (row->max > other.max) raise_maximum(&other, row->max);
   row->exp += other.exp;
@@ -51,13 +52,13 @@ struct RowStats {
 };
 
 template <class A>
-KSAM_HOST_DEVICE inline RowStats<A> stats_of(const RowSums<A>& row, A hot) {
+KSAM_FORMULA RowStats<A> stats_of(const RowSums<A>& row, A hot) {
   return {row.max, row.max == -HUGE_VALF ? A(NAN) : logarithm(row.exp), hot + row.mass};
 }
 
 // sum_c q_c (log s - z_c); z_y is that of the class, 0 where the target has none.
 template <class A>
-KSAM_HOST_DEVICE inline A loss_of(const RowSums<A>& row, A log_s, A hot, A z_y) {
+KSAM_FORMULA A loss_of(const RowSums<A>& row, A log_s, A hot, A z_y) {
   return hot * (log_s - z_y) + (row.mass * log_s - row.dot);
 }
 

@@ -16,8 +16,8 @@ namespace ksam::KSAM_ISA {
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kBlockRoom = kBlock + kLanes;  // a block takes a remainder below kLanes along
 
-// Rows that a thread should have at least: waking one takes as long as some 32,000 elements. No
-// rows may have no columns.
+// Rows for which a thread more is worth waking: that takes as long as some 32,000 elements. No rows
+// may have no columns.
 KSAM_INLINE int64_t row_grain(int64_t columns) {
   constexpr int64_t kElements = 32768;
   return columns < kElements ? kElements / (columns > 0 ? columns : 1) : 1;
@@ -52,25 +52,6 @@ KSAM_INLINE void for_each_sum(int64_t n, const Body& body) {
   if (i < n) {
     const V keep = load_lanes<V>(kKeep + (n - i));
     body(n - kLanes, [&](const V& v) KSAM_INLINE_LAMBDA { return masked(v, keep); });
-  }
-}
-
-// body(i) at vectors that cover [0, n), n >= kLanes; the last may cover elements a second time.
-template <class Body>
-KSAM_INLINE void for_each_vector(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i);
-  if (i < n) body(n - kLanes);
-}
-
-template <class T, class A>
-KSAM_INLINE void convert(const T* from, int64_t n, A* to) {
-  if (sizeof(T) == 2 && sizeof(A) == 4 && n >= kLanes) {
-    for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
-      store_lanes(to + i, load_lanes<Lanes<T>>(from + i));
-    });
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(load_one(from + i));
   }
 }
 

@@ -42,7 +42,8 @@ class Target {
   }
 
   // spread_c of classes [begin, begin + n) of a row, in `room` or in place. A spread that is the
-  // same for all rows and classes is there already: fill_constant() put it there.
+  // same for all rows and classes is there already: fill_constant() put it there. (Nothing is not 0
+  // times a weight, which may be infinite.)
   KSAM_INLINE const A* spread(int64_t row, int64_t begin, int64_t n, A* room) const {
     if (soft_) {
       const A* t = staged(args_.target, row, begin, n, room);
@@ -51,7 +52,7 @@ class Target {
         const A q = kept_ * t[i] + share_;
         room[i] = weight_ == nullptr ? q : weight_[begin + i] * q;
       }
-    } else if (weight_ != nullptr) {
+    } else if (weight_ != nullptr && has_spread()) {
       for (int64_t i = 0; i < n; ++i) room[i] = share_ * weight_[begin + i];
     }
     return room;

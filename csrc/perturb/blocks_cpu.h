@@ -49,46 +49,6 @@ void for_each_strided(const Operand& t, int64_t begin, int n, const Visit& visit
   }
 }
 
-template <class A, class T>
-void read_flat(const T* from, int n, A* to) {
-  int j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    if constexpr (sizeof(A) == sizeof(opmath_t<T>)) {
-      store_lanes(to + j, load_lanes<Lanes<T>>(from + j));
-    } else {
-      store(to + j, __builtin_convertvector(load(from + j), typename VecOf<A>::type));
-    }
-  }
-  for (; j < n; ++j) to[j] = static_cast<A>(load_one(from + j));
-}
-
-// x rounded to T. From double through float for a half, as torch does.
-template <class T, class V>
-KSAM_INLINE vec_t<T> narrowed(V x) {
-  return __builtin_convertvector(x, vec_t<T>);
-}
-
-template <class T, class A>
-KSAM_INLINE void store_one(T* p, A x) {
-  using V = typename VecOf<A>::type;
-  V v{};
-  v[0] = x;
-  store_partial(p, narrowed<T>(v), 1);
-}
-
-template <class A, class T>
-void write_flat(const A* from, int n, T* to) {
-  int j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    if constexpr (sizeof(A) == sizeof(opmath_t<T>)) {
-      store_lanes(to + j, load_lanes<Lanes<T>>(from + j));
-    } else {
-      store(to + j, narrowed<T>(load(from + j)));
-    }
-  }
-  for (; j < n; ++j) store_one(to + j, from[j]);
-}
-
 // Elements [begin, begin + n) as A: where they lie if they are A in memory order, else in `buffer`.
 template <class A>
 A* stage(const Operand& t, Access access, int64_t begin, int n, A* buffer) {
@@ -100,7 +60,7 @@ A* stage(const Operand& t, Access access, int64_t begin, int n, A* buffer) {
       if constexpr (sizeof(T) == sizeof(A)) {
         where = reinterpret_cast<A*>(data) + begin;
       } else if (access & kRead) {
-        read_flat(data + begin, n, buffer);
+        convert(data + begin, n, buffer);
       }
     } else if (access & kRead) {
       for_each_strided(t, begin, n, [&](char* element, int j) {
@@ -126,10 +86,10 @@ void unstage(const Operand& t, int64_t begin, int n, const A* buffer) {
   on_floating(t.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (t.strides == nullptr) {
-      write_flat(buffer, n, reinterpret_cast<T*>(t.data) + begin);
+      convert(buffer, n, reinterpret_cast<T*>(t.data) + begin);
     } else {
       for_each_strided(t, begin, n, [&](char* element, int j) {
-        store_one(reinterpret_cast<T*>(element), buffer[j]);
+        store_one(reinterpret_cast<T*>(element), static_cast<opmath_t<T>>(buffer[j]));
       });
     }
   });

@@ -9,9 +9,6 @@
 
 namespace ksam {
 
-// common/isa.h says what becomes of inline functions in *_cpu.cpp files that are not static.
-#define KSAM_FORMULA KSAM_HOST_DEVICE static inline
-
 // Whether weights move at this norm. A double that rounds to 0 or to infinity moves nothing: what
 // is returned says so.
 KSAM_FORMULA bool moves_at(double norm) {
@@ -41,12 +38,12 @@ struct Direction {
   S grad_scale, weight_decay;
   bool scaled, maximize;
 
-  KSAM_HOST_DEVICE bool decays() const { return weight_decay != 0; }
+  KSAM_FORMULA bool decays() const { return weight_decay != 0; }
 
   // `decays` is given: the CPU asks once before a loop, a GPU for every element, as one more
   // number in a register would make it spill.
   template <class V>
-  KSAM_HOST_DEVICE V operator()(V g, V w, bool decays) const {
+  KSAM_FORMULA V operator()(V g, V w, bool decays) const {
     V d = scaled ? g / grad_scale : g;
     d = maximize ? -d : d;
     return decays ? d + weight_decay * w : d;
@@ -66,12 +63,12 @@ struct Sgd {
   bool nesterov, first;  // first: no momentum yet
 
   template <class V>
-  KSAM_HOST_DEVICE V new_momentum(V v, V d) const {
+  KSAM_FORMULA V new_momentum(V v, V d) const {
     return first ? d : momentum * v + gain * d;
   }
 
   template <class V>
-  KSAM_HOST_DEVICE V updated(V w, V v, V d) const {
+  KSAM_FORMULA V updated(V w, V v, V d) const {
     return w - lr * (nesterov ? d + momentum * v : v);
   }
 };
@@ -91,17 +88,17 @@ struct Adam {
 
   // m + (1 - beta1) * (g - m), from the nearer end as torch.lerp does.
   template <class V>
-  KSAM_HOST_DEVICE V new_mean(V m, V g) const {
+  KSAM_FORMULA V new_mean(V m, V g) const {
     return (from_old ? m : g) + (from_old ? mean_gain : -beta1) * (g - m);
   }
 
   template <class V>
-  KSAM_HOST_DEVICE V new_square(V v, V g) const {
+  KSAM_FORMULA V new_square(V v, V g) const {
     return beta2 * v + square_gain * g * g;
   }
 
   template <class V>
-  KSAM_HOST_DEVICE V updated(V w, V m, V root_v) const {
+  KSAM_FORMULA V updated(V w, V m, V root_v) const {
     return w * kept - (step_size * m) / (root_v / root_correction + eps);
   }
 };

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "common/dispatch.h"
+#include "common/lanes.h"
 #include "topk/topk.h"
 #include "topk/topk_key.h"
 
@@ -57,8 +58,12 @@ Keys<Key> make_keys(const void* floats, int64_t n, Key* keys) {
 template <class Half>
 const float* widen(const Half* losses, int64_t n, float* floats) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(floats + i, load(losses + i));
-  if (i < n) store(floats + i, load_partial(losses + i, static_cast<int>(n - i)));
+  using V = Lanes<Half>;
+  for (; i + kLanes <= n; i += kLanes) store_lanes(floats + i, load_lanes<V>(losses + i));
+  if (i == n) return floats;
+  Half rest[kLanes] = {};
+  std::memcpy(rest, losses + i, (n - i) * sizeof(Half));
+  store_lanes(floats + i, load_lanes<V>(rest));
   return floats;
 }
 

@@ -10,14 +10,14 @@ namespace ksam {
 // Bits of a float -> key. Negative numbers have all bits turned, others the sign: larger floats
 // then have larger keys. Every NaN is the largest key and both zeros are one. In integers only, so
 // that denormals count even where the processor flushes them.
-KSAM_HOST_DEVICE inline uint32_t float_key(uint32_t bits) {
+KSAM_FORMULA uint32_t float_key(uint32_t bits) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t ordered = bits ^ ((0u - (bits >> 31)) | 0x80000000u);
   const uint32_t number = magnitude == 0 ? 0x80000000u : ordered;
   return magnitude > 0x7f800000u ? 0xffffffffu : number;
 }
 
-KSAM_HOST_DEVICE inline uint64_t float_key(uint64_t bits) {
+KSAM_FORMULA uint64_t float_key(uint64_t bits) {
   const uint64_t magnitude = bits & 0x7fffffffffffffffull;
   const uint64_t ordered = bits ^ ((0ull - (bits >> 63)) | 0x8000000000000000ull);
   const uint64_t number = magnitude == 0 ? 0x8000000000000000ull : ordered;

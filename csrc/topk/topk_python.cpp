@@ -1,4 +1,3 @@
-#include <cstdlib>
 #include <memory>
 
 #include "common/python.h"
@@ -13,8 +12,7 @@ namespace {
 void run_on_gpu(const Tensor& losses, int64_t k, int64_t* out) {
   GpuCall call(losses);
   py::gil_scoped_release release;
-  const int64_t bytes = KSAM_ON_GPU(topk_scratch_bytes, losses.numel);
-  void* scratch = bytes == 0 ? nullptr : call.scratch(bytes);
+  void* scratch = call.scratch(KSAM_ON_GPU(topk_scratch_bytes, losses.numel));
   KSAM_ON_GPU(topk_indices, losses, k, scratch, out, call.stream());
 }
 

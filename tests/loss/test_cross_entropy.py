@@ -176,6 +176,19 @@ def test_a_difference_above_the_range_of_float32_is_inf(backend: str) -> None:
     assert cross_entropy(logits, torch.tensor([0, 0])).tolist() == [INF, 0.0]
 
 
+@pytest.mark.parametrize("low", [1, 2048, 5000])  # a thread's, a block's and a split row's part
+def test_such_a_difference_between_parts_of_a_row_is_no_nan(backend: str, low: int) -> None:
+    """One maximum is given up for another that is infinitely far from it."""
+    classes = 2 * low + 63
+    logits = torch.full((2, classes), 3e38)
+    lanes = torch.arange(classes) % 16 < 4 if low == 1 else torch.arange(classes) < low
+    logits[:, lanes] = -3e38
+    target = torch.tensor([int(lanes.logical_not().nonzero()[0]), 0])
+    found = cross_entropy(logits, target)
+    high = torch.tensor(float(lanes.logical_not().sum()))
+    torch.testing.assert_close(found, torch.stack([high.log(), torch.tensor(INF)]))
+
+
 @pytest.mark.parametrize(
     "bad", [-1, 5, 2**31 - 1, -(2**31)], ids=lambda bad: f"class {bad}".replace("-", "minus ")
 )

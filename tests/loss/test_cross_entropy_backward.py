@@ -110,6 +110,19 @@ def test_a_row_whose_loss_is_nan_has_a_nan_gradient_and_leaves_the_others(
     assert gradient[1].isfinite().all()
 
 
+@pytest.mark.parametrize("classes", [5, 20, 5000])
+def test_an_infinite_weight_of_a_class_that_no_row_has_changes_nothing(
+    backend: str, classes: int
+) -> None:
+    """As 1 / count is, of a class without samples."""
+    x, target = torch.randn(4, classes), torch.tensor([0, 1, 2, 0])
+    weight = torch.ones(classes)
+    ones = Case(x, target, weight.clone())
+    weight[3] = INF
+    upstream = torch.ones(4)
+    assert same_bits(gradient_of(Case(x, target, weight), upstream), gradient_of(ones, upstream))
+
+
 def test_the_gradient_arrives_once_and_accumulates(backend: str) -> None:
     case = make_case("hard", torch.randn(4, 5))
     x = case.logits.clone().requires_grad_()
