@@ -143,7 +143,8 @@ void for_each_block(const Row<N>& row, const Access (&access)[N], int64_t begin,
   }
 }
 
-// formula(x) with x[i] a register of the i-th operands' elements, for two registers.
+// formula(x) with x[i] a register of the i-th operands' elements; two at a time, as one instruction
+// packs two registers of bfloat16.
 template <class T, int N, class Formula>
 KSAM_INLINE void apply(const Formula& formula, T* const (&operand)[N], int64_t j) {
   using V = Register<T>;

@@ -176,6 +176,15 @@ def test_a_difference_above_the_range_of_float32_is_inf(backend: str) -> None:
     assert cross_entropy(logits, torch.tensor([0, 0])).tolist() == [INF, 0.0]
 
 
+@pytest.mark.parametrize("slope", [300, -300], ids=["rise", "fall"])
+@pytest.mark.parametrize("classes", [17, 100, 1000, 9000])
+def test_logits_that_rise_or_fall_along_the_row(backend: str, classes: int, slope: int) -> None:
+    """By more than exp() has room for, so that what was added up has to follow the maximum."""
+    logits = slope * torch.linspace(-1, 1, classes) + torch.randn(13, classes)
+    for kind in KINDS:
+        check(make_case(kind, logits))
+
+
 @pytest.mark.parametrize("low", [1, 2048, 5000])  # a thread's, a block's and a split row's part
 def test_such_a_difference_between_parts_of_a_row_is_no_nan(backend: str, low: int) -> None:
     """One maximum is given up for another that is infinitely far from it."""

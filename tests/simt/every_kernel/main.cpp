@@ -201,6 +201,7 @@ int main() {
   }
   ksam::cross_entropy(2, 40000, 0.0);  // a row over several blocks
   for (const int64_t n : {1, 10, 4097}) ksam::elementwise(5, n);
+  ksam::elementwise(13, 600);  // several rows of a block, one after the other
   ksam::perturb();
   std::puts("every kernel ran");
   return 0;
