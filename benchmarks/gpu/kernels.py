@@ -3,14 +3,16 @@
 A contestant's graph calls it on every input of a pool, outputs kept apart, so that more than twice
 the L2 cache goes by before an address comes again (where `working_set_bytes` says less, the inputs
 stay cached: losses, and lists of small tensors). The contestants of a case take turns in one
-process, each for some milliseconds a round. What waits for the GPU fits in no graph and is timed as
-it runs, with the gaps between its launches: its `mode` is "eager".
+process, each for some milliseconds a round, and with them a copy that moves as many bytes as the
+case must: a small one is nowhere near the bandwidth of a large copy. What waits for the GPU fits in
+no graph and is timed as it runs, with the gaps between its launches: its `mode` is "eager".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,7 @@ from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.gpu.sync import waiting_is_an_error
 from benchmarks.kernels.case import KSAM, Case, Run
 from benchmarks.kernels.measure import backend_in_force, figures_of, row_of, start_all
-from benchmarks.timing import Plan, Quartiles, rotated
+from benchmarks.timing import Plan, Quartiles, ratios, rotated
 from ksam_kernels import BackendUnavailableError
 
 _PLAN = Plan(rounds=15, seconds=0.8, few_rounds=7, max_seconds=3.0, max_rounds=60)
@@ -33,6 +35,7 @@ _DRY_PLAN = Plan(rounds=2, seconds=0, few_rounds=1, max_seconds=1)
 _GRAPH_SECONDS, _SAMPLE_SECONDS = 1e-3, 3e-3
 _MAX_REPEATS = 500
 _CACHES = 2
+_COPY = "a copy of the same size"  # among the contestants while they are timed
 _MAX_POOL, _MAX_STATEFUL_POOL = 256, 4
 
 Rows = list[dict[str, Any]]
@@ -126,6 +129,16 @@ def _passes(case: Case, runs: dict[str, Run], pool: list[Any]) -> dict[str, Call
     return passes
 
 
+def _copies(case: Case, count: int, device: torch.device) -> Callable[[], object]:
+    """A copy for each input, reading and writing as many bytes together as the case must move."""
+    size = case.floor_bytes // 2
+    pairs = [
+        [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        for _ in range(count)
+    ]
+    return lambda: [target.copy_(source) for source, target in pairs]
+
+
 def measure(case: Case, device: torch.device, plan: Plan, bandwidth: float) -> Rows:
     """A row for each contestant, ksam's first: where a rival disagrees, ksam's may be wrong."""
     try:
@@ -142,6 +155,7 @@ def measure(case: Case, device: torch.device, plan: Plan, bandwidth: float) -> R
         contestants = {
             name: timed(work, device) for name, work in _passes(case, started.runs, pool).items()
         }
+        contestants[_COPY] = timed(_copies(case, len(pool), device), device)
         times = rounds_of(contestants, len(pool), plan, device)
     rows = []
     for contestant in case.contestants:
@@ -155,6 +169,7 @@ def measure(case: Case, device: torch.device, plan: Plan, bandwidth: float) -> R
             row["mode"] = contestants[name].mode
             row["working_set_bytes"] = len(pool) * case.floor_bytes
         rows.append(row)
+    rows[0]["share_of_equal_copy"] = statistics.median(ratios(times[_COPY], times[KSAM]))
     if started.disagree:
         rows[0]["failure"] = "; ".join(started.reasons[name] for name in started.disagree)
     return rows
@@ -188,6 +203,8 @@ def _line(rows: Rows) -> str:
     ours = rows[0]
     share = ours["share_of_copy"]
     of_copy = f"{100 * share:.0f} % of copy" if share else ours["note"]
+    if "share_of_equal_copy" in ours:
+        of_copy += f", {100 * ours['share_of_equal_copy']:.0f} % of one as large"
     failure = f"; FAILED: {ours['failure']}" if "failure" in ours else ""
     return f"{name_of(ours)} [{ours['backend']}]: {of_copy}; us: {', '.join(cells)}{failure}"
 

@@ -16,7 +16,7 @@ from benchmarks.timing import Quartiles
 COLUMNS = (
     "room", "operation", "shape", "dtype", "extra", "contestant", "backend", "mode",
     "median_us", "q25_us", "q75_us", "rounds", "floor_bytes", "working_set_bytes",
-    "share_of_copy", "ratio", "note", "torch", "device", "timestamp",
+    "share_of_copy", "share_of_equal_copy", "ratio", "note", "torch", "device", "timestamp",
 )  # fmt: skip
 
 _VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
@@ -129,8 +129,8 @@ def _times(rows: list[dict[str, Any]]) -> list[str]:
         cases.setdefault(key, []).append(row)
     if not cases:
         return []
-    lines = ["| operation | shape | backend | us | of copy | others, times as long |"]
-    lines.append("|---|---|---|---|---|---|")
+    columns = ("operation", "shape", "backend", "us", "of a copy", "of one as large")
+    lines = [f"| {' | '.join(columns)} | others, times as long |", f"|{'---|' * 7}"]
     for (operation, extra, shape, dtype), own in cases.items():
         ours = next(row for row in own if row["contestant"] == KSAM)
         label = f"{operation}, {extra}" if extra else operation
@@ -138,17 +138,20 @@ def _times(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| {label} | {shape} {dtype} | {ours['backend']} | {_figures(ours)} | {others} |"
         )
-    note = "`~`: waits for the GPU, so timed with the gaps between its launches. `-`: did not run."
-    return [*lines, "", note, ""]
+    notes = [
+        "Of a copy: the bytes that must be moved, by the bandwidth of a large copy. "
+        "Of one as large: the time of a copy that moves as many.",
+        "`~`: waits for the GPU, so timed with the gaps between its launches. `-`: did not run.",
+    ]
+    return [*lines, "", *notes, ""]
 
 
 def _figures(row: dict[str, Any]) -> str:
     time = row["microseconds"]
     if time is None:
-        return f"- | {row['note']}"
-    return (
-        f"{time['median']:.1f} [{time['q25']:.1f}-{time['q75']:.1f}] | {row['share_of_copy']:.0%}"
-    )
+        return f"- | {row['note']} | -"
+    quartiles = f"{time['median']:.1f} [{time['q25']:.1f}-{time['q75']:.1f}]"
+    return f"{quartiles} | {row['share_of_copy']:.0%} | {row['share_of_equal_copy']:.0%}"
 
 
 def _other(row: dict[str, Any]) -> str:

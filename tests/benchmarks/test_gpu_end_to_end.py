@@ -78,6 +78,7 @@ def test_times_stand_in_the_csv_with_backend_and_mode(out: Path) -> None:
     for row in rows:
         assert (row["backend"] == "torch") == (row["contestant"] != "ksam")
         assert float(row["q25_us"]) <= float(row["median_us"]) <= float(row["q75_us"])
+        assert (row["share_of_equal_copy"] != "") == (row["contestant"] == "ksam")
 
 
 def test_the_report_is_a_page_that_says_what_it_is(out: Path) -> None:

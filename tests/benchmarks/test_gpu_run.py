@@ -15,11 +15,12 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.gpu import kernels, part
 from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu.cases import kernel_cases
 from benchmarks.gpu.cli import default_folder
 from benchmarks.gpu.part import Context, PartFile
 from benchmarks.gpu.process import run_for
 from benchmarks.gpu.report import write_report
-from benchmarks.timing import Quartiles
+from benchmarks.timing import Plan, Quartiles
 from ksam_kernels import use_backend
 
 CPU = torch.device("cpu")
@@ -231,6 +232,18 @@ def rows_of(name: str, us: float | None, **more: Any) -> list[dict[str, Any]]:
     named = {"room": "topk", "operation": name, "extra": "", "shape": "1", "dtype": "float32"}
     figures = {"microseconds": times, "share_of_copy": us, "note": "", "backend": "native"}
     return [{**named, **figures, "contestant": "ksam", "ratio": 1.0, **more}]
+
+
+def test_a_case_is_compared_with_a_copy_that_moves_as_many_bytes() -> None:
+    case = next(kernel_cases(torch.device("cpu"), tiny=True))
+    plan = Plan(rounds=2, seconds=0, few_rounds=1, max_seconds=1)
+    work = kernels._copies(case, 3, torch.device("cpu"))
+    copied: Any = work()
+    assert [2 * target.nbytes for target in copied] == [case.floor_bytes // 2 * 2] * 3
+    ours, *others = kernels.measure(case, torch.device("cpu"), plan, 1e9)
+    assert ours["share_of_equal_copy"] > 0
+    assert all("share_of_equal_copy" not in row for row in others)
+    assert f"{100 * ours['share_of_equal_copy']:.0f} % of one as large" in kernels._line([ours])
 
 
 def test_cases_that_were_measured_are_kept_and_those_that_failed_tried_again(
