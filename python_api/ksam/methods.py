@@ -26,6 +26,20 @@ Params = Iterable[Any] | None
 Base = type[Optimizer] | Optimizer
 
 
+class _AmountOf:
+    """How many samples a method's ascent or descent chooses: as given, and may be set anew."""
+
+    def __init__(self, part: Literal["ascent", "descent"]) -> None:
+        self._part = part
+
+    def __get__(self, optimizer: SharpnessAware | None, owner: type) -> Any:
+        return self if optimizer is None else getattr(optimizer, self._part).amount.value
+
+    def __set__(self, optimizer: SharpnessAware, value: K | Schedule) -> None:
+        sampler = getattr(optimizer, self._part)
+        sampler.amount = Amount(value, sampler.amount.name)
+
+
 class KSAM(SharpnessAware):
     r"""Sharpness-aware minimization on the k highest-loss samples of each batch (Ni et al. 2022).
 
@@ -51,6 +65,8 @@ class KSAM(SharpnessAware):
         TypeError, ValueError: an argument out of its range, by name.
     """
 
+    k = _AmountOf("ascent")
+
     def __init__(
         self,
         params: Params,
@@ -71,17 +87,6 @@ class KSAM(SharpnessAware):
             rho=rho,
             **options,
         )
-
-    @property
-    def k(self) -> K | Schedule:
-        """What was given as ``k``; may be set anew."""
-        assert isinstance(self.ascent, TopK)
-        return self.ascent.amount.value
-
-    @k.setter
-    def k(self, value: K | Schedule) -> None:
-        assert isinstance(self.ascent, TopK)
-        self.ascent.amount = Amount(value)
 
 
 class AutoKSAM(KSAM):
@@ -135,6 +140,8 @@ class ImportanceKSAM(SharpnessAware):
         k, rho: as in :class:`KSAM`.
         uniform: share of the uniform distribution, in [1e-6, 1].
     """
+
+    k = _AmountOf("ascent")
 
     def __init__(
         self,
@@ -199,6 +206,8 @@ class ESAM(SharpnessAware):
         adaptive, eta: as in :class:`KSAM`.
     """
 
+    gamma = _AmountOf("descent")
+
     def __init__(
         self,
         params: Params,
@@ -228,6 +237,8 @@ class RandomSubsetSAM(SharpnessAware):
             in the only pass over it, whose losses (at the perturbed weights) the step reports.
     """
 
+    share = _AmountOf("ascent")
+
     def __init__(
         self, params: Params, base: Base, *, share: K | Schedule = 0.25, **options: Any
     ) -> None:
@@ -245,14 +256,13 @@ class OrderedSGD(SharpnessAware):
             top-k loss of Fan et al. (2017).
     """
 
+    q = _AmountOf("descent")
+
     def __init__(
         self, params: Params, base: Base, *, q: K | Schedule | None = None, **options: Any
     ) -> None:
-        self.q = AccuracySchedule() if q is None else q
-        super().__init__(params, base, ascent=None, descent=Ordered(self.q), rho=0.0, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "q": self.q}
+        descent = Ordered(AccuracySchedule() if q is None else q)
+        super().__init__(params, base, ascent=None, descent=descent, rho=0.0, **options)
 
 
 class MSAM(SharpnessAware):
@@ -301,6 +311,8 @@ class StaleKSAM(SharpnessAware):
         refresh: every how many steps there is a selection pass.
     """
 
+    k = _AmountOf("ascent")
+
     def __init__(
         self,
         params: Params,
@@ -325,6 +337,8 @@ class AUSAM(SharpnessAware):
         size, index: as in :class:`StaleKSAM`.
         low, high, ramp: as in :class:`~ksam.tables.SharpnessSample`.
     """
+
+    alpha = _AmountOf("ascent")
 
     def __init__(
         self,

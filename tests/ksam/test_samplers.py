@@ -33,15 +33,35 @@ def test_no_pass_selects_where_all_are_selected(name: str) -> None:
     assert build(name, network(), k=1.0).cost(24) == 2
 
 
-def test_k_may_be_set_anew(backend: str) -> None:
+AMOUNTS = {
+    "KSAM": "k",
+    "ImportanceKSAM": "k",
+    "StaleKSAM": "k",
+    "ESAM": "gamma",
+    "RandomSubsetSAM": "share",
+    "OrderedSGD": "q",
+    "AUSAM": "alpha",
+}
+
+
+@pytest.mark.parametrize(("name", "argument"), AMOUNTS.items())
+def test_the_number_of_samples_may_be_set_anew(name: str, argument: str) -> None:
+    optimizer = build(name, network(), **{argument: 8})
+    optimizer.steps_done = 3  # AUSAM takes all in the first epoch
+    assert getattr(optimizer, argument) == 8
+    setattr(optimizer, argument, 5)
+    assert getattr(optimizer, argument) == 5
+    assert optimizer.selected(24) == 5
+    with pytest.raises(ValueError, match=rf"{argument} .*0"):
+        setattr(optimizer, argument, 0)
+    assert getattr(optimizer, argument) == 5
+
+
+def test_a_step_selects_as_many_as_were_last_asked_for(backend: str) -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8)
     optimizer.k = 5
-    assert optimizer.k == 5
     assert len(optimizer.step(loss_of(model), batch()).indices) == 5
-    with pytest.raises(ValueError, match=r"k .*0"):
-        optimizer.k = 0
-    assert optimizer.k == 5
 
 
 def test_a_count_may_be_one_of_numpy(backend: str) -> None:
