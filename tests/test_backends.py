@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 import ksam_kernels
-from ksam_kernels import (
-    BackendUnavailableError,
-    backends,
-    native,
-    requested_backend,
-    use_backend,
-)
+from ksam_kernels import BackendUnavailableError, backends, requested_backend, use_backend
 from ksam_kernels.__main__ import main
 
 CPU = torch.device("cpu")
@@ -274,20 +268,6 @@ def test_a_device_that_kernels_cannot_run_on_after_all_takes_the_next_best(
         ),
     ):
         backends.call("topk_indices", CPU, losses, 1)
-
-
-def test_the_extension_says_which_gpus_it_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = SimpleNamespace(has_code_for=lambda index: index == 0, cuda_architectures="80 120+PTX")
-    monkeypatch.setattr(native, "extension", built)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert native._has_no_code(torch.device("cuda", 0)) is None
-    assert native._has_no_code(CPU) is None
-    for device in (torch.device("cuda", 1), torch.device("cuda")):
-        assert native._has_no_code(device) == (
-            f"it was built for sm_80, sm_120+PTX, and {device} is sm_75; "
-            f"build it with TORCH_CUDA_ARCH_LIST=7.5"
-        )
 
 
 def test_registering_an_operator_that_is_not_listed_raises() -> None:

@@ -6,22 +6,9 @@ namespace ksam::KSAM_ISA {
 namespace {
 
 // What an update does to its operands: weights, backup, gradient, state.
-template <class A>
-struct PlainSgd {
-  static constexpr Access kAccess[] = {kWrite, kRead, kRead, kUntouched};
-  Direction<A> direction;
-  bool decays;
-  Sgd<A> sgd;
-
-  template <class V>
-  KSAM_INLINE void operator()(V (&x)[4]) const {
-    x[0] = x[1] - sgd.lr * direction(x[2], x[1], decays);
-  }
-};
-
-template <class A>
-struct MomentumSgd {
-  static constexpr Access kAccess[] = {kWrite, kRead, kRead, kReadWrite};
+template <class A, bool kMomentum>
+struct SgdUpdate {
+  static constexpr Access kAccess[] = {kWrite, kRead, kRead, kMomentum ? kReadWrite : kUntouched};
   Direction<A> direction;
   bool decays;
   Sgd<A> sgd;
@@ -29,8 +16,12 @@ struct MomentumSgd {
   template <class V>
   KSAM_INLINE void operator()(V (&x)[4]) const {
     const V d = direction(x[2], x[1], decays);
-    x[3] = sgd.new_momentum(x[3], d);
-    x[0] = sgd.updated(x[1], x[3], d);
+    if constexpr (kMomentum) {
+      x[3] = sgd.new_momentum(x[3], d);
+      x[0] = sgd.updated(x[1], x[3], d);
+    } else {
+      x[0] = x[1] - sgd.lr * d;
+    }
   }
 };
 
@@ -61,9 +52,9 @@ void restore_sgd(const Rows<4>& rows, const SgdArgs& args, const float* const* s
       const auto sgd = sgd_of<A>(args, steps != nullptr && *steps[row.index] == 0);
       const bool decays = direction.decays();
       if (row.operand[3].data == nullptr) {
-        transform<A>(row, rows.streaming, begin, end, PlainSgd<A>{direction, decays, sgd});
+        transform<A>(row, rows.streaming, begin, end, SgdUpdate<A, false>{direction, decays, sgd});
       } else {
-        transform<A>(row, rows.streaming, begin, end, MomentumSgd<A>{direction, decays, sgd});
+        transform<A>(row, rows.streaming, begin, end, SgdUpdate<A, true>{direction, decays, sgd});
       }
     });
   });
