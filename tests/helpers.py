@@ -160,7 +160,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def assert_ends(pid_file: Path) -> None:
     """The process whose number the file holds comes to its end; a zombie has no command."""
-    command = Path("/proc", pid_file.read_text().strip(), "cmdline")
+    command = Path("/proc", str(int(pid_file.read_text())), "cmdline")
 
     def runs() -> bool:
         try:

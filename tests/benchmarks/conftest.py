@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from tests.helpers import one_thread as one_thread
+from tests.helpers import wait_for
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,18 @@ def write_glue(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture
+def pid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a command writes its process's number, before which no limit of its time begins."""
+    file = tmp_path / "pid"
+    wait = subprocess.Popen.wait
+
+    def wait_from_then_on(self: subprocess.Popen[str], timeout: float | None = None) -> int:
+        # The shell makes the file before it writes to it.
+        wait_for(lambda: file.exists() and file.read_text().endswith("\n"))
+        return wait(self, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_from_then_on)
+    return file

@@ -110,7 +110,10 @@ def test_processes_of_a_killed_study_end(tmp_path: Path) -> None:
     table = tmp_path / "study.csv"
 
     def seen(text: str, path: Path) -> bool:
-        return path.exists() and text in path.read_text(encoding="utf-8")
+        try:
+            return text in path.read_text(encoding="utf-8")
+        except (FileNotFoundError, ProcessLookupError):  # not yet, or a process that has ended
+            return False
 
     def workers() -> list[Path]:
         parent = f"\nPPid:\t{study.pid}\n"
