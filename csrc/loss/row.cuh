@@ -165,11 +165,14 @@ __device__ typename R::Sums merge_block(typename R::Sums sums) {
   return sums;
 }
 
-// Where the blocks of a split row leave their sums, and the counter of those that have.
-template <class Sums>
-struct SplitRows {
-  Sums* partial;  // [rows, gridDim.y]
+// What the last block does when all rows are finished has
+//   ticket       the counter of blocks that are done; may be null where no block asks for it
+//   is_wanted()
+//   run()
+struct NoTail {
   unsigned* ticket;
+  __device__ __forceinline__ bool is_wanted() const { return false; }
+  __device__ __forceinline__ void run() const {}
 };
 
 // Short rows.
@@ -184,10 +187,10 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
   if (tail.is_wanted() && last_block(tail.ticket, gridDim.x)) tail.run();
 }
 
-// Long rows. The last of all blocks puts the parts of split rows together.
+// Long rows. The last of all blocks puts the parts of split rows together, partial[rows, gridDim.y].
 template <class R, class Tail>
 __global__ void __launch_bounds__(kRowThreads, R::kResident)
-    blocks_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, SplitRows<typename R::Sums> split,
+    blocks_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, typename R::Sums* partial,
                   KSAM_PARAMETER(Tail) tail) {
   const int64_t parts = gridDim.y;
   const Team team{int64_t{blockIdx.y} * kRowThreads + threadIdx.x, parts * kRowThreads};
@@ -200,12 +203,12 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
       if (parts == 1) {
         reduction.finish(row, sums);
       } else {
-        split.partial[i * parts + blockIdx.y] = sums;
+        partial[i * parts + blockIdx.y] = sums;
       }
     }
   }
   if (parts == 1 && !tail.is_wanted()) return;
-  if (!last_block(split.ticket, gridDim.x * gridDim.y)) return;
+  if (!last_block(tail.ticket, gridDim.x * gridDim.y)) return;
   if (parts > 1) {
     int shift = 0;
     while (shift < kWarpShift && 1 << shift < parts) ++shift;
@@ -213,19 +216,13 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
                   [&](int64_t i, auto* row, int lane, auto* sums) {
                     reduction.settle(row);
                     for (int64_t part = lane; part < parts; part += 1 << shift) {
-                      R::merge(sums, R::load(split.partial + i * parts + part));
+                      R::merge(sums, R::load(partial + i * parts + part));
                     }
                   });
     __syncthreads();
   }
   if (tail.is_wanted()) tail.run();
 }
-
-struct NoTail {
-  unsigned* ticket;
-  __device__ __forceinline__ bool is_wanted() const { return false; }
-  __device__ __forceinline__ void run() const {}
-};
 
 // Scratch of a reduction: the ticket's fallback, then the sums of split rows.
 constexpr int64_t kTicketRoom = 16;
@@ -240,13 +237,13 @@ template <class R, class Tail>
 void launch_reduction(const R& reduction, int64_t rows, const RowPlan& plan, Tail tail,
                       bool has_tail, void* scratch, Stream stream) {
   using Sums = typename R::Sums;
-  SplitRows<Sums> split{nullptr, nullptr};
+  Sums* partial = nullptr;
   if (has_tail || plan.is_split()) {
-    split.ticket = tail.ticket = ticket(stream, scratch);
-    split.partial = reinterpret_cast<Sums*>(static_cast<char*>(scratch) + kTicketRoom);
+    tail.ticket = ticket(stream, scratch);
+    partial = reinterpret_cast<Sums*>(static_cast<char*>(scratch) + kTicketRoom);
   }
   if (plan.by_block()) {
-    launch(blocks_kernel<R, Tail>, plan.grid, kRowThreads, stream, reduction, rows, split, tail);
+    launch(blocks_kernel<R, Tail>, plan.grid, kRowThreads, stream, reduction, rows, partial, tail);
   } else {
     launch(lanes_kernel<R, Tail>, plan.grid, kRowThreads, stream, reduction, rows, plan.shift,
            tail);
