@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 }
 
 _NOT_INSTALLED = {
-    "native": "this installation has no compiled extension",
+    "native": f"this installation has no compiled extension in {Path(__file__).parent}",
     "triton": "this installation has no Triton kernels",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import reprlib
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -145,6 +146,8 @@ def batch_size(batch: Any) -> int:
     """
     tensors = batched_tensors(batch)
     if not tensors:
-        raise ValueError(f"batch must hold a tensor with the samples in dimension 0, got {batch!r}")
+        raise ValueError(
+            "batch must hold a tensor with the samples in dimension 0, got " + reprlib.repr(batch)
+        )
     check_same_rows(batch, tensors)
     return tensors[0].size(0)

@@ -50,7 +50,8 @@ def _check_cross_entropy(
             )
     else:
         check_dtype("target", target, INDEX)
-        check_shape("target", target, logits.shape[:-1], "one class per row of the logits")
+        meaning = "one class per row of the logits, whose last dimension is the classes"
+        check_shape("target", target, logits.shape[:-1], meaning)
     if weight is not None:
         check_dtype("weight", weight, FLOATING)
         check_shape("weight", weight, logits.shape[-1:], "one weight per class")
@@ -68,6 +69,9 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""Cross-entropy of every sample, ``F.cross_entropy(..., reduction="none")`` in float32.
+
+    The classes are the **last** dimension, always: of torch's ``[B, C, ...]`` take
+    ``logits.movedim(1, -1)``, and so of probabilities as their target.
 
     With :math:`z_c = x_c - \max_j x_j` and :math:`\ell_c = \log \sum_j e^{z_j} - z_c`,
 

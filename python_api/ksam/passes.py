@@ -27,10 +27,17 @@ def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
         raise TypeError(
             f"per_sample_loss must return a tensor of losses, got {type(losses).__name__}"
         )
-    if tuple(losses.shape) != (samples,):
+    shape = tuple(losses.shape)
+    if shape != (samples,):
+        if shape == ():
+            advice = "a scalar is a mean: use reduction='none'"
+        elif shape[0] == samples:
+            advice = "reduce the other dimensions, as .flatten(1).mean(1) does"
+        else:
+            advice = "they must be those of the batch that the function is given"
         raise ValueError(
-            f"per_sample_loss must return one loss per sample, shape ({samples},), got "
-            f"{tuple(losses.shape)}; a scalar is a mean: use reduction='none'"
+            f"per_sample_loss must return one loss per sample, shape ({samples},), got {shape}; "
+            f"{advice}"
         )
     if not losses.is_floating_point():
         raise TypeError(f"per_sample_loss must return floating losses, got {losses.dtype}")

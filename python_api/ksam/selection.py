@@ -175,6 +175,7 @@ def cross_entropy(
 ) -> Tensor:
     """Per-sample cross-entropy in float32: :func:`ksam_kernels.cross_entropy`, same arguments.
 
+    The classes are the last dimension: ``logits.movedim(1, -1)`` of torch's ``[B, C, ...]``.
     In the selection pass of :meth:`ksam.KSAM.step` the loss and the top-k selection are one
     operator call, and policies read the gradient's bound from the logits.
     """

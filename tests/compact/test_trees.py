@@ -332,3 +332,9 @@ def test_batch_size_is_the_size_of_dimension_0(kind: str) -> None:
 def test_batch_size_of_a_batch_without_batched_tensors_raises(batch: Any) -> None:
     with pytest.raises(ValueError, match="batch must hold a tensor with the samples"):
         batch_size(batch)
+
+
+def test_a_long_batch_without_tensors_is_not_printed_whole() -> None:
+    with pytest.raises(ValueError, match=r"got \{'x': \[0, 1, 2, .*\.\.\.\]\}$") as raised:
+        batch_size({"x": list(range(100_000))})
+    assert len(str(raised.value)) < 200

@@ -194,3 +194,25 @@ def test_aux_has_no_graph_whatever_the_step(
     assert aux["thing"] is thing
     assert aux["count"] == 3
     assert model[0].weight.requires_grad
+
+
+LOSSES_OF_WRONG_SHAPE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "mean": (lambda losses: losses.mean(), r"\(\); a scalar is a mean: use reduction='none'"),
+    "per token": (
+        lambda losses: losses[:, None].expand(-1, 5),
+        r"\(24, 5\); reduce the other dimensions, as \.flatten\(1\)\.mean\(1\) does",
+    ),
+    "of another batch": (
+        lambda losses: losses[:-1],
+        r"\(23,\); they must be those of the batch that the function is given",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_OF_WRONG_SHAPE)
+def test_losses_that_are_not_one_per_sample_raise_with_advice(name: str) -> None:
+    wrong, message = LOSSES_OF_WRONG_SHAPE[name]
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=rf"one loss per sample, shape \(24,\), got {message}$"):
+        optimizer.step(lambda b: wrong(loss_of(model)(b)), batch())

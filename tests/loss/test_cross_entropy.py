@@ -223,6 +223,10 @@ REFUSED = {
     "target bool": (X, Y.bool(), {}, TypeError, "target must be int64, int32, got torch.bool"),
     "target short": (X, Y[:2], {}, ValueError, r"target must .*\(3,\), got shape \(2,\)"),
     "target [B, 1]": (X, Y[:, None], {}, ValueError, r"target must .*got shape \(3, 1\)"),
+    "classes in dimension 1": (
+        *(X[:, :, None], Y[:, None], {}, ValueError),
+        r"whose last dimension is the classes, \(3, 5\), got shape \(3, 1\)",
+    ),
     "soft target [C, B]": (X, X.t(), {}, ValueError, r"target must .*\(3, 5\), got .*\(5, 3\)"),
     "soft target float8": (X, X.to(torch.float8_e4m3fn), {}, TypeError, "target must be float32"),
     "soft target grad": (X, requires_grad(3, 5), {}, ValueError, "target requires grad"),
