@@ -26,6 +26,8 @@ constexpr int kLanes = 16;
 
 using f32x8 = float __attribute__((vector_size(32)));
 using u16x8 = uint16_t __attribute__((vector_size(16)));
+using f32x16 = float __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
 
 // Storage types; all arithmetic is float, or double on double.
 struct bf16 {
@@ -90,6 +92,14 @@ KSAM_INLINE f32x8 to_float(u16x8 h, bf16) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// Masked by nothing, as all that follow: GCC 12 warns of the unmasked ones.
+KSAM_INLINE f32x16 to_float(u16x16 h, bf16) {
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(h));
+  return bit_cast<f32x16>(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+}
+#endif
+
 // The bits of a bfloat16 in 32. Nearest, ties to even; NaN becomes the quiet NaN.
 template <class V>
 KSAM_INLINE typename LikeOf<V>::u32 rounded_to_bf16(V x) {
@@ -114,10 +124,6 @@ KSAM_INLINE u16x8 from_float(f32x8 x, f16) {
 }
 
 #if defined(__AVX512F__)
-// Masked by nothing: GCC 12 warns of the unmasked ones.
-using f32x16 = float __attribute__((vector_size(64)));
-using u16x16 = uint16_t __attribute__((vector_size(32)));
-
 KSAM_INLINE f32x16 to_float(u16x16 h, f16) {
   return bit_cast<f32x16>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h)));
 }

@@ -92,7 +92,25 @@ int64_t count_from(const Keys<Key>& from, Key least) {
 }
 
 // Bit i says whether keys[i] > bound; keys [kTopkBlock].
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+KSAM_INLINE uint64_t mask_above(const int32_t* keys, int32_t bound) {
+  uint64_t mask = 0;
+  for (int i = 0; i < kTopkBlock; i += 16) {
+    const __m512i sixteen = load_raw<__m512i>(keys + i);
+    mask |= uint64_t{_mm512_cmpgt_epi32_mask(sixteen, _mm512_set1_epi32(bound))} << i;
+  }
+  return mask;
+}
+
+KSAM_INLINE uint64_t mask_above(const int64_t* keys, int64_t bound) {
+  uint64_t mask = 0;
+  for (int i = 0; i < kTopkBlock; i += 8) {
+    const __m512i eight = load_raw<__m512i>(keys + i);
+    mask |= uint64_t{_mm512_cmpgt_epi64_mask(eight, _mm512_set1_epi64(bound))} << i;
+  }
+  return mask;
+}
+#elif defined(__AVX2__)
 KSAM_INLINE uint64_t mask_above(const int32_t* keys, int32_t bound) {
   uint64_t mask = 0;
   for (int i = 0; i < kTopkBlock; i += 8) {
@@ -185,10 +203,9 @@ void write_indices(const Keys<Key>& from, Threshold<Key> threshold, int64_t* out
     const Key* block = from.keys + i;
     uint64_t chosen = mask_above(block, threshold.key - 1);
     if (!threshold.all_ties) {
-      const uint64_t above = mask_above(block, threshold.key);
-      for_each_bit(chosen & ~above, [&](int j) {
-        if (--ties < 0) chosen &= ~(uint64_t{1} << j);
-      });
+      uint64_t tied = chosen & ~mask_above(block, threshold.key);
+      for (; tied != 0 && ties > 0; --ties) tied &= tied - 1;
+      chosen &= ~tied;
     }
     for_each_bit(chosen, [&](int j) { *out++ = i + j; });
   }
