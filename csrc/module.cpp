@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(KSAM_CUDA)
   m.attr("cuda_architectures") = KSAM_CUDA_ARCHITECTURES;
   m.def("has_code_for", &ksam::gpu::has_code_for);
+  m.def("why_no_code", &ksam::gpu::why_no_code);
 #else
   m.attr("cuda_architectures") = "";
 #endif

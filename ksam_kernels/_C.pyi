@@ -14,7 +14,8 @@ cpu_isa: str
 cuda_architectures: str  # "80 90+PTX", or "" without CUDA kernels
 sanitized: bool
 
-def has_code_for(device: int) -> bool: ...  # only in builds with CUDA kernels
+def has_code_for(device: int) -> bool: ...  # these two only in builds with CUDA kernels
+def why_no_code(device: int) -> str: ...
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -26,7 +26,8 @@ DEVICES = ("cpu", "cuda") if extension is not None and extension.cuda_architectu
 
 
 def _has_no_code(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a GPU: this build has none for its architecture."""
+    """Why the kernels cannot run on a GPU: this build has none for its architecture, or CUDA does
+    not know the device (an AMD GPU) or its driver."""
     if device.type != "cuda":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -34,8 +35,9 @@ def _has_no_code(device: torch.device) -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability(index)
     return (
-        f"it was built for sm_{', sm_'.join(extension.cuda_architectures.split())}, and {device} "
-        f"is sm_{major}{minor}; build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        f"CUDA says of it on {device}, {extension.why_no_code(index)!r}: it was built for "
+        f"sm_{', sm_'.join(extension.cuda_architectures.split())}, and {device} is "
+        f"sm_{major}{minor} (TORCH_CUDA_ARCH_LIST={major}.{minor} builds for that)"
     )
 
 

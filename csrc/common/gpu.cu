@@ -14,6 +14,7 @@ int multiprocessors() { return 3; }
 int set_device(int) { return 0; }
 void return_to_device(int) noexcept {}
 bool has_code_for(int) { return true; }
+const char* why_no_code(int) { return ""; }
 
 // The counter and the fallback in turn. A kernel that was stopped by a fault has left its count.
 unsigned* ticket(Stream, void* fallback) {
@@ -82,19 +83,29 @@ __global__ void any_kernel() {}
 
 enum class Code { unknown, missing, present };
 
+// Throws nothing: where there is no driver that the runtime can use (a GPU of another maker, a
+// driver older than the toolkit), there is no code either.
+cudaError_t find_code(int device) noexcept {
+  int previous = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&previous);
+  if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, any_kernel);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  return_to_device(previous);
+  return error;
+}
+
 }  // namespace
 
 bool has_code_for(int device) {
   const Code code = once_per_device<Code>(device, [](int which) {
-    const int previous = set_device(which);
-    cudaFuncAttributes attributes;
-    const bool found = cudaFuncGetAttributes(&attributes, any_kernel) == cudaSuccess;
-    if (!found) cudaGetLastError();  // or the next launch would report it
-    return_to_device(previous);
-    return found ? Code::present : Code::missing;
+    return find_code(which) == cudaSuccess ? Code::present : Code::missing;
   });
   return code == Code::present;
 }
+
+const char* why_no_code(int device) { return cudaGetErrorString(find_code(device)); }
 
 int multiprocessors() {
   return once_per_device<int>(current_device(), [](int device) {

@@ -9,8 +9,9 @@ namespace ksam::gpu {
 int set_device(int device);
 void return_to_device(int device) noexcept;
 
-// Whether this build has machine code, or PTX, for a device's architecture.
+// Whether this build has machine code, or PTX, that runs on a device; what CUDA says where not.
 bool has_code_for(int device);
+const char* why_no_code(int device);
 
 int multiprocessors();  // of the current device
 

@@ -86,7 +86,7 @@ def cross_entropy(
     Args:
         logits: ``[..., C]``, float32, bfloat16, float16 or float64; never written.
         target: class indices ``[...]`` (int64 or int32), or probabilities ``[..., C]`` (floating).
-        weight: ``[C]``, floating; the weight of each class.
+        weight: ``[C]``, floating and finite; the weight of each class.
         ignore_index: rows with this class give loss 0 and gradient 0, even with NaN among their
             logits. May be a valid class.
         label_smoothing: :math:`\epsilon` in [0, 1].

@@ -2,7 +2,8 @@
 
 The kernels read whole lists of tensors and check what they read, so the public functions try them
 first (``try_*``): a look at every tensor in Python would take longer than the work itself. What a
-kernel declines goes the long way, whose checks either name the fault or find the operator for it.
+kernel declines goes the long way, whose checks either name the fault or find the operator for it,
+and which leaves lists on several devices to the reference.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ksam_kernels import library
 from ksam_kernels.backends import implements
 from ksam_kernels.native import DEVICES, direct, extension, run
+from ksam_kernels.perturb import reference
 
 TensorList = Sequence[Tensor]
 
@@ -105,14 +107,23 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         )
         run(kernels, name, params, *args[:-2], *scalars)
 
-    @implements(backend, "restore_", devices=devices)
-    def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
-        run(kernels, "restore_", params, backup)
+    def restore(name: str, *args: Any) -> None:
+        run(kernels, name, *args)
 
-    for name in ("grad_norm", "perturb_"):
-        implements(backend, name, devices=devices)(partial(norm_of, name))
-    for name in ("restore_sgd_", "restore_adam_"):
-        implements(backend, name, devices=devices)(partial(update, name))
+    def on_one_device(call: Any, name: str, *args: Any) -> Any:
+        if len(reference.devices_of(args)) > 1:
+            return getattr(reference, name)(*args)
+        return call(name, *args)
+
+    calls: dict[str, Any] = {
+        "grad_norm": norm_of,
+        "perturb_": norm_of,
+        "restore_": restore,
+        "restore_sgd_": update,
+        "restore_adam_": update,
+    }
+    for name, call in calls.items():
+        implements(backend, name, devices=devices)(partial(on_one_device, call, name))
 
 
 if extension is not None:

@@ -7,6 +7,9 @@ result is rounded once, to the dtype it is stored in. Nothing waits for the devi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,6 +17,19 @@ from torch.nn.functional import pad
 from ksam_kernels.backends import implements
 from ksam_kernels.bits import as_bits
 from ksam_kernels.checks import opmath_dtype
+
+
+def devices_of(args: Sequence[Any]) -> set[torch.device]:
+    """The devices of the tensors in an operator's lists. Where they are several, as those of a
+    model that is spread over them, other backends leave the call to this one."""
+    return {
+        item.device
+        for arg in args
+        if isinstance(arg, list)
+        for item in arg
+        if isinstance(item, Tensor)
+    }
+
 
 _ROW = 4096  # below the size from which PyTorch splits one sum over threads
 

@@ -42,10 +42,9 @@ def _on_one_device(launches: Any) -> Any:
 
     @functools.wraps(launches)
     def call(*args: Any) -> Any:
-        tensors = [t for arg in args if isinstance(arg, list) for t in arg if isinstance(t, Tensor)]
-        if len({t.device for t in tensors}) != 1:
+        if len(reference.devices_of(args)) != 1:
             return getattr(reference, launches.__name__)(*args)
-        with on_device_of(tensors[0]):
+        with on_device_of(args[0][0]):
             return launches(*args)
 
     return call
