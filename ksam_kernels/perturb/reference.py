@@ -208,7 +208,8 @@ def restore_adam_(
     t = steps + 1;  w = (1 - lr * weight_decay) * w, or g = g + weight_decay * w;
     m <- m + (1 - beta1) * (g - m);  v <- beta2 * v + (1 - beta2) * g * g;
     w <- w - (lr / (1 - beta1^t) * m) / (sqrt(v) / sqrt(1 - beta2^t) + eps).
-    The powers are float64 where the device has it.
+    The powers are float64 where the device has it. The root of v is the nearest float, from which
+    PyTorch's on a CPU may be one away.
     """
     for p, b, g, m, v, step in zip(
         params, backup, grads, exp_avgs, exp_avg_sqs, steps, strict=True
