@@ -93,20 +93,17 @@ int64_t count_from(const Keys<Key>& from, Key least) {
 
 // Bit i says whether keys[i] > bound; keys [kTopkBlock].
 #if defined(__AVX512F__)
-KSAM_INLINE uint64_t mask_above(const int32_t* keys, int32_t bound) {
+template <class Key>
+KSAM_INLINE uint64_t mask_above(const Key* keys, Key bound) {
+  constexpr int kCount = 64 / sizeof(Key);
   uint64_t mask = 0;
-  for (int i = 0; i < kTopkBlock; i += 16) {
-    const __m512i sixteen = load_raw<__m512i>(keys + i);
-    mask |= uint64_t{_mm512_cmpgt_epi32_mask(sixteen, _mm512_set1_epi32(bound))} << i;
-  }
-  return mask;
-}
-
-KSAM_INLINE uint64_t mask_above(const int64_t* keys, int64_t bound) {
-  uint64_t mask = 0;
-  for (int i = 0; i < kTopkBlock; i += 8) {
-    const __m512i eight = load_raw<__m512i>(keys + i);
-    mask |= uint64_t{_mm512_cmpgt_epi64_mask(eight, _mm512_set1_epi64(bound))} << i;
+  for (int i = 0; i < kTopkBlock; i += kCount) {
+    const __m512i some = load_raw<__m512i>(keys + i);
+    if constexpr (sizeof(Key) == 4) {
+      mask |= uint64_t{_mm512_cmpgt_epi32_mask(some, _mm512_set1_epi32(bound))} << i;
+    } else {
+      mask |= uint64_t{_mm512_cmpgt_epi64_mask(some, _mm512_set1_epi64(bound))} << i;
+    }
   }
   return mask;
 }
