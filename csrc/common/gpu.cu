@@ -81,8 +81,6 @@ T once_per_device(int device, const Find& find) {
 
 __global__ void any_kernel() {}
 
-enum class Code { unknown, missing, present };
-
 // Throws nothing: where there is no driver that the runtime can use (a GPU of another maker, a
 // driver older than the toolkit), there is no code either.
 cudaError_t find_code(int device) noexcept {
@@ -96,16 +94,16 @@ cudaError_t find_code(int device) noexcept {
   return error;
 }
 
-}  // namespace
-
-bool has_code_for(int device) {
-  const Code code = once_per_device<Code>(device, [](int which) {
-    return find_code(which) == cudaSuccess ? Code::present : Code::missing;
-  });
-  return code == Code::present;
+// Kept as its number and one: 0 is what is not known yet.
+cudaError_t code_error(int device) {
+  return static_cast<cudaError_t>(
+      once_per_device<int>(device, [](int which) { return find_code(which) + 1; }) - 1);
 }
 
-const char* why_no_code(int device) { return cudaGetErrorString(find_code(device)); }
+}  // namespace
+
+bool has_code_for(int device) { return code_error(device) == cudaSuccess; }
+const char* why_no_code(int device) { return cudaGetErrorString(code_error(device)); }
 
 int multiprocessors() {
   return once_per_device<int>(current_device(), [](int device) {

@@ -18,6 +18,8 @@ from ksam_kernels.backends import implements
 from ksam_kernels.bits import as_bits
 from ksam_kernels.checks import opmath_dtype
 
+_ROW = 4096  # below the size from which PyTorch splits one sum over threads
+
 
 def devices_of(args: Sequence[Any]) -> set[torch.device]:
     """The devices of the tensors in an operator's lists. Where they are several, as those of a
@@ -29,9 +31,6 @@ def devices_of(args: Sequence[Any]) -> set[torch.device]:
         for item in arg
         if isinstance(item, Tensor)
     }
-
-
-_ROW = 4096  # below the size from which PyTorch splits one sum over threads
 
 
 def _ordered_sum(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -12,26 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ksam_kernels import backends
 from ksam_kernels.perturb import native, reference
+from tests.test_operators import SAMPLES
 
 
-def lists(count: int, devices: tuple[str, ...]) -> list[list[Tensor]]:
-    return [[torch.ones(4, 3, device=device) for device in devices] for _ in range(count)]
+def moved(args: tuple[Any, ...], *devices: str) -> tuple[Any, ...]:
+    """An operator's arguments with the tensors of every list on these devices in turn."""
 
+    def on(item: Any, device: str) -> Any:
+        return torch.empty_like(item, device=device) if isinstance(item, Tensor) else item
 
-def arguments(name: str, devices: tuple[str, ...]) -> tuple[Any, ...]:
-    one, steps = torch.ones((), device=devices[0]), [torch.ones((), device=d) for d in devices]
-    made: dict[str, Callable[[], tuple[Any, ...]]] = {
-        "grad_norm": lambda: (*lists(2, devices), True, 0.01),
-        "perturb_": lambda: (*lists(3, devices), [0.05] * len(devices), False, 0.0),
-        "restore_": lambda: (*lists(2, devices),),
-        "restore_sgd_": lambda: (
-            *lists(4, devices), steps, 0.1, 0.9, 0.0, 0.0, False, False, one, one,
-        ),
-        "restore_adam_": lambda: (
-            *lists(5, devices), steps, 0.1, 0.9, 0.99, 1e-8, 0.0, False, True, one, one,
-        ),
-    }  # fmt: skip
-    return made[name]()
+    return tuple(
+        list(map(on, arg, cycle(devices))) if isinstance(arg, list) else arg for arg in args
+    )
 
 
 class Recorder:
@@ -58,8 +51,9 @@ def test_lists_on_several_devices_are_the_references(
     native.register("recorded", kernels, ("cuda",))
     monkeypatch.setattr(reference, name, getattr(plain, name))
     kernel = backends._kernels["recorded"][name]
-    with FakeTensorMode():
-        kernel(*arguments(name, ("cuda:0", "cuda:1", "cuda:1")))
+    args = SAMPLES[name]()[0]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kernel(*moved(args, "cuda:0", "cuda:1"))
         assert (kernels.calls, plain.calls) == ([], [name])
-        kernel(*arguments(name, ("cuda:1", "cuda:1", "cuda:1")))
+        kernel(*moved(args, "cuda:1"))
         assert (kernels.calls, plain.calls) == ([name], [name])
