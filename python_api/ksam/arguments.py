@@ -82,6 +82,23 @@ def _check_when(when: object, otherwise: object) -> None:
         raise ValueError(f"otherwise needs a when that leaves it steps, got {otherwise!r} alone")
 
 
+def _check_micro_batches(size: object, parts: tuple[object, ...], statistics: str) -> None:
+    """What is known only after the whole batch went by at once."""
+    if size is None:
+        return
+    check_count("micro_batch_size", size, 1)
+    if any(isinstance(part, Ordered) for part in parts):
+        raise ValueError(
+            f"micro_batch_size must be None with Ordered, whose highest losses are known after the "
+            f"last micro-batch only (TopK finds them in a pass of its own), got {size!r}"
+        )
+    if statistics in ("matched", "full"):
+        raise ValueError(
+            f'statistics must be "subset" or "running" with micro_batch_size, as no micro-batch '
+            f"has the whole batch's, got {statistics!r}"
+        )
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Of :class:`ksam.optimizer.SharpnessAware`, by name; rho and ``grad_scaler`` check themselves.
 
@@ -94,6 +111,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     _check_when(arguments["when"], arguments["otherwise"])
     _check_type("geometry", arguments["geometry"], (Geometry,), "a Geometry")
     _check_type("model", arguments["model"], (nn.Module,), "a torch.nn.Module")
+    parts = (arguments["ascent"], arguments["descent"])
+    _check_micro_batches(arguments["micro_batch_size"], parts, arguments["statistics"])
     check_count("seed", arguments["seed"], 0, below=2**31)
 
 

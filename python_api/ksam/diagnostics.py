@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import ksam_kernels
-from ksam import batchnorm, interrupts, page
+from ksam import batchnorm, interrupts, micro_batches, page
 from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
-from ksam.passes import PerSampleLoss, containers_copied, per_sample
+from ksam.parts import Subset
+from ksam.passes import PerSampleLoss, containers_copied, joined, per_sample
 from ksam.radius import check_rho
 from ksam.result import StepResult
 from ksam.tables import Index, check_rows, sample_rows
@@ -182,23 +183,33 @@ def alignment(
 ) -> Tensor:
     r"""Cosine of the k highest-loss samples' gradient with the batch's, a float32 scalar.
 
-    Both from one forward pass over the batch at the present weights. ``.grad`` and the states of
-    PyTorch's random generators are left alone, and with the optimizer's ``model`` BatchNorm's
-    running statistics; without it the pass updates them, as any forward does.
+    Both from one forward pass over the batch at the present weights, or, where it is more than the
+    optimizer's ``micro_batch_size``, from one without gradients and one by micro-batches. ``.grad``
+    and the states of PyTorch's random generators are left alone, and with the optimizer's ``model``
+    BatchNorm's running statistics; without it the passes update them, as any forward does.
 
     Raises:
         TypeError, ValueError: k outside [1, M].
     """
     params = [p for p in parameters(optimizer.param_groups) if p.requires_grad]
+    whole = Subset(batch, ksam_kernels.batch_size(batch))
+    parts = micro_batches.split(whole, optimizer.micro_batch_size)
+    of_batch, of_top = ([torch.zeros_like(p) for p in params] for _ in range(2))
     with (
         torch.enable_grad(),
         batchnorm.Norms(optimizer.model).frozen(),
         _random_state_kept(params),
     ):
-        losses = _losses(per_sample_loss, batch)
-        top = ksam_kernels.topk_indices(losses.detach(), k)
-        of_batch = _gradient(losses.mean(), params)
-        of_top = _gradient(losses.index_select(0, top).mean(), params)
+        with torch.set_grad_enabled(len(parts) == 1):
+            losses = [_losses(per_sample_loss, part.batch) for part in parts]
+        top = ksam_kernels.topk_indices(joined(losses).detach(), k)
+        begin = 0
+        for part in parts:
+            of_part = losses[0] if len(parts) == 1 else _losses(per_sample_loss, part.batch)
+            inside = top[(top >= begin) & (top < begin + part.samples)] - begin
+            _add_gradient(of_batch, of_part, whole.samples, params)
+            _add_gradient(of_top, of_part.index_select(0, inside), k, params)
+            begin += part.samples
     dots = [(a * b).sum() for a, b in zip(of_batch, of_top, strict=True)]
     norms = ksam_kernels.grad_norm(of_batch) * ksam_kernels.grad_norm(of_top)
     return torch.stack([d.float() for d in dots]).sum() / norms
@@ -217,9 +228,15 @@ def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
     return per_sample(output, ksam_kernels.batch_size(batch))[0]
 
 
-def _gradient(loss: Tensor, params: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+def _add_gradient(totals: list[Tensor], losses: Tensor, count: int, params: list[Tensor]) -> None:
+    """That of the losses' sum, divided by ``count``; the graph is kept."""
+    if len(losses) == 0:
+        return
+    mean = losses.mean() * (len(losses) / count)
+    found = torch.autograd.grad(mean, params, retain_graph=True, allow_unused=True)
+    for total, gradient in zip(totals, found, strict=True):
+        if gradient is not None:
+            total += gradient
 
 
 class Sharpness(NamedTuple):

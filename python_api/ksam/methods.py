@@ -97,7 +97,8 @@ class AutoKSAM(KSAM):
     :class:`~ksam.when.Representative` says where. There the sum over the selection, divided by M,
     is nearly the batch's gradient (``scale="batch"``; the mean over it is up to M / k times as
     long), and BatchNorm's values are matched to the batch's (``statistics="matched"``, with
-    ``model``). All other steps are those of :class:`MSAM`, at the same cost.
+    ``model``; the subset's with ``micro_batch_size``). All other steps are those of
+    :class:`MSAM`, at the same cost.
 
     Args:
         momentum_rho: radius of MSAM's steps, as ``rho`` of :class:`MSAM`. None: they are plain, and
@@ -120,12 +121,13 @@ class AutoKSAM(KSAM):
         otherwise = None
         if momentum_rho is not None:
             otherwise = Momentum(momentum_radius(momentum_rho, base, "momentum_rho"))
+        statistics = "matched" if options.get("micro_batch_size") is None else "subset"
         super().__init__(
             params,
             base,
             when=Representative(threshold, every, budget),
             otherwise=otherwise,
-            **{"scale": "batch", "statistics": "matched", **options},
+            **{"scale": "batch", "statistics": statistics, **options},
         )
 
 

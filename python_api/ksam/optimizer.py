@@ -67,6 +67,11 @@ class SharpnessAware(OverBase):
             statistics, these ``"matched"`` to the full batch's (its values, BatchNorm's gradient:
             Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones; without ``model`` the
             subset's. See :class:`ksam.batchnorm.Norms` for modules that are as with ``"subset"``.
+        micro_batch_size: the most samples that ``per_sample_loss`` is given at once, >= 1: a pass
+            over more sums the gradients of several calls, which keep the activations of one only.
+            The step is the same, but for rounding and BatchNorm, which sees micro-batches: so
+            ``statistics`` is ``"subset"`` or ``"running"``. Not with Ordered, which knows its
+            samples after the last of them. None: all at once.
         seed: of methods that draw samples or weights, an int in [0, 2**31); the same in a resumed
             run.
         grad_scaler: scales the losses of both gradients, for float16. A step whose descent gradient
@@ -95,17 +100,25 @@ class SharpnessAware(OverBase):
         otherwise: Momentum | None = None,
         scale: Literal["mean", "batch", "share"] = "mean",
         statistics: Literal["subset", "matched", "full", "running"] = "subset",
+        micro_batch_size: int | None = None,
         seed: int = 0,
         grad_scaler: GradScaler | None = None,
         **base_kwargs: Any,
     ) -> None:
-        options = {"scale": scale, "statistics": statistics, "model": model, "seed": seed}
+        options = {
+            "scale": scale,
+            "statistics": statistics,
+            "model": model,
+            "micro_batch_size": micro_batch_size,
+            "seed": seed,
+        }
         parts = {"ascent": ascent, "descent": descent, "when": when, "otherwise": otherwise}
         check_arguments({**options, **parts, "geometry": geometry})
         self.ascent, self.descent = ascent, descent
         self.geometry = geometry or Geometry()
         self.when, self.otherwise = when, otherwise
         self.scale, self.statistics = scale, statistics
+        self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.model = model
         self.report_share = False
@@ -132,7 +145,7 @@ class SharpnessAware(OverBase):
 
     def __getstate__(self) -> dict[str, Any]:
         parts = ("ascent", "descent", "geometry", "when", "otherwise")
-        options = ("scale", "statistics", "seed", "model", "report_share")
+        options = ("scale", "statistics", "model", "micro_batch_size", "seed", "report_share")
         names = (*parts, *options, "_update", "_looked_for_batchnorm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
@@ -174,7 +187,8 @@ class SharpnessAware(OverBase):
             per_sample_loss: ``f(batch) -> losses [B]`` or ``(losses, aux)``; called once for every
                 pass, in the model's current mode, on the batch or on the selected samples. K-SAM
                 calls it three times: on the batch without gradients, then twice on the selection
-                (twice in all, on the batch, where every sample is selected). What it does to the
+                (twice in all, on the batch, where every sample is selected); with
+                ``micro_batch_size``, each time once for every micro-batch. What it does to the
                 batch's tensors in place must be the same done once or thrice: clamping is, scaling
                 is not.
             batch: any tree of tensors with the samples in dimension 0; what else is in it is
@@ -261,6 +275,8 @@ class SharpnessAware(OverBase):
             seed=self.seed,
             whole=not sharp or any(sampler.whole(step) for sampler in self._samplers()),
             norms=norms,
+            model=self.model,
+            micro_batch_size=self.micro_batch_size,
             trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
         )

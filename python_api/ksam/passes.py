@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ksam_kernels
-from ksam import batchnorm
+from ksam import batchnorm, micro_batches
+from ksam.distributed import without_sync
 from ksam.parts import Subset
 from ksam.selection import recording
 from ksam_kernels.compact.tree import batched_tensors, map_tensors
 
 PerSampleLoss = Callable[[Any], Any]
+Backward = Callable[[Tensor, Subset], None]
 
 
 def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
@@ -54,11 +56,19 @@ def detached(tree: Any) -> Any:
     return map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, tree)
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """What the micro-batches of a pass found, one value for each of its samples."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class Passes:
     """Runs the passes that a method asks for, and keeps what they found.
 
     The first pass over the whole batch is the one that updates BatchNorm's running statistics and
     whose losses are reported; in a step without such a pass it is the first pass of all.
+
+    A pass over more than ``micro_batch_size`` samples calls the function on micro-batches, one
+    after the other, and takes the gradient of each before the next: the sum is that of the pass.
 
     Attributes:
         batch, samples, step: the whole batch, its size M, the number of steps before this one.
@@ -70,6 +80,8 @@ class Passes:
     """
 
     losses: Tensor
+    #: Bounds of the reported samples' gradient norms, ``[M]``; see Recording.scores.
+    scores: Callable[[], Tensor]
 
     def __init__(
         self,
@@ -82,6 +94,8 @@ class Passes:
         seed: int,
         whole: bool,
         norms: batchnorm.Norms,
+        model: nn.Module | None,
+        micro_batch_size: int | None,
         trainable: bool,
         watch: bool,
     ) -> None:
@@ -96,6 +110,8 @@ class Passes:
         self._scale = scale
         self._whole = whole
         self._norms = norms
+        self._model = model
+        self._micro_batch_size = micro_batch_size
         self._trainable = trainable
         self._watch = watch
         self._reported = False
@@ -133,34 +149,38 @@ class Passes:
 
     def forward(self, k: int | None = None) -> Tensor:
         """Losses of the whole batch ``[M]`` without gradients; with k also :attr:`top`."""
-        with torch.no_grad(), self._pass(self.everything(keep=k)) as losses:
-            return losses
+        with torch.no_grad():
+            return self._pass(self.everything(keep=k))
 
     def gradient(self, subset: Subset, factor: Tensor | float | None = None) -> Tensor:
         """``.grad`` of the subset's mean loss, times ``factor`` and scaled; its detached losses."""
-        with self._pass(subset) as losses:
+
+        def backward(losses: Tensor, part: Subset) -> None:
             if losses.requires_grad:
-                objective = self._scale(self._objective(losses, subset, factor))
-                objective.backward()  # type: ignore[no-untyped-call]
+                objective = self._objective(losses, part)
+                if part.samples < subset.samples:
+                    objective = objective * (part.samples / subset.samples)
+                if factor is not None:
+                    objective = objective * factor
+                self._scale(objective).backward()  # type: ignore[no-untyped-call]
             elif self._trainable:
                 raise RuntimeError(
                     "per_sample_loss returned losses without a graph although parameters require "
                     "grad; do not detach them and do not compute them under no_grad"
                 )
-        return losses.detach()
 
-    def _objective(self, losses: Tensor, subset: Subset, factor: Tensor | float | None) -> Tensor:
-        if subset.keep is not None:
+        return self._pass(subset, backward)
+
+    def _objective(self, losses: Tensor, part: Subset) -> Tensor:
+        if part.keep is not None:
             assert self.top is not None
             losses = losses.index_select(0, self.top)
-        if subset.weights is not None:
-            losses = losses * subset.weights
-        mean = losses.mean()
-        return mean if factor is None else mean * factor
+        if part.weights is not None:
+            losses = losses * part.weights
+        return losses.mean()
 
-    @contextmanager
-    def _pass(self, subset: Subset) -> Iterator[Tensor]:
-        """The samples' losses, for a backward pass within; keeps what is to be kept of them.
+    def _pass(self, subset: Subset, backward: Backward | None = None) -> Tensor:
+        """The samples' losses, detached; ``backward`` is called with those of every micro-batch.
 
         BatchNorm stays as it is set for the pass: activation checkpointing forwards once more in
         the backward pass.
@@ -178,25 +198,44 @@ class Passes:
         # pass before, which may have been at other weights, or without gradients.
         torch.clear_autocast_cache()
         self.taken += 1
-        with (
-            context,
-            batchnorm.detector(self._watch and self.taken == 2) as seen,
-            recording(self.samples if is_whole else -1, subset.keep) as recorded,
-        ):
-            losses, aux = per_sample(
-                self._function(containers_copied(subset.batch)), subset.samples
-            )
-            if subset.keep is not None:
-                self.top = recorded.indices(losses)
+        with context, batchnorm.detector(self._watch and self.taken == 2) as seen:
+            losses = self._in_micro_batches(subset, reports, backward)
             if seen:
                 _warn_of_batchnorm()
-            if reports:
-                self.losses, self.aux = losses.detach(), detached(aux)
-                self.scores = recorded.scores(losses)
-                self._reported = True
-            backward = reports and torch.is_grad_enabled()
-            with self._norms.recomputing() if backward else nullcontext():
-                yield losses
+        return losses
+
+    def _in_micro_batches(self, subset: Subset, reports: bool, backward: Backward | None) -> Tensor:
+        parts = micro_batches.split(subset, self._micro_batch_size)
+        at_once = subset.keep if len(parts) == 1 else None  # with the losses
+        losses: list[Tensor] = []
+        auxes: list[Any] = []
+        scores: list[Callable[[], Tensor]] = []
+        for part in parts:
+            with (
+                without_sync(self._model, part is not parts[-1]),
+                recording(-1 if subset.indices is not None else part.samples, at_once) as recorded,
+            ):
+                of_part, aux = per_sample(
+                    self._function(containers_copied(part.batch)), part.samples
+                )
+                if at_once is not None:
+                    self.top = recorded.indices(of_part)
+                if reports:
+                    auxes.append(detached(aux))
+                    scores.append(recorded.scores(of_part))
+                if backward is not None:
+                    with self._norms.recomputing() if reports else nullcontext():
+                        backward(of_part, part)
+                losses.append(of_part.detach())
+        of_all = joined(losses)
+        if subset.keep is not None and at_once is None:
+            self.top = ksam_kernels.topk_indices(of_all, subset.keep)
+        if reports:
+            self.losses, self._reported = of_all, True
+            self.scores = lambda: joined([of_part() for of_part in scores])
+            if any(aux is not None for aux in auxes):
+                self.aux = auxes[0] if self._micro_batch_size is None else auxes
+        return of_all
 
     @property
     def knows_the_batch(self) -> bool:

@@ -22,7 +22,8 @@ class StepResult(NamedTuple):
             gradient was taken at the unperturbed weights.
         aux: the second value of the loss function in the pass of ``losses``, if it returns two;
             else None. Its tensors are detached, in any tree that a batch may be (one without
-            dimensions, too), and what is no tensor is what the function returned.
+            dimensions, too), and what is no tensor is what the function returned. With
+            ``micro_batch_size`` a list of them, one for every micro-batch.
         sharp: whether it was a sharpness-aware step of the method (True) or one of those that
             ``when`` leaves to the base optimizer, plain or along its momentum (False).
         share: the share of the batch's gradient bounds that the selection carries, if the step

@@ -13,6 +13,7 @@ import torch.distributed
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ksam import KSAM, AutoKSAM
@@ -23,6 +24,7 @@ from tests.ksam.models import batch, loss_of, network, weights
 RANKS = 2
 K = 8  # of 24
 THRESHOLD = 0.36  # the shares are 0.34 to 0.38
+MICRO_BATCH_SIZE = 5
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "k": K}
 
 pytestmark = pytest.mark.skipif(
@@ -50,8 +52,20 @@ def _train(rank: int, folder: Path, name: str, views: bool, steps: int) -> None:
             budget=None, **OPTIONS,
         )
         if name == "auto"
-        else KSAM(model.parameters(), torch.optim.SGD, model=model, rho=0.1, **OPTIONS)
+        else KSAM(
+            model.parameters(), torch.optim.SGD, model=model, rho=0.1,
+            micro_batch_size=MICRO_BATCH_SIZE if name == "micro-batches" else None, **OPTIONS,
+        )
     )  # fmt: skip
+    averages = 0
+
+    def average(_: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        nonlocal averages
+        averages += 1
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+    average.__annotations__.clear()  # torch takes classes for them, and these are strings
+    model.register_comm_hook(None, average)
     optimizer.report_share = name == "auto"
     results = [optimizer.step(loss_of(model), batch(RANKS * i + rank)) for i in range(steps)]
     found = {
@@ -59,6 +73,7 @@ def _train(rank: int, folder: Path, name: str, views: bool, steps: int) -> None:
         "sharp": [result.sharp for result in results],
         "shares": [None if result.share is None else float(result.share) for result in results],
         "losses": results[-1].losses,
+        "averages": averages,
     }
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -98,9 +113,11 @@ def _plain_step(model: nn.Module, base: torch.optim.Optimizer, step: int, rho: f
     base.step()
 
 
+@pytest.mark.parametrize("name", ["ksam", "micro-batches"])
 @pytest.mark.parametrize("views", [False, True])
-def test_both_gradients_are_means_over_the_ranks(views: bool, tmp_path: Path) -> None:
-    first, second = _run(tmp_path, "ksam", views, 5)
+def test_both_gradients_are_means_over_the_ranks(views: bool, name: str, tmp_path: Path) -> None:
+    first, second = _run(tmp_path, name, views, 5)
+    assert first["averages"] == second["averages"] == 2 * 5  # one bucket, once for a gradient
     assert all_same_bits(first["weights"], second["weights"])
     assert not torch.equal(first["losses"], second["losses"])
     model = network()

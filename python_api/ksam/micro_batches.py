@@ -1,0 +1,32 @@
+"""A pass over many samples as passes over few: gradient accumulation."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+from ksam.parts import Subset
+from ksam_kernels.compact.tree import map_batched
+
+
+def split(subset: Subset, size: int | None) -> list[Subset]:
+    """Parts of at most ``size`` samples, in order; None: one part, the subset itself.
+
+    As few as there can be, and as equal: no last part of one sample, on which BatchNorm over
+    vectors could not train. Their tensors are views.
+    """
+    if size is None or subset.samples <= size:
+        return [subset]
+    count = -(-subset.samples // size)
+    bounds = [subset.samples * i // count for i in range(count + 1)]
+    return [_rows(subset, begin, end) for begin, end in pairwise(bounds)]
+
+
+def _rows(subset: Subset, begin: int, end: int) -> Subset:
+    return dataclasses.replace(
+        subset,
+        batch=map_batched(lambda tensor: tensor[begin:end], subset.batch),
+        samples=end - begin,
+        indices=None if subset.indices is None else subset.indices[begin:end],
+        weights=None if subset.weights is None else subset.weights[begin:end],
+    )
