@@ -48,6 +48,12 @@ def vector_of(columns: int, itemsize: int) -> int:
     return math.gcd(columns, 16 // itemsize)
 
 
+def index_of(columns: int) -> tl.dtype:
+    """The dtype that counts columns: a loop ends at the first one that is not there, up to a block
+    after the last."""
+    return tl.int32 if columns + 2 * TILE < 2**31 else tl.int64
+
+
 def matrix_of(x: Tensor, columns: int) -> Tensor:
     """[N, columns] with unit stride in rows that :func:`vector_of` is right about; a copy where
     the layout does not have it. What Triton knows of an address decides how it adds up."""
@@ -88,6 +94,7 @@ def _matrices(
         "weight": weight,
         "rows": x.shape[0],
         "columns": columns,
+        "INDEX": index_of(columns),
         "A": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "VECTOR": vector,
         "TARGET_VECTOR": target_vector,

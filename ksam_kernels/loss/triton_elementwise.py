@@ -72,6 +72,7 @@ def mean_kernel(
     rows: tl.int64,
     columns,
     A: tl.constexpr,  # dtype of the arithmetic
+    INDEX: tl.constexpr,  # and of columns
     BINARY: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET_VECTOR: tl.constexpr,
@@ -85,7 +86,7 @@ def mean_kernel(
 
     Bytes moved: input and target once, 4 a row.
     """
-    columns = multiple(columns, VECTOR)
+    columns = multiple(columns, VECTOR).to(INDEX)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, columns, BLOCK):
@@ -118,6 +119,7 @@ def mean_backward_kernel(
     rows: tl.int64,
     columns,
     A: tl.constexpr,
+    INDEX: tl.constexpr,
     BINARY: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET_VECTOR: tl.constexpr,
@@ -131,7 +133,7 @@ def mean_backward_kernel(
 
     Bytes moved: input and target once, each element of the gradient once, 4 a row.
     """
-    columns = multiple(columns, VECTOR)
+    columns = multiple(columns, VECTOR).to(INDEX)
     row, column, inside = part_of(rows, columns, ROWS, BLOCK)
     g = tl.load(grad + row * grad_stride, mask=row < rows, other=0).to(A)
     share = divide(g, tl.zeros([ROWS], A) + columns.to(A))[:, None]

@@ -133,6 +133,7 @@ def cross_entropy_kernel(
     kept: tl.int64,  # 1 - e, the bits of a double
     share: tl.int64,  # e / C, likewise
     A: tl.constexpr,  # dtype of the arithmetic
+    INDEX: tl.constexpr,  # and of columns
     KIND: tl.constexpr,
     VECTOR: tl.constexpr,  # vector_of the logits
     TARGET_VECTOR: tl.constexpr,  # and of probabilities
@@ -150,7 +151,7 @@ def cross_entropy_kernel(
     them; per row a class, 4 for the loss, 12 for the statistics.
     """
     SPREADS: tl.constexpr = KIND != CLASSES
-    columns = multiple(columns, VECTOR)
+    columns = multiple(columns, VECTOR).to(INDEX)
     kept, share = double(kept).to(A), double(share).to(A)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_inside = row < rows
@@ -162,7 +163,7 @@ def cross_entropy_kernel(
         if LOOPS:
             end = tl.max(tl.where(counts, columns, 0), 0)  # no more of rows that are ignored
 
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK).to(INDEX)
     inside = row_inside[:, None] & (column < columns)[None, :]
     x = elements_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES)
     x = tl.load(x, mask=inside).to(A)
@@ -232,6 +233,7 @@ def cross_entropy_backward_kernel(
     kept: tl.int64,  # 1 - e, the bits of a double
     share: tl.int64,  # e / C, likewise
     A: tl.constexpr,
+    INDEX: tl.constexpr,
     KIND: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET_VECTOR: tl.constexpr,
@@ -246,7 +248,7 @@ def cross_entropy_backward_kernel(
     Bytes moved: each logit once, each element of the gradient once, each probability where the
     target has them; per row a class, 4 for g, 12 for the statistics.
     """
-    columns = multiple(columns, VECTOR)
+    columns = multiple(columns, VECTOR).to(INDEX)
     kept, share = double(kept).to(A), double(share).to(A)
     row, column, inside = part_of(rows, columns, ROWS, BLOCK)
     row_inside = row < rows

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 
 from ksam_kernels.loss import triton as loss
 from ksam_kernels.loss import triton_elementwise as elementwise
@@ -139,3 +140,35 @@ def test_rows_without_alignment(architecture: int) -> None:
     )
     assert kernel.spill_bytes <= SPILL_BYTES
     assert kernel.widest("ld") == 8  # the class
+
+
+KERNELS = [
+    (kernels.cross_entropy_kernel, {"KIND": 1, "LOOPS": True}),
+    (kernels.cross_entropy_backward_kernel, {"KIND": 1}),
+    (elementwise.mean_kernel, {"BINARY": True}),
+    (elementwise.mean_backward_kernel, {"BINARY": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "more"), KERNELS, ids=lambda case: getattr(case, "__name__", "")
+)
+def test_an_index_of_64_bits(kernel: Any, more: dict[str, Any], dtype: torch.dtype) -> None:
+    name = kernel.arg_names[0] if kernel.arg_names[0] != "grad" else kernel.arg_names[2]
+    tile = loss.tile_of(loss.SMALL_TILE, loss.SMALL_TILE)
+    target = "*i64" if name == "logits" else ""
+    options: dict[str, Any] = {"target": target, "weighted": True, **more, "INDEX": tl.int64}
+    result = build(kernel, name, dtype, 32000, 90, tile, **options)
+    check(result, dtype, tile[2])
+
+
+def test_32_bits_count_a_loop_to_its_end() -> None:
+    """A block after the last column at most."""
+    longest = 2**31 - 1 - 2 * loss.TILE
+    assert loss.index_of(longest) == tl.int32
+    assert loss.index_of(longest + 1) == tl.int64
+    assert (
+        max(loss.tile_of(longest, tile)[1] for tile in (loss.TILE, loss.SMALL_TILE))
+        <= 2 * loss.TILE
+    )
