@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +85,18 @@ def test_a_capture_warms_up_and_holds_one_call(cuda: Played) -> None:
     before = cuda.calls
     assert graphs.seconds_of(replay, 5, CUDA) == pytest.approx(5 * 0.1e-3)
     assert cuda.calls == before
+
+
+def test_what_a_graph_works_on_lives_as_long_as_its_replay(cuda: Played) -> None:
+    weights = torch.zeros(3)
+    alive = weakref.ref(weights)
+    replay = graphs.capture(partial(weights.add_, 1), CUDA)
+    del weights
+    gc.collect()
+    assert alive() is not None
+    del replay
+    gc.collect()
+    assert alive() is None
 
 
 def test_short_work_is_repeated_in_its_graph_and_long_work_is_not(cuda: Played) -> None:
