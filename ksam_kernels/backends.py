@@ -11,6 +11,7 @@ Further backends may be registered with :func:`implements`; those run only where
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,33 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice = previous
+
+
+class _OfThread(threading.local):
+    keeps = False
+
+
+_of_thread = _OfThread()
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """What this thread runs in the ``with`` block may keep memory for later calls: eager code.
+
+    A compiled program calls operators without this. Its memory may be that of graphs which it is
+    about to capture: ``torch.compile(mode="reduce-overhead")`` runs it once with that before, and
+    wants all of it back.
+    """
+    before, _of_thread.keeps = _of_thread.keeps, True
+    try:
+        yield
+    finally:
+        _of_thread.keeps = before
+
+
+def may_keep() -> bool:
+    """Whether this is in a block of :func:`keeping`."""
+    return _of_thread.keeps
 
 
 def implements(

@@ -164,7 +164,8 @@ def call(name: str, *args: Any) -> Any:
     if is_eager() and not any(map(_is_subclass, args)):
         args = tuple(map(_resolved, args))
         if not (torch.is_grad_enabled() and any(map(wants_grad, args))):
-            return backends.call(name, _device(args), *args)
+            with backends.keeping():
+                return backends.call(name, _device(args), *args)
         if name in _functions:
             with torch.no_grad():
                 outputs = backends.call(name, _device(args), *args)
@@ -172,7 +173,16 @@ def call(name: str, *args: Any) -> Any:
                 return attach(name, (outputs,), *args)
             return attach(name, outputs, *args), *outputs[1:]
     _check_no_tangent(name, args)
-    return getattr(torch.ops.ksam, name)(*args)
+    return dispatch(name, *args)
+
+
+def dispatch(name: str, *args: Any) -> Any:
+    """Run ``torch.ops.ksam.<name>`` by PyTorch's dispatcher."""
+    op = getattr(torch.ops.ksam, name)
+    if not is_eager():
+        return op(*args)
+    with backends.keeping():
+        return op(*args)
 
 
 def call_backward(name: str, grad: Tensor, *args: Any) -> Any:

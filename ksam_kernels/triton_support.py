@@ -25,7 +25,7 @@ __all__ = [
     "MISSING",
     "device_ints",
     "double_bits",
-    "is_capturing",
+    "may_keep",
     "most_warps",
     "on_device_of",
     "register",
@@ -94,6 +94,12 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def may_keep(device: torch.device) -> bool:
+    """Whether memory of the device that is allocated now may be kept for later calls. Not in a
+    capture: a graph keeps no memory but its own."""
+    return backends.may_keep() and not is_capturing(device)
+
+
 def stream_of(device: torch.device) -> int:
     """A number for the stream that launches go to."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -130,8 +136,8 @@ def device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
     """:func:`upload`, which the next calls with the same values need not repeat.
 
     Only on the same stream: neither the upload nor the reuse of a forgotten table's memory is
-    ordered with others. And not in a capture: a graph keeps no memory but its own.
+    ordered with others.
     """
-    if is_capturing(device):
+    if not may_keep(device):
         return upload(values, device)
     return _kept(values, device, stream_of(device))

@@ -54,8 +54,11 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... argument
 }
 
 template <class... P, class... A>
-void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
+bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
+  static uint64_t launches = 0;  // every other one has room for two blocks
+  if (grid.x > 2 && ++launches % 2 == 0) return false;
   simt::launch(true, kernel, grid, block, arguments...);
+  return true;
 }
 
 #else
@@ -77,15 +80,29 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0, stream));
 }
 
-// All blocks run at once, or the launch fails; cooperative_groups' grid.sync() works in them.
+// Whether there is room for all blocks at once; if not, more than one, nothing is launched.
 template <class... P>
-void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
-                        typename Argument<P>::type... arguments) {
+bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
+                    typename Argument<P>::type... arguments) {
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses,
-                                    0, stream));
+  const cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid,
+                                                        block, addresses, 0, stream);
+  if (error == cudaErrorCooperativeLaunchTooLarge && grid.x > 1) {
+    cudaGetLastError();  // or the next launch would report it
+    return false;
+  }
+  check(error);
+  return true;
 }
 
 #endif
+
+// All blocks run at once; cooperative_groups' grid.sync() works in them. They are fewer than asked
+// for where the device has no room for so many: a green context has some of its multiprocessors.
+template <class... P, class... A>
+void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
+                        A&&... arguments) {
+  while (!launch_at_once(kernel, grid, block, stream, arguments...)) grid.x = (grid.x + 1) / 2;
+}
 
 }  // namespace ksam::gpu

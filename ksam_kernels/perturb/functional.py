@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ksam_kernels import library
 from ksam_kernels.checks import (
     FLOATING,
     check_dtype,
@@ -134,7 +135,7 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     _check_list("grads", grads)
     if adaptive:
         _check_like("params", params, grads, model="grads")
-    norm: Tensor = torch.ops.ksam.grad_norm(grads, params, adaptive, eta)
+    norm: Tensor = library.dispatch("grad_norm", grads, params, adaptive, eta)
     return norm
 
 
@@ -192,7 +193,7 @@ def perturb_(
     radii = [float(radius) for radius in radii]
     norm: Tensor
     with torch.no_grad():
-        norm = torch.ops.ksam.perturb_(params, grads, backup, radii, adaptive, eta)
+        norm = library.dispatch("perturb_", params, grads, backup, radii, adaptive, eta)
     return norm
 
 
@@ -212,7 +213,7 @@ def restore_(params: TensorList, backup: TensorList) -> None:
     _check_list("params", params, written=True)
     _check_like("backup", backup, params, same_dtype=True)
     with torch.no_grad():
-        torch.ops.ksam.restore_(params, backup)
+        library.dispatch("restore_", params, backup)
 
 
 def restore_sgd_(
@@ -283,7 +284,7 @@ def restore_sgd_(
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
     with torch.no_grad():
-        torch.ops.ksam.restore_sgd_(params, backup, grads, *states, *options)
+        library.dispatch("restore_sgd_", params, backup, grads, *states, *options)
 
 
 def restore_adam_(
@@ -347,4 +348,4 @@ def restore_adam_(
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
     with torch.no_grad():
-        torch.ops.ksam.restore_adam_(params, backup, grads, *states, *options)
+        library.dispatch("restore_adam_", params, backup, grads, *states, *options)

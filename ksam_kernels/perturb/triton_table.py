@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.bits import as_bits
-from ksam_kernels.triton_support import is_capturing, stream_of, upload
+from ksam_kernels.triton_support import may_keep, stream_of, upload
 
 __all__ = ["CHUNK", "HEAD", "Rows", "Table"]
 
@@ -143,11 +143,11 @@ class Rows:
         return tuple(copies)
 
     def tables(self) -> list[Table]:
-        """One for each combination of dtypes. In a capture they are new and the graph's own."""
+        """One for each combination of dtypes. In a graph they are new, and the graph's own."""
         made = []
         for dtypes, records in self._records.items():
             device = self._tensors[dtypes][0][0].device
-            make = _new_table if is_capturing(device) else _kept_table
+            make = _kept_table if may_keep(device) else _new_table
             made.append(make(device, stream_of(device), dtypes, tuple(records)))
         return made
 
