@@ -1,4 +1,10 @@
-"""Perturb, restore and update lists of tensors: one global norm, the scale never on the host."""
+"""Perturb, restore and update lists of tensors: one global norm, the scale never on the host.
+
+Of DTensors, as FSDP2 (``fully_shard``) and tensor parallelism make them, each rank works on what it
+holds, and the norm is one over all ranks: these then call together, lists of the same order. The
+other lists of a call are placed as the parameters are; tensors that are no DTensors are taken to be
+the same on every rank.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +23,21 @@ from ksam_kernels.checks import (
     check_range,
     is_number,
 )
+from ksam_kernels.dtensor import first_dtensor
 from ksam_kernels.perturb import native
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 
 TensorList = Sequence[Tensor]
+
+
+def _run(name: str, *args: Any) -> Any:
+    """The operator; of lists with DTensors in the first, on what this rank holds of them."""
+    if first_dtensor(args[0]) is not None:
+        from ksam_kernels.perturb import sharded
+
+        return getattr(sharded, name)(*args)
+    return library.dispatch(name, *args)
 
 
 def _check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> None:
@@ -135,7 +151,7 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     _check_list("grads", grads)
     if adaptive:
         _check_like("params", params, grads, model="grads")
-    norm: Tensor = library.dispatch("grad_norm", grads, params, adaptive, eta)
+    norm: Tensor = _run("grad_norm", grads, params, adaptive, eta)
     return norm
 
 
@@ -193,7 +209,7 @@ def perturb_(
     radii = [float(radius) for radius in radii]
     norm: Tensor
     with torch.no_grad():
-        norm = library.dispatch("perturb_", params, grads, backup, radii, adaptive, eta)
+        norm = _run("perturb_", params, grads, backup, radii, adaptive, eta)
     return norm
 
 
@@ -213,7 +229,7 @@ def restore_(params: TensorList, backup: TensorList) -> None:
     _check_list("params", params, written=True)
     _check_like("backup", backup, params, same_dtype=True)
     with torch.no_grad():
-        library.dispatch("restore_", params, backup)
+        _run("restore_", params, backup)
 
 
 def restore_sgd_(
@@ -284,7 +300,7 @@ def restore_sgd_(
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
     with torch.no_grad():
-        library.dispatch("restore_sgd_", params, backup, grads, *states, *options)
+        _run("restore_sgd_", params, backup, grads, *states, *options)
 
 
 def restore_adam_(
@@ -348,4 +364,4 @@ def restore_adam_(
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
     with torch.no_grad():
-        library.dispatch("restore_adam_", params, backup, grads, *states, *options)
+        _run("restore_adam_", params, backup, grads, *states, *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,6 +100,18 @@ def _check_micro_batches(size: object, parts: tuple[object, ...], statistics: st
         )
 
 
+def _check_model(model: object) -> None:
+    _check_type("model", model, (nn.Module,), "a torch.nn.Module")
+    # Takes a second to import: who has one, has imported it.
+    package = sys.modules.get("torch.distributed.fsdp")
+    modules = model.modules() if package is not None and isinstance(model, nn.Module) else ()
+    if any(isinstance(module, package.FullyShardedDataParallel) for module in modules):  # type: ignore[union-attr]
+        raise TypeError(
+            "model must not be a FullyShardedDataParallel, whose parameters do not tell that they "
+            "are parts: shard it by torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Of :class:`ksam.optimizer.SharpnessAware`, by name; rho and ``grad_scaler`` check themselves.
 
@@ -110,7 +123,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     _check_samplers(arguments["ascent"], arguments["descent"], arguments["scale"])
     _check_when(arguments["when"], arguments["otherwise"])
     _check_type("geometry", arguments["geometry"], (Geometry,), "a Geometry")
-    _check_type("model", arguments["model"], (nn.Module,), "a torch.nn.Module")
+    _check_model(arguments["model"])
     parts = (arguments["ascent"], arguments["descent"])
     _check_micro_batches(arguments["micro_batch_size"], parts, arguments["statistics"])
     check_count("seed", arguments["seed"], 0, below=2**31)

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ksam_kernels.dtensor import local
+
 
 def build_base(
     params: Iterable[Any] | None, base: type[Optimizer] | Optimizer, base_kwargs: dict[str, Any]
@@ -76,9 +78,10 @@ def check_base(base: Optimizer) -> None:
 
 def check_no_overlap(params: Sequence[Tensor]) -> None:
     """Two parameters on the same memory would be perturbed twice and restored once."""
+    parts = list(map(local, params))
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.numel() * p.itemsize, i)
-        for i, p in enumerate(params)
+        for i, p in enumerate(parts)
         if p.numel() > 0
     )
     for (_, end, i), (start, _, j) in pairwise(spans):

@@ -23,6 +23,7 @@ from ksam.result import StepResult
 from ksam.tables import Index, check_rows, sample_rows
 from ksam.writers import Row, Writer
 from ksam_kernels.checks import check_count
+from ksam_kernels.dtensor import first_dtensor
 
 
 class Diagnostics:
@@ -46,7 +47,8 @@ class Diagnostics:
         optimizer: any of the family. Its steps report their share from now on.
         writers: called with every row.
         every: steps between rows, >= 1.
-        measure_alignment: costs a forward and two backward passes over the batch for every row.
+        measure_alignment: costs a forward and two backward passes over the batch for every row. Not
+            with FSDP2.
         size: samples in the data set, to count how often each is selected; None: not counted.
         index: where a batch has the indices of its samples: a key or a function.
 
@@ -190,8 +192,10 @@ def alignment(
 
     Raises:
         TypeError, ValueError: k outside [1, M].
+        NotImplementedError: parameters that are DTensors.
     """
     params = [p for p in parameters(optimizer.param_groups) if p.requires_grad]
+    _check_whole("alignment", params)
     whole = Subset(batch, ksam_kernels.batch_size(batch))
     parts = micro_batches.split(whole, optimizer.micro_batch_size)
     of_batch, of_top = ([torch.zeros_like(p) for p in params] for _ in range(2))
@@ -213,6 +217,11 @@ def alignment(
     dots = [(a * b).sum() for a, b in zip(of_batch, of_top, strict=True)]
     norms = ksam_kernels.grad_norm(of_batch) * ksam_kernels.grad_norm(of_top)
     return torch.stack([d.float() for d in dots]).sum() / norms
+
+
+def _check_whole(name: str, params: Iterable[Tensor]) -> None:
+    if first_dtensor(params) is not None:
+        raise NotImplementedError(f"{name} needs whole parameters, got DTensors, as FSDP2 makes")
 
 
 def _random_state_kept(params: Iterable[Tensor]) -> AbstractContextManager[None]:
@@ -279,11 +288,13 @@ def sharpness(
 
     Raises:
         TypeError, ValueError: no batch, or an argument out of its range.
+        NotImplementedError: parameters that are DTensors.
     """
     check_rho(rho)
     check_count("directions", directions, 1)
     check_count("seed", seed, 0)
     params = [p for p in model.parameters() if p.requires_grad]
+    _check_whole("sharpness", params)
     # Ctrl-C may come just before a block without gradients is left: this one then ends it.
     with torch.enable_grad(), batchnorm.Norms(model).frozen(), _random_state_kept(params):
         batches = list(batches)  # a loader draws their order

@@ -15,7 +15,7 @@ import ksam_kernels
 from ksam import batchnorm, interrupts
 from ksam.arguments import check_arguments, check_group
 from ksam.base import build_base, parameter_names
-from ksam.distributed import mean_over_ranks
+from ksam.distributed import gather_anew, mean_over_ranks
 from ksam.geometry import Geometry, Moving
 from ksam.momentum import Momentum
 from ksam.over_base import OverBase
@@ -26,6 +26,9 @@ from ksam.result import StepResult
 from ksam.samplers import All
 from ksam.update import Update
 from ksam.when import Policy
+
+_PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
+_OPTIONS = ("scale", "statistics", "model", "micro_batch_size", "seed", "report_share")
 
 
 class SharpnessAware(OverBase):
@@ -54,7 +57,8 @@ class SharpnessAware(OverBase):
             over all groups.
         model: the module whose BatchNorm statistics a step updates exactly once, in the pass over
             the whole batch. Without it every pass updates them. In data-parallel training the
-            DistributedDataParallel, over whose ranks a policy's shares are averaged.
+            DistributedDataParallel or what ``fully_shard`` made (FSDP2), over whose ranks a
+            policy's shares are averaged.
         when: a function of the step (:class:`ksam.From`, :class:`ksam.EveryNth`, ...) or a policy
             (:class:`ksam.Representative`) that says which steps are sharpness-aware; None: all.
         otherwise: what the other steps climb along before the gradient of the whole batch is taken:
@@ -134,19 +138,11 @@ class SharpnessAware(OverBase):
         self._kept = batchnorm.Kept()
 
     def _parts(self) -> dict[str, Part]:
-        parts = {
-            "ascent": self.ascent,
-            "descent": self.descent,
-            "geometry": self.geometry,
-            "when": self.when,
-            "otherwise": self.otherwise,
-        }
+        parts = {name: getattr(self, name) for name in _PARTS}
         return {name: part for name, part in parts.items() if isinstance(part, Part)}
 
     def __getstate__(self) -> dict[str, Any]:
-        parts = ("ascent", "descent", "geometry", "when", "otherwise")
-        options = ("scale", "statistics", "model", "micro_batch_size", "seed", "report_share")
-        names = (*parts, *options, "_update", "_looked_for_batchnorm")
+        names = (*_PARTS, *_OPTIONS, "_update", "_looked_for_batchnorm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -237,6 +233,7 @@ class SharpnessAware(OverBase):
                 norms.put_back()
                 if not done:
                     ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
+                    gather_anew(self.model, list(perturbed))
                     self._snapshot.put_back()
             raise
         finally:
@@ -361,12 +358,16 @@ class SharpnessAware(OverBase):
             names = parameter_names(self.param_groups, self.model)
             moving.names = [names[p] for p in moving.params if p in names]
         with interrupts.deferred():
-            return self.geometry.perturb(moving, perturbed, f"{self.seed}/{self.steps_done}")
+            norm = self.geometry.perturb(moving, perturbed, f"{self.seed}/{self.steps_done}")
+            gather_anew(self.model, params)
+        return norm
 
     def _probe(self, share: Tensor | None) -> Tensor | None:
         """What a policy that asked for the share is told, on all ranks the same."""
         asked = isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
-        return mean_over_ranks(share, self.model) if asked and share is not None else None
+        if not asked or share is None:
+            return None
+        return mean_over_ranks(share, self.model, self._parameters())
 
     def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
         """The weights are updated: now what the parts learn from the step is final too."""

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ksam import KSAM, AutoKSAM
-from tests.device import DEVICE
+from tests import ranks
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
@@ -27,23 +24,11 @@ THRESHOLD = 0.36  # the shares are 0.34 to 0.38
 MICRO_BATCH_SIZE = 5
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "k": K}
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or DEVICE.type != "cpu",
-    reason="needs torch.distributed, and its gloo for tensors on the CPU",
-)
+pytestmark = ranks.needs_ranks
 
 
 def _train(rank: int, folder: Path, name: str, views: bool, steps: int) -> None:
     """A process: what it ends with goes to a file."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine without a network may not know its own name
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=30),
-    )
     net = network(batchnorm=name == "auto")
     model = DistributedDataParallel(net, gradient_as_bucket_view=views)
     optimizer = (
@@ -76,11 +61,10 @@ def _train(rank: int, folder: Path, name: str, views: bool, steps: int) -> None:
         "averages": averages,
     }
     torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def _run(folder: Path, *arguments: Any) -> list[dict[str, Any]]:
-    torch.multiprocessing.spawn(_train, (folder, *arguments), nprocs=RANKS)
+    ranks.run(_train, RANKS, folder, folder, *arguments)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -1,0 +1,189 @@
+"""FSDP2 (``fully_shard``): two ranks that hold half of every weight take the steps of two that hold
+all (DistributedDataParallel, which test_data_parallel.py holds against plain torch)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import ksam
+from ksam import KSAM, AutoKSAM, SharpnessAware
+from tests import ranks
+from tests.ksam.models import Batch, batch, loss_of, network
+from tests.ksam.test_data_parallel import THRESHOLD
+from tests.ksam.test_family import NAMES, build, losses
+from tests.ksam.test_reliability import fails_in_call
+
+pytestmark = ranks.needs_ranks
+
+RANKS = 2
+Make = Callable[[nn.Module], SharpnessAware]
+
+
+def data_of(rank: int, step: int) -> Batch:
+    data = batch(RANKS * step + rank, dtype=torch.float64)
+    return {**data, "index": torch.arange(24) + 24 * (step % 2)}
+
+
+def sharded(model: nn.Sequential) -> nn.Module:
+    """The first layer for itself, the others with the outermost module."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(model[0], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+
+
+def check_same(found: nn.Module, expected: nn.Module) -> None:
+    for p, q in zip(whole(found), whole(expected), strict=True):
+        # The norm that ranks tell each other is float32.
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def with_base(base: type[torch.optim.Optimizer], **options: Any) -> Make:
+    return lambda model: KSAM(model.parameters(), base, model=model, rho=0.1, k=8, **options)
+
+
+def auto(model: nn.Module) -> SharpnessAware:
+    return AutoKSAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, k=8, model=model, every=1,
+        threshold=THRESHOLD, budget=None,
+    )  # fmt: skip
+
+
+SGD = torch.optim.SGD
+MAKERS: dict[str, Make] = {
+    **{name: lambda model, name=name: build(name, model) for name in NAMES},
+    "AutoKSAM": auto,
+    "dampening": with_base(SGD, lr=0.1, momentum=0.9, dampening=0.5),
+    "AdamW": with_base(torch.optim.AdamW, lr=0.01),
+    "a base with a step of its own": with_base(torch.optim.RMSprop, lr=0.01),
+    "micro-batches": with_base(SGD, lr=0.1, momentum=0.9, micro_batch_size=5),
+    "adaptive": with_base(SGD, lr=0.1, momentum=0.9, adaptive=True, eta=0.1),
+}
+
+
+def check_steps(rank: int, make: Make) -> None:
+    net = network(dtype=torch.float64)
+    everywhere = DistributedDataParallel(copy.deepcopy(net))
+    half = sharded(net)
+    plain, optimizer = make(everywhere), make(half)
+    for step in range(5):
+        data = data_of(rank, step)
+        with torch.no_grad():  # leaves the outermost module's weights gathered
+            half(data["x"])
+        expected = plain.step(losses(everywhere), data)
+        result = optimizer.step(losses(half), data)
+        torch.testing.assert_close(result.losses, expected.losses, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(result.grad_norm, expected.grad_norm, rtol=1e-5, atol=1e-7)
+        assert torch.equal(result.indices, expected.indices)
+        assert result.sharp == expected.sharp
+    check_same(half, everywhere)
+
+
+def check_failure(rank: int) -> None:
+    """Of the descent, on all ranks: the weights are what they were, and the next step is right."""
+    twin = sharded(network(dtype=torch.float64))
+    model = sharded(network(dtype=torch.float64))
+    other, optimizer = (with_base(SGD, lr=0.1, momentum=0.9)(m) for m in (twin, model))
+    for step in range(3):
+        data = data_of(rank, step)
+        before = [p.to_local().clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match="boom"):
+            optimizer.step(fails_in_call(model, 3, RuntimeError("boom")), data)
+        for p, q in zip(model.parameters(), before, strict=True):
+            assert torch.equal(p.to_local(), q)
+        optimizer.step(loss_of(model), data)
+        other.step(loss_of(twin), data)
+    for p, q in zip(whole(model), whole(twin), strict=True):
+        assert torch.equal(p, q)
+
+
+def check_checkpoint(rank: int) -> None:
+    """A rank's own state_dict resumes its run with the same bits."""
+    model, twin = (sharded(network(dtype=torch.float64)) for _ in range(2))
+    optimizer, other = (with_base(torch.optim.AdamW, lr=0.01)(m) for m in (model, twin))
+    for step in range(2):
+        optimizer.step(loss_of(model), data_of(rank, step))
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.steps_done == 2
+    for m, o in ((model, optimizer), (twin, other)):
+        o.step(loss_of(m), data_of(rank, 2))
+    for p, q in zip(whole(model), whole(twin), strict=True):
+        assert torch.equal(p, q)
+
+
+def check_scaler(rank: int) -> None:
+    """A power of two changes no bit; an overflow on one rank skips the step on both."""
+    model, twin = (sharded(network()) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plain = with_base(SGD, lr=0.1, momentum=0.9)(twin)
+    optimizer = with_base(SGD, lr=0.1, momentum=0.9, grad_scaler=scaler)(model)
+    for step in range(2):
+        data = batch(RANKS * step + rank)
+        plain.step(loss_of(twin), data)
+        optimizer.step(loss_of(model), data)
+        scaler.update()
+    for p, q in zip(whole(model), whole(twin), strict=True):
+        assert torch.equal(p, q)
+    gradients = 0
+
+    def overflow(p: Tensor) -> None:
+        """Of the descent's gradient, in the part of one rank."""
+        nonlocal gradients
+        gradients += 1
+        if gradients == 2 and rank == 0:
+            p.grad.to_local()[0] = float("inf")  # type: ignore[union-attr]
+
+    next(model.parameters()).register_post_accumulate_grad_hook(overflow)
+    optimizer.step(loss_of(model), batch(RANKS * 2 + rank))
+    scaler.update()
+    assert gradients == 2
+    assert scaler.get_scale() == 512.0
+    for p, q in zip(whole(model), whole(twin), strict=True):
+        assert torch.equal(p, q)
+
+
+def check_diagnostics(rank: int) -> None:
+    model, data = sharded(network()), batch(rank)
+    optimizer = with_base(SGD, lr=0.1)(model)
+    with pytest.raises(NotImplementedError, match="alignment needs whole parameters"):
+        ksam.alignment(optimizer, loss_of(model), data, 8)
+    with pytest.raises(NotImplementedError, match="sharpness needs whole parameters"):
+        ksam.sharpness(model, loss_of(model), [data])
+
+
+def check_all(rank: int) -> None:
+    for make in MAKERS.values():
+        check_steps(rank, make)
+    check_failure(rank)
+    check_checkpoint(rank)
+    check_scaler(rank)
+    check_diagnostics(rank)
+
+
+def test_steps_are_those_of_whole_weights(tmp_path: Path) -> None:
+    ranks.run(check_all, RANKS, tmp_path)
+
+
+def test_parameters_that_do_not_tell_that_they_are_parts_are_refused() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapped)
+    model = nn.Sequential(wrapped, nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model must not be a FullyShardedDataParallel"):
+        KSAM(model.parameters(), SGD, lr=0.1, model=model)
