@@ -1,5 +1,8 @@
-"""FSDP2 (``fully_shard``): two ranks that hold half of every weight take the steps of two that hold
-all (DistributedDataParallel, which test_data_parallel.py holds against plain torch)."""
+"""Models of DTensors: ranks that hold half of every weight take the steps of ranks that hold all.
+
+FSDP2 (``fully_shard``) is held against DistributedDataParallel, which test_data_parallel.py holds
+against plain torch.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,24 @@ from tests.ksam.test_reliability import fails_in_call
 
 pytestmark = ranks.needs_ranks
 
-RANKS = 2
 Make = Callable[[nn.Module], SharpnessAware]
 
 
 def data_of(rank: int, step: int) -> Batch:
-    data = batch(RANKS * step + rank, dtype=torch.float64)
+    data = batch(4 * step + rank, dtype=torch.float64)
     return {**data, "index": torch.arange(24) + 24 * (step % 2)}
 
 
 def sharded(model: nn.Sequential) -> nn.Module:
-    """The first layer for itself, the others with the outermost module."""
+    """The first layer for itself, the others with the outermost module; of four ranks two hold the
+    same half."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (RANKS,))
+    count = torch.distributed.get_world_size()
+    names = ("copies", "halves")
+    mesh = init_device_mesh("cpu", (count // 2, 2), mesh_dim_names=names)
+    mesh = mesh["halves"] if count == 2 else mesh
     fully_shard(model[0], mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -133,7 +139,7 @@ def check_scaler(rank: int) -> None:
     plain = with_base(SGD, lr=0.1, momentum=0.9)(twin)
     optimizer = with_base(SGD, lr=0.1, momentum=0.9, grad_scaler=scaler)(model)
     for step in range(2):
-        data = batch(RANKS * step + rank)
+        data = batch(4 * step + rank)
         plain.step(loss_of(twin), data)
         optimizer.step(loss_of(model), data)
         scaler.update()
@@ -149,7 +155,7 @@ def check_scaler(rank: int) -> None:
             p.grad.to_local()[0] = float("inf")  # type: ignore[union-attr]
 
     next(model.parameters()).register_post_accumulate_grad_hook(overflow)
-    optimizer.step(loss_of(model), batch(RANKS * 2 + rank))
+    optimizer.step(loss_of(model), batch(8 + rank))
     scaler.update()
     assert gradients == 2
     assert scaler.get_scale() == 512.0
@@ -176,7 +182,16 @@ def check_all(rank: int) -> None:
 
 
 def test_steps_are_those_of_whole_weights(tmp_path: Path) -> None:
-    ranks.run(check_all, RANKS, tmp_path)
+    ranks.run(check_all, 2, tmp_path)
+
+
+def check_hybrid(rank: int) -> None:
+    for name in ("KSAM", "ASAM", "MSAM", "AutoKSAM", "AdamW"):
+        check_steps(rank, MAKERS[name])
+
+
+def test_so_are_those_of_hybrid_sharding(tmp_path: Path) -> None:
+    ranks.run(check_hybrid, 4, tmp_path)
 
 
 def test_parameters_that_do_not_tell_that_they_are_parts_are_refused() -> None:
@@ -187,3 +202,31 @@ def test_parameters_that_do_not_tell_that_they_are_parts_are_refused() -> None:
     model = nn.Sequential(wrapped, nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model must not be a FullyShardedDataParallel"):
         KSAM(model.parameters(), SGD, lr=0.1, model=model)
+
+
+def check_tensor_parallel(rank: int) -> None:
+    """Both ranks see the same samples, and have half of the network's width."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    for name in ("KSAM", "ASAM", "ESAM", "MSAM", "AutoKSAM", "AdamW", "micro-batches"):
+        alone = network(dtype=torch.float64)
+        model = parallelize_module(copy.deepcopy(alone), mesh, plan)
+        plain, optimizer = MAKERS[name](alone), MAKERS[name](model)
+        for step in range(5):
+            data = data_of(0, step)
+            expected = plain.step(losses(alone), data)
+            result = optimizer.step(losses(model), data)
+            torch.testing.assert_close(result.grad_norm, expected.grad_norm, rtol=1e-5, atol=1e-7)
+            assert torch.equal(result.indices, expected.indices)
+        check_same(model, alone)
+
+
+def test_so_are_those_of_tensor_parallelism(tmp_path: Path) -> None:
+    ranks.run(check_tensor_parallel, 2, tmp_path)
