@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("benchmarks.train.cli", "train with SGD, SAM and K-SAM: accuracy, time, step cost"),
     "study": ("benchmarks.train.study", "methods x seeds in parallel processes, resumable"),
     "kernels": ("benchmarks.kernels.cli", "time every operation against plain PyTorch"),
+    "memory": ("benchmarks.memory", "what steps of SGD, SAM and K-SAM keep for backward passes"),
     "gpu": ("benchmarks.gpu.cli", "all checks and measurements that need a GPU, in nine minutes"),
 }
 
