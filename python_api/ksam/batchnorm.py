@@ -71,8 +71,8 @@ class Norms:
             ``"full"``: those of the pass over the whole batch, as constants (their variance is the
             unbiased one, as in running statistics). ``"running"``: the running ones, as in
             evaluation. A module that comes by more than once in the pass over the whole batch has
-            no one set of statistics: it is as ``"subset"`` where that is noticed
-            (:class:`Watched`).
+            no one set of statistics, nor has one that a ``functional_call`` gives buffers of the
+            caller's: they are as ``"subset"`` where that is noticed (:class:`Watched`).
         kept: what ``"matched"`` and ``"full"`` keep between steps.
     """
 
@@ -129,16 +129,28 @@ class Norms:
         if norm not in self._kept.watched:
             self._kept.watched[norm] = Watched(norm)
         watched = self._kept.watched[norm]
-        watched.start(self._before[norm].get("forward"), self._comes_by_again)
-        vars(norm)["forward"] = watched
+        watched.start(self._before[norm].get("forward"), self._comes_by)
+        # A method, not an object to call: torch.compile has one program for all modules with that.
+        vars(norm)["forward"] = watched.forward
 
-    def _comes_by_again(self, norm: _BatchNorm) -> None:
-        """From here on the running statistics are updated as in any forward."""
+    def _comes_by(self, norm: _BatchNorm, again: bool) -> None:
+        """Where one set of statistics is not to be had, all is as in any forward from here on.
+
+        So where a module comes by again, or with buffers of the caller's (``functional_call``).
+        """
+        if norm not in self._of_batch:
+            return
+        present, before = dict(norm._buffers), self._before[norm]
+        of_caller = present["running_mean"] is not self._of_batch[norm][0]
+        if not again and not of_caller:
+            return
         first = {norm: self._of_batch.pop(norm)}
-        before = self._before[norm]
         norm.momentum = before["momentum"]
         norm._buffers.update(before["_buffers"])
-        _average(first)
+        if again:
+            _average(first)
+        if of_caller:
+            norm._buffers.update(present)
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -184,7 +196,7 @@ class Norms:
                     if norm not in self._kept.matched:
                         self._kept.matched[norm] = Matched(norm)
                     self._kept.matched[norm].start(of_batch, part, perturbed)
-                    vars(norm)["forward"] = self._kept.matched[norm]
+                    vars(norm)["forward"] = self._kept.matched[norm].forward
                 self._has_matched = True
             yield
 
@@ -208,7 +220,7 @@ class Matched:
         """A pass: the whole batch's mean and unbiased variance, and how much of it is seen."""
         self.of_batch, self.part, self.perturbed = of_batch, part, perturbed
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """BatchNorm with :math:`\\gamma r` for weight and :math:`\\gamma d + \\beta` for bias."""
         norm = self.norm
         if not self.perturbed:
@@ -235,9 +247,9 @@ def _match(x: Tensor, of_batch: Statistics, eps: float) -> tuple[Tensor, Tensor]
 
 
 class Watched:
-    """A module's forward in the pass that updates, which tells when it comes by again.
+    """A module's forward in the pass that updates, which tells when it comes by.
 
-    By then its buffers hold the statistics of the first time, which the second would overwrite.
+    By the second time its buffers hold the statistics of the first, which it would overwrite.
     Programs of ``torch.compile`` do not tell: there a module used twice is updated from its last
     use, and all its uses are matched to that one.
     """
@@ -246,18 +258,17 @@ class Watched:
         self.norm = norm
 
     def start(
-        self, forward: Callable[..., Tensor] | None, again: Callable[[_BatchNorm], None]
+        self, own: Callable[..., Tensor] | None, comes_by: Callable[[_BatchNorm, bool], None]
     ) -> None:
-        """A pass; ``forward`` is the module's own, if it has another than its class."""
-        self.forward, self.again, self.calls = forward, again, 0
+        """A pass; ``own`` is the module's forward, if it has another than its class."""
+        self.own, self.comes_by, self.calls = own, comes_by, 0
 
-    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
         if not torch.compiler.is_compiling():
             self.calls += 1
-            if self.calls == 2:
-                self.again(self.norm)
-        if self.forward is not None:
-            return self.forward(*inputs, **options)
+            self.comes_by(self.norm, self.calls > 1)
+        if self.own is not None:
+            return self.own(*inputs, **options)
         return type(self.norm).forward(self.norm, *inputs, **options)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C waits while weights are in between two states."""
+"""Ctrl-C, and any signal whose handler may raise, waits while weights are in between two states."""
 
 from __future__ import annotations
 
@@ -7,28 +7,61 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+#: What users, schedulers of clusters and limits of time send; Windows has some of them.
+_NAMES = ("INT", "TERM", "HUP", "ALRM", "USR1", "USR2", "XCPU")
+_SIGNALS = [getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(signal, f"SIG{name}")]
+
+# C's own, which make no enums of what they take and give: a quarter of a block's time.
+_getsignal = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_signal = getattr(signal.signal, "__wrapped__", signal.signal)
+
+Handler = Callable[[int, FrameType | None], Any]
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A SIGINT that arrives within takes effect on leaving.
+    """Signals that arrive within take effect on leaving, if their handlers are Python's.
 
-    Python raises KeyboardInterrupt between any two bytecodes of the main thread, so also between
-    writing the weights and noting that they were written. Other threads never see it.
+    Python runs these between any two bytecodes of the main thread, so also between writing the
+    weights and noting that they were written, and what they raise (KeyboardInterrupt, SystemExit, a
+    limit's timeout) is raised there. Other threads never see it.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    arrived: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    found = {number: _getsignal(number) for number in _SIGNALS}
+    handlers: dict[int, Handler] = {n: h for n, h in found.items() if callable(h)}
+    arrived: dict[int, FrameType | None] = {}
+
+    def give_back() -> None:
+        for number, handler in handlers.items():
+            _signal(number, handler)
+
     try:
-        yield
+        # Twice, as in undone(): the first handler that is back may raise.
+        try:
+            for number in handlers:
+                _signal(number, arrived.setdefault)
+            yield
+        finally:
+            give_back()
+    except BaseException:
+        give_back()
+        raise
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if arrived:
-            handler(*arrived[0])
+        _deliver([(handlers[number], number, frame) for number, frame in arrived.items()])
+
+
+def _deliver(arrived: list[tuple[Handler, int, FrameType | None]]) -> None:
+    """What the first handler raises does not keep the others away."""
+    if arrived:
+        handler, number, frame = arrived[0]
+        try:
+            handler(number, frame)
+        finally:
+            _deliver(arrived[1:])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C at every line of the library in one step: all of the step has been done, or nothing.
+"""A signal at every line of the library in one step: all of the step has been done, or nothing.
 
 Also in a measurement of sharpness, after which all is as it was.
 """
@@ -19,25 +19,39 @@ from torch import Tensor, nn
 
 import ksam
 import ksam_kernels
-from ksam import KSAM
+from ksam import KSAM, interrupts
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
 LIBRARY = str(Path(ksam.__file__).parent)
 
 
+class PreemptedError(Exception):
+    """What a handler of SIGTERM raises."""
+
+
+def _preempt(number: int, frame: Any) -> None:
+    raise PreemptedError
+
+
+RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: PreemptedError}
+
+
 @pytest.fixture(autouse=True)
 def _interruptible() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _preempt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after[signal.SIGTERM] is _preempt
 
 
 class AtLine:
-    """Sends SIGINT before the n-th line of the library that is run; notes the lines."""
+    """Sends a signal before the n-th line of the library that is run; notes the lines."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, number: signal.Signals = signal.SIGINT) -> None:
         self.n = n
+        self.number = number
         self.lines: list[str] = []
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
@@ -45,7 +59,7 @@ class AtLine:
             return None
         if event == "line":
             if len(self.lines) == self.n:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.number)
             self.lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return self
 
@@ -60,11 +74,11 @@ def lines_of(function: Callable[[], object]) -> dict[str, int]:
 
 
 @contextmanager
-def interrupted_at(n: int) -> Iterator[None]:
+def interrupted_at(n: int, number: signal.Signals = signal.SIGINT) -> Iterator[None]:
     tracing = sys.gettrace()
-    sys.settrace(AtLine(n))
+    sys.settrace(AtLine(n, number))
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RAISED[number]):
             yield
     finally:
         sys.settrace(tracing)
@@ -95,18 +109,48 @@ class Run:
         return [*flags, *(id(b) for b in self.model.buffers())]
 
 
-@pytest.mark.parametrize("statistics", ["subset", "matched"])
-def test_an_interrupted_step_is_whole_or_none(statistics: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "statistics"),
+    [(signal.SIGINT, "subset"), (signal.SIGINT, "matched"), (signal.SIGTERM, "matched")],
+)
+def test_an_interrupted_step_is_whole_or_none(number: signal.Signals, statistics: str) -> None:
     done = Run(statistics)
     before = done.tensors()
     for where, n in lines_of(done.step).items():
         run = Run(statistics)
         settings = run.settings()
-        with interrupted_at(n):
+        with interrupted_at(n, number):
             run.step()
         steps = run.optimizer.steps_done
         assert all_same_bits(run.tensors(), {1: before, 2: done.tensors()}[steps]), (steps, where)
         assert run.settings() == settings, where
+
+
+def test_handlers_of_all_that_arrive_run_and_stay() -> None:
+    """The one's exception does not keep the other away."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise PreemptedError
+
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM]
+
+    @interrupts.deferred()
+    def arrive_within() -> None:
+        for number in numbers * 2:
+            signal.raise_signal(number)
+        assert seen == []
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        with pytest.raises(PreemptedError):
+            arrive_within()
+        assert sorted(seen) == sorted(numbers)
+        assert all(signal.getsignal(number) is note for number in numbers)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def measure(model: nn.Module) -> None:

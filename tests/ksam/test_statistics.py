@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ksam import ESAM, KSAM, cross_entropy
 from ksam.arguments import STATISTICS
@@ -254,6 +255,31 @@ def test_a_layer_used_more_than_once_is_updated_each_time(
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", ["once", "thrice"])
+def test_buffers_that_a_functional_call_is_given_are_updated(
+    backend: str, statistics: str, kind: str
+) -> None:
+    """The model's own, taken from it before the step."""
+    model = (
+        UsesTwice().double() if kind == "thrice" else network(batchnorm=True, dtype=torch.float64)
+    )
+    twin = copy.deepcopy(model)
+    given = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    optimizer, other = (
+        KSAM(m.parameters(), torch.optim.SGD, lr=0.1, k=8, model=m, statistics=of)
+        for m, of in ((model, statistics), (twin, {"running": "running"}.get(statistics, "subset")))
+    )
+    settings = [dict(vars(module)) for module in model.modules()]
+    for step in range(3):
+        data = batch(step, dtype=torch.float64)
+        optimizer.step(loss_of(lambda x: functional_call(model, given, (x,))), data)
+        other.step(loss_of(twin), data)
+    assert all_same_bits([*weights(model), *model.buffers()], [*weights(twin), *twin.buffers()])
+    assert [dict(vars(module)) for module in model.modules()] == settings
+    assert all(buffer is given[name] for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
 def test_a_layer_that_no_pass_comes_by_keeps_its_statistics(backend: str, statistics: str) -> None:
     model = network(batchnorm=True)
     model[1].unused = nn.BatchNorm1d(3)
@@ -264,6 +290,34 @@ def test_a_layer_that_no_pass_comes_by_keeps_its_statistics(backend: str, statis
     )
     optimizer.step(loss_of(model), batch())
     assert all_same_bits([*model[1].unused.buffers()], before)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.linear(x)).tanh()
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_blocks_that_are_alike_share_their_programs(statistics: str) -> None:
+    """More of them than programs that torch.compile makes of a function."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(10)), nn.Linear(8, 5)).double()
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for block in model[:10]:
+        block.compile(backend="eager", fullgraph=True)
+    optimizer, other = (
+        KSAM(m.parameters(), torch.optim.SGD, lr=0.1, k=8, model=m, statistics=statistics)
+        for m in (model, twin)
+    )
+    for step in range(3):
+        optimizer.step(loss_of(model), batch(step, dtype=torch.float64))
+        other.step(loss_of(twin), batch(step, dtype=torch.float64))
+    assert all_same_bits([*weights(model), *model.buffers()], [*weights(twin), *twin.buffers()])
 
 
 def test_matching_is_compiled_once() -> None:
