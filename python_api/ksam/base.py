@@ -76,13 +76,19 @@ def check_base(base: Optimizer) -> None:
         )
 
 
+def _extent(p: Tensor) -> int:
+    """Elements from the first to the last in memory, those between that are others' included."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+
+
 def check_no_overlap(params: Sequence[Tensor]) -> None:
     """Two parameters on the same memory would be perturbed twice and restored once."""
-    parts = list(map(local, params))
+    parts = map(local, params)
+    # Those of meta and fake tensors are at 0.
     spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.itemsize, i)
+        (p.data_ptr(), p.data_ptr() + _extent(p) * p.itemsize, i)
         for i, p in enumerate(parts)
-        if p.numel() > 0
+        if p.numel() > 0 and p.data_ptr() != 0
     )
     for (_, end, i), (start, _, j) in pairwise(spans):
         if start < end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -307,15 +308,18 @@ class Snapshot:
 def detector(watch: bool) -> Iterator[list[nn.Module]]:
     """Collects the BatchNorm modules that update their statistics within, if it is to watch.
 
-    Watching hooks every module call of the process, which one pass can afford, not every step.
+    Watching hooks every module call of the process, of other threads too, which one pass can
+    afford, not every step.
     """
     seen: list[nn.Module] = []
+    thread = threading.get_ident()
     if not watch:
         yield seen
         return
 
     def look(module: nn.Module, _: object) -> None:
-        seen.extend(_updating([module]))
+        if threading.get_ident() == thread:
+            seen.extend(_updating([module]))
 
     handles: list[RemovableHandle] = []
 

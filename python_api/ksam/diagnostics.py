@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ksam_kernels
-from ksam import batchnorm, interrupts, micro_batches, page
+from ksam import batchnorm, copies, interrupts, micro_batches, page
 from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
 from ksam.parts import Subset
@@ -232,7 +232,7 @@ def _random_state_kept(params: Iterable[Tensor]) -> AbstractContextManager[None]
 
 
 def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
-    torch.clear_autocast_cache()  # of other weights, or without gradients
+    copies.forget()  # of other weights, or without gradients
     output = per_sample_loss(containers_copied(batch))
     return per_sample(output, ksam_kernels.batch_size(batch))[0]
 
@@ -343,7 +343,7 @@ def _perturbed(params: Sequence[Tensor], direction: Sequence[Tensor], rho: float
         if moved:
             with interrupts.deferred():
                 ksam_kernels.restore_(params, backup)
-        torch.clear_autocast_cache()  # of the perturbed weights
+        copies.forget()  # of the perturbed weights
 
     with interrupts.undone(back):
         with interrupts.deferred():

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import ksam_kernels
-from ksam import batchnorm, interrupts
+from ksam import batchnorm, copies, interrupts
 from ksam.arguments import check_arguments, check_group
 from ksam.base import build_base, parameter_names
 from ksam.distributed import gather_anew, mean_over_ranks
@@ -237,7 +237,7 @@ class SharpnessAware(OverBase):
                     self._snapshot.put_back()
             raise
         finally:
-            torch.clear_autocast_cache()  # of the perturbed weights
+            copies.forget()  # of the perturbed weights
         return result
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -384,7 +384,7 @@ class SharpnessAware(OverBase):
 
     def _backups_of(self, params: list[Tensor]) -> list[Tensor]:
         """Kept between steps: stable addresses, and no allocation in the loop."""
-        backups = []
+        backups, grown = [], False
         for p in params:
             backup = self._backup.get(p)
             if (
@@ -394,5 +394,8 @@ class SharpnessAware(OverBase):
                 or backup.device != p.device
             ):
                 backup = self._backup[p] = torch.empty_like(p, requires_grad=False)
+                grown = True
             backups.append(backup)
+        if grown:  # in turn forget those of parameters that were taken out of the groups
+            self._backup = {p: self._backup[p] for p in self._parameters() if p in self._backup}
         return backups

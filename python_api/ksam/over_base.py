@@ -120,7 +120,9 @@ class OverBase(Optimizer):
             else:
                 new.append(group)
         if new:
-            check_no_overlap(parameters(self.param_groups))
+            params = parameters(self.param_groups)
+            check_no_overlap(params)
+            self._radii = {p: self._radii[p] for p in params if p in self._radii}
         # All are checked before any is taken.
         for group, rho in [(group, self._radius_of_new(group)) for group in new]:
             given = group.get("rho", self._rho)
@@ -170,7 +172,7 @@ class OverBase(Optimizer):
         own = {"steps_done": 0, **copy.deepcopy(self._initial), **state_dict.get("ksam", {})}
         steps_done = int(own.pop("steps_done"))
         self._adopt_groups()
-        for group in state_dict["param_groups"]:
+        for group in state_dict.get("param_groups", ()):  # of a base with a layout of its own: none
             self._radius_of_new({"rho": 0.0, **group})
         present = copy.deepcopy(self._states())
         try:

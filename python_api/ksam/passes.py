@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ksam_kernels
-from ksam import batchnorm, micro_batches
+from ksam import batchnorm, copies, micro_batches
 from ksam.distributed import without_sync
 from ksam.parts import Subset
 from ksam.selection import recording
@@ -194,9 +194,6 @@ class Passes:
         else:
             part = subset.samples / self.samples
             context = self._norms.of_subset(perturbed=self.before is not None, part=part)
-        # Within autocast the weights' copies of low precision are kept until it ends: those of the
-        # pass before, which may have been at other weights, or without gradients.
-        torch.clear_autocast_cache()
         self.taken += 1
         with context, batchnorm.detector(self._watch and self.taken == 2) as seen:
             losses = self._in_micro_batches(subset, reports, backward)
@@ -211,6 +208,7 @@ class Passes:
         auxes: list[Any] = []
         scores: list[Callable[[], Tensor]] = []
         for part in parts:
+            copies.forget()
             with (
                 without_sync(self._model, part is not parts[-1]),
                 recording(-1 if subset.indices is not None else part.samples, at_once) as recorded,

@@ -94,6 +94,12 @@ class _Table(Sampler):
         return {**self._columns, "amount": self.amount.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        missing = [name for name in self.COLUMNS if name not in state]
+        if missing:
+            raise ValueError(
+                f"state_dict must have the table of {type(self).__name__}, with "
+                f"{', '.join(self.COLUMNS)}, got one with {', '.join(map(str, state))}"
+            )
         columns = {name: state[name] for name in self.COLUMNS}
         for name, column in columns.items():
             if tuple(column.shape) != (self.entries,):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from ksam import KSAM
+from ksam import KSAM, cross_entropy
 from ksam.update import can_fuse
 from tests.ksam.models import batch, loss_of, network
 from tests.ksam.test_family import losses
@@ -72,6 +74,35 @@ def test_parameters_that_share_memory_are_refused() -> None:
     first = nn.Parameter(torch.ones(4))
     with pytest.raises(ValueError, match="params 0 and 1 share memory"):
         KSAM([first, nn.Parameter(first.data[2:])], torch.optim.SGD, lr=0.1)
+
+
+def test_the_steps_of_parameters_count_where_they_end() -> None:
+    big = torch.ones(64)
+    with pytest.raises(ValueError, match="params 0 and 1 share memory"):
+        KSAM([nn.Parameter(big[::16]), nn.Parameter(big[32:36])], torch.optim.SGD, lr=0.1)
+
+
+def test_parameters_without_memory_share_none() -> None:
+    with torch.device("meta"):
+        model = network()
+    KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+
+
+def test_parameters_taken_out_of_the_groups_are_forgotten(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    kept = []
+    for step in range(3):
+        late = nn.Parameter(torch.ones(5))
+        kept.append(weakref.ref(late))
+        optimizer.add_param_group({"params": [late]})
+        optimizer.step(lambda b, w=late: cross_entropy(model(b["x"]) * w, b["y"]), batch(step))
+        optimizer.zero_grad()
+        del optimizer.param_groups[1], late
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5))]})
+    optimizer.step(loss_of(model), batch())
+    gc.collect()
+    assert [ref() for ref in kept[:-1]] == [None, None]
 
 
 def test_parameters_side_by_side_in_one_buffer_are_served() -> None:

@@ -173,3 +173,27 @@ def test_what_a_group_of_a_checkpoint_leaves_out_is_as_the_base_has_it(backend: 
     del state["param_groups"][0]["maximize"]
     optimizer.load_state_dict(state)
     optimizer.step(loss_of(model), batch())
+
+
+class Wrapper(torch.optim.SGD):
+    """Keeps its state in a layout of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict["inner"])
+
+
+def test_a_base_with_a_layout_of_its_own_is_resumed(backend: str) -> None:
+    model, twin = network(), network()
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    optimizer, other = (KSAM(m.parameters(), Wrapper, **options) for m in (model, twin))
+    for step in range(2):
+        optimizer.step(loss_of(model), batch(step))
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (twin, other)):
+        o.step(loss_of(m), batch(2))
+    assert other.steps_done == 3
+    assert all_same_bits(weights(model), weights(twin))

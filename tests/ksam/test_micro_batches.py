@@ -219,7 +219,7 @@ def test_copies_take_micro_batches_of_the_same_size(copied: Callable[[Any], Any]
 
 @pytest.mark.parametrize("name", BY_MICRO_BATCHES)
 def test_autocast_around_the_step_is_autocast_in_the_function(backend: str, name: str) -> None:
-    """Its copies of the weights serve all micro-batches of a pass."""
+    """Its copies of the weights are made for every micro-batch."""
 
     def run(outside: bool) -> list[Tensor]:
         model = network()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 import warnings
 from typing import Any
 
@@ -17,7 +18,7 @@ from ksam import KSAM, MSAM, AutoKSAM
 from ksam.selection import subset_size
 from ksam.update import _step_counter
 from tests.helpers import all_same_bits, default_dtype, same_bits
-from tests.ksam.models import batch, loss_of, network, weights
+from tests.ksam.models import Batch, batch, loss_of, network, weights
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,21 @@ def test_batchnorm_without_a_model_is_left_alone_and_told_once(backend: str) -> 
     assert ["pass model=" in str(warning.message) for warning in caught] == [True]
     assert caught[0].filename == __file__
     assert int(model[1].num_batches_tracked) == 6
+
+
+def test_batchnorm_of_another_thread_is_no_reason_to_warn() -> None:
+    model, other = network(), network(batchnorm=True)
+
+    def function(b: Batch) -> Tensor:
+        thread = threading.Thread(target=lambda: other(b["x"]))
+        thread.start()
+        thread.join()
+        return loss_of(model)(b)
+
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(function, batch())
 
 
 def test_one_pass_a_step_is_no_reason_to_warn(backend: str) -> None:

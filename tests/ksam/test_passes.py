@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import ksam
@@ -49,6 +52,25 @@ def test_autocast_around_the_step_is_autocast_in_the_function(backend: str, name
         return grads
 
     assert all_same_bits(run(outside=True), run(outside=False))
+
+
+@pytest.mark.parametrize("size", [None, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_parametrized_weights_are_computed_anew_in_every_pass(
+    backend: str, name: str, size: int | None
+) -> None:
+    """``parametrize.cached()`` keeps them until its outermost block ends."""
+    if name == "OrderedSGD":
+        size = None
+    model = network(dtype=torch.float64)
+    weight_norm(model[0])
+    twin = copy.deepcopy(model)
+    optimizer, other = (build(name, m, micro_batch_size=size) for m in (model, twin))
+    for step in range(3):
+        with parametrize.cached():
+            optimizer.step(losses(model), data_of(step))
+        other.step(losses(twin), data_of(step))
+    assert all_same_bits(weights(model), weights(twin))
 
 
 @pytest.mark.parametrize("failing", [None, 3])

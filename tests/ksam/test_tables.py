@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
@@ -190,3 +191,17 @@ def test_the_batch_may_be_on_another_device_than_the_losses(selected: str, seen:
             part.observe(passes)
             assert part.choose(passes).shape == (8,)
             assert {part.column(name).device.type for name in part.COLUMNS} == {"cpu"}
+
+
+@pytest.mark.parametrize(("name", "other"), [TABLES, TABLES[::-1]])
+def test_the_table_of_another_method_is_refused(name: str, other: str) -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build(name, model)
+    optimizer.step(losses(model), data_of(0))
+    before = copy.deepcopy(optimizer.state_dict()["ksam"]["ascent"])
+    with pytest.raises(ValueError, match=r"state_dict must have the table of \w+, with"):
+        optimizer.load_state_dict(build(other, network()).state_dict())
+    after = optimizer.state_dict()["ksam"]["ascent"]
+    columns = [name for name, value in before.items() if isinstance(value, Tensor)]
+    assert columns
+    assert all_same_bits([after[name] for name in columns], [before[name] for name in columns])
