@@ -27,8 +27,13 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "k": K}
 pytestmark = ranks.needs_ranks
 
 
-def _train(rank: int, folder: Path, name: str, views: bool, steps: int) -> None:
-    """A process: what it ends with goes to a file."""
+#: What is trained, and for how many steps; each with gradients that are views of buckets, or not.
+STEPS = {"ksam": 5, "micro-batches": 5, "auto": 16}
+
+Found = dict[tuple[str, bool], Any]
+
+
+def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
     net = network(batchnorm=name == "auto")
     model = DistributedDataParallel(net, gradient_as_bucket_view=views)
     optimizer = (
@@ -52,19 +57,27 @@ def _train(rank: int, folder: Path, name: str, views: bool, steps: int) -> None:
     average.__annotations__.clear()  # torch takes classes for them, and these are strings
     model.register_comm_hook(None, average)
     optimizer.report_share = name == "auto"
-    results = [optimizer.step(loss_of(model), batch(RANKS * i + rank)) for i in range(steps)]
-    found = {
+    results = [optimizer.step(loss_of(model), batch(RANKS * i + rank)) for i in range(STEPS[name])]
+    return {
         "weights": weights(net),
         "sharp": [result.sharp for result in results],
         "shares": [None if result.share is None else float(result.share) for result in results],
         "losses": results[-1].losses,
         "averages": averages,
     }
-    torch.save(found, folder / f"{rank}.pt")
 
 
-def _run(folder: Path, *arguments: Any) -> list[dict[str, Any]]:
-    ranks.run(_train, RANKS, folder, folder, *arguments)
+def _train_all(rank: int, folder: Path) -> None:
+    """A process: what its runs end with goes to a file."""
+    runs = [(name, views) for name in STEPS for views in (False, True)]
+    torch.save({run: _train(rank, *run) for run in runs}, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    """By rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks.run(_train_all, RANKS, folder, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -99,8 +112,10 @@ def _plain_step(model: nn.Module, base: torch.optim.Optimizer, step: int, rho: f
 
 @pytest.mark.parametrize("name", ["ksam", "micro-batches"])
 @pytest.mark.parametrize("views", [False, True])
-def test_both_gradients_are_means_over_the_ranks(views: bool, name: str, tmp_path: Path) -> None:
-    first, second = _run(tmp_path, name, views, 5)
+def test_both_gradients_are_means_over_the_ranks(
+    found: list[Found], name: str, views: bool
+) -> None:
+    first, second = (of_rank[name, views] for of_rank in found)
     assert first["averages"] == second["averages"] == 2 * 5  # one bucket, once for a gradient
     assert all_same_bits(first["weights"], second["weights"])
     assert not torch.equal(first["losses"], second["losses"])
@@ -108,12 +123,13 @@ def test_both_gradients_are_means_over_the_ranks(views: bool, name: str, tmp_pat
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(5):
         _plain_step(model, base, step, rho=0.1)
-    for found, expected in zip(first["weights"], model.parameters(), strict=True):
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+    for weight, expected in zip(first["weights"], model.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_policy_decides_alike_on_all_ranks(tmp_path: Path) -> None:
-    first, second = _run(tmp_path, "auto", False, 16)
+@pytest.mark.parametrize("views", [False, True])
+def test_the_policy_decides_alike_on_all_ranks(found: list[Found], views: bool) -> None:
+    first, second = (of_rank["auto", views] for of_rank in found)
     shares = list(zip(first["shares"], second["shares"], strict=True))
     assert any((a < THRESHOLD) != (b < THRESHOLD) for a, b in shares[:-1]), shares
     assert first["sharp"] == second["sharp"]

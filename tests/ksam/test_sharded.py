@@ -172,38 +172,6 @@ def check_diagnostics(rank: int) -> None:
         ksam.sharpness(model, loss_of(model), [data])
 
 
-def check_all(rank: int) -> None:
-    for make in MAKERS.values():
-        check_steps(rank, make)
-    check_failure(rank)
-    check_checkpoint(rank)
-    check_scaler(rank)
-    check_diagnostics(rank)
-
-
-def test_steps_are_those_of_whole_weights(tmp_path: Path) -> None:
-    ranks.run(check_all, 2, tmp_path)
-
-
-def check_hybrid(rank: int) -> None:
-    for name in ("KSAM", "ASAM", "MSAM", "AutoKSAM", "AdamW"):
-        check_steps(rank, MAKERS[name])
-
-
-def test_so_are_those_of_hybrid_sharding(tmp_path: Path) -> None:
-    ranks.run(check_hybrid, 4, tmp_path)
-
-
-def test_parameters_that_do_not_tell_that_they_are_parts_are_refused() -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-    nn.Module.__init__(wrapped)
-    model = nn.Sequential(wrapped, nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="model must not be a FullyShardedDataParallel"):
-        KSAM(model.parameters(), SGD, lr=0.1, model=model)
-
-
 def check_tensor_parallel(rank: int) -> None:
     """Both ranks see the same samples, and have half of the network's width."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -228,5 +196,34 @@ def check_tensor_parallel(rank: int) -> None:
         check_same(model, alone)
 
 
-def test_so_are_those_of_tensor_parallelism(tmp_path: Path) -> None:
-    ranks.run(check_tensor_parallel, 2, tmp_path)
+def check_all(rank: int) -> None:
+    for make in MAKERS.values():
+        check_steps(rank, make)
+    check_failure(rank)
+    check_checkpoint(rank)
+    check_scaler(rank)
+    check_diagnostics(rank)
+    check_tensor_parallel(rank)
+
+
+def test_steps_by_parts_of_weights_are_those_of_whole_weights(tmp_path: Path) -> None:
+    ranks.run(check_all, 2, tmp_path)
+
+
+def check_hybrid(rank: int) -> None:
+    for name in ("KSAM", "ASAM", "MSAM", "AutoKSAM", "AdamW"):
+        check_steps(rank, MAKERS[name])
+
+
+def test_so_are_those_of_hybrid_sharding(tmp_path: Path) -> None:
+    ranks.run(check_hybrid, 4, tmp_path)
+
+
+def test_parameters_that_do_not_tell_that_they_are_parts_are_refused() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapped)
+    model = nn.Sequential(wrapped, nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model must not be a FullyShardedDataParallel"):
+        KSAM(model.parameters(), SGD, lr=0.1, model=model)
