@@ -6,9 +6,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ksam.distributed import data_parallel
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.parts import Sampler
@@ -16,6 +17,7 @@ from ksam.samplers import Importance, LossIncrease, Ordered
 from ksam.tables import SharpnessSample
 from ksam.when import Policy
 from ksam_kernels.checks import check_count
+from ksam_kernels.dtensor import first_dtensor
 
 SCALES = ("mean", "batch", "share")
 STATISTICS = ("subset", "matched", "full", "running")
@@ -83,12 +85,19 @@ def _check_when(when: object, otherwise: object) -> None:
         raise ValueError(f"otherwise needs a when that leaves it steps, got {otherwise!r} alone")
 
 
-def _check_micro_batches(size: object, parts: tuple[object, ...], statistics: str) -> None:
+def _check_micro_batches(arguments: Mapping[str, Any]) -> None:
     """What is known only after the whole batch went by at once."""
+    size, statistics = arguments["micro_batch_size"], arguments["statistics"]
     if size is None:
         return
     check_count("micro_batch_size", size, 1)
-    if any(isinstance(part, Ordered) for part in parts):
+    wrapped = data_parallel(arguments["model"])
+    if wrapped is not None and wrapped.static_graph:
+        raise ValueError(
+            f"micro_batch_size must be None with static_graph=True of DistributedDataParallel, "
+            f"which cannot leave out a synchronization, got {size!r}"
+        )
+    if any(isinstance(arguments[part], Ordered) for part in ("ascent", "descent")):
         raise ValueError(
             f"micro_batch_size must be None with Ordered, whose highest losses are known after the "
             f"last micro-batch only (TopK finds them in a pass of its own), got {size!r}"
@@ -124,20 +133,28 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     _check_when(arguments["when"], arguments["otherwise"])
     _check_type("geometry", arguments["geometry"], (Geometry,), "a Geometry")
     _check_model(arguments["model"])
-    parts = (arguments["ascent"], arguments["descent"])
-    _check_micro_batches(arguments["micro_batch_size"], parts, arguments["statistics"])
+    _check_micro_batches(arguments)
     check_count("seed", arguments["seed"], 0, below=2**31)
 
 
-def check_group(base: Optimizer, group: Mapping[str, Any], momentum: bool) -> None:
+def check_group(
+    base: Optimizer, group: Mapping[str, Any], momentum: bool, model: nn.Module | None
+) -> None:
     """Of parameters, as the base will complete it.
 
     Args:
         momentum: whether a method climbs along it.
 
     Raises:
-        ValueError: ``maximize``, or no momentum where one is needed.
+        ValueError: ``maximize``, no momentum where one is needed, or DTensors without their model.
     """
+    params = group.get("params", ())
+    params = [params] if isinstance(params, Tensor) else params
+    if model is None and first_dtensor(params) is not None:
+        raise ValueError(
+            "model must be given where parameters are DTensors, as FSDP2 makes them: it has to "
+            "forget the weights that it has gathered when they move; got None"
+        )
     group = {**base.defaults, **group}
     if group.get("maximize"):
         raise ValueError(

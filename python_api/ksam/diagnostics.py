@@ -71,6 +71,8 @@ class Diagnostics:
         check_count("every", every, 1)
         if size is not None:
             check_count("size", size, 1)
+        if measure_alignment:
+            _check_whole("measure_alignment", parameters(optimizer.param_groups))
         self._optimizer = optimizer
         self._writers = list(writers)
         self._every = every
@@ -211,9 +213,10 @@ def alignment(
         for part in parts:
             of_part = losses[0] if len(parts) == 1 else _losses(per_sample_loss, part.batch)
             inside = top[(top >= begin) & (top < begin + part.samples)] - begin
-            _add_gradient(of_batch, of_part, whole.samples, params)
+            _add_gradient(of_batch, of_part, whole.samples, params, again=len(inside) > 0)
             _add_gradient(of_top, of_part.index_select(0, inside), k, params)
             begin += part.samples
+            del of_part  # and its graph, before the next one's
     dots = [(a * b).sum() for a, b in zip(of_batch, of_top, strict=True)]
     norms = ksam_kernels.grad_norm(of_batch) * ksam_kernels.grad_norm(of_top)
     return torch.stack([d.float() for d in dots]).sum() / norms
@@ -237,12 +240,14 @@ def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
     return per_sample(output, ksam_kernels.batch_size(batch))[0]
 
 
-def _add_gradient(totals: list[Tensor], losses: Tensor, count: int, params: list[Tensor]) -> None:
-    """That of the losses' sum, divided by ``count``; the graph is kept."""
+def _add_gradient(
+    totals: list[Tensor], losses: Tensor, count: int, params: list[Tensor], again: bool = False
+) -> None:
+    """That of the losses' sum, divided by ``count``; the graph is kept for ``again``."""
     if len(losses) == 0:
         return
     mean = losses.mean() * (len(losses) / count)
-    found = torch.autograd.grad(mean, params, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(mean, params, retain_graph=again, allow_unused=True)
     for total, gradient in zip(totals, found, strict=True):
         if gradient is not None:
             total += gradient

@@ -12,10 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 from ksam_kernels.dtensor import first_dtensor
 
 
+def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that a model is or has, behind ``torch.compile`` for one."""
+    modules = () if model is None else model.modules()
+    return next((m for m in modules if isinstance(m, DistributedDataParallel)), None)
+
+
 def _groups(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
     """Process groups over whose ranks the batches of a step are spread, one after the other."""
-    if isinstance(model, DistributedDataParallel):
-        return [model.process_group]
+    wrapped = data_parallel(model)
+    if wrapped is not None:
+        return [wrapped.process_group]
     sharded = first_dtensor(params)
     if sharded is None:
         return []
@@ -41,9 +48,17 @@ def without_sync(model: nn.Module | None, accumulates: bool) -> AbstractContextM
 
     The pass after them averages the sum over the ranks, once.
     """
-    if accumulates and isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return nullcontext()
+    wrapped = data_parallel(model) if accumulates else None
+    return nullcontext() if wrapped is None else wrapped.no_sync()
+
+
+def _sharded_modules(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
+    """FSDP2's, if the parameters are DTensors; the outer ones before those in them."""
+    if model is None or first_dtensor(params) is None:
+        return []
+    from torch.distributed.fsdp import FSDPModule  # takes a second, which most need not wait for
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def gather_anew(model: nn.Module | None, params: list[Tensor]) -> None:
@@ -52,10 +67,20 @@ def gather_anew(model: nn.Module | None, params: list[Tensor]) -> None:
     A forward pass without gradients leaves those of the outermost module where they are, which are
     others than the ranks hold once they have moved.
     """
-    if model is None or first_dtensor(params) is None:
-        return
-    from torch.distributed.fsdp import FSDPModule  # takes a second, which most need not wait for
+    for module in _sharded_modules(model, params):
+        module.reshard()
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+
+def begin_anew(model: nn.Module | None, params: list[Tensor]) -> None:
+    """:func:`gather_anew` after a pass that broke off, in the midst of which FSDP2's modules are.
+
+    PyTorch can end that from 2.13 on, but for the gradients of gathered weights, which the next
+    backward pass would add to: modules that are in a pass have these weights for parameters.
+    """
+    within: set[nn.Module] = set()
+    for module in _sharded_modules(model, params):
+        if module not in within and hasattr(module, "reset_iter_state"):
+            module.zero_grad()
+            module.reset_iter_state()
+        within.update(module.modules())
+        module.reshard()

@@ -1,4 +1,4 @@
-"""Ctrl-C, and any signal whose handler may raise, waits while weights are in between two states."""
+"""Ctrl-C, and other signals that end runs, wait while weights are in between two states."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ def deferred() -> Iterator[None]:
     handlers: dict[int, Handler] = {n: h for n, h in found.items() if callable(h)}
     arrived: dict[int, FrameType | None] = {}
 
-    def give_back() -> None:
-        for number, handler in handlers.items():
-            _signal(number, handler)
-
     try:
         # Twice, as in undone(): the first handler that is back may raise.
         try:
@@ -46,12 +42,21 @@ def deferred() -> Iterator[None]:
                 _signal(number, arrived.setdefault)
             yield
         finally:
-            give_back()
+            _give_back(list(handlers.items()))
     except BaseException:
-        give_back()
+        _give_back(list(handlers.items()))
         raise
     finally:
         _deliver([(handlers[number], number, frame) for number, frame in arrived.items()])
+
+
+def _give_back(handlers: list[tuple[int, Handler]]) -> None:
+    """What a handler that is back raises does not keep the others away."""
+    if handlers:
+        try:
+            _signal(*handlers[0])
+        finally:
+            _give_back(handlers[1:])
 
 
 def _deliver(arrived: list[tuple[Handler, int, FrameType | None]]) -> None:

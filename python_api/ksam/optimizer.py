@@ -15,7 +15,7 @@ import ksam_kernels
 from ksam import batchnorm, copies, interrupts
 from ksam.arguments import check_arguments, check_group
 from ksam.base import build_base, parameter_names
-from ksam.distributed import gather_anew, mean_over_ranks
+from ksam.distributed import begin_anew, gather_anew, mean_over_ranks
 from ksam.geometry import Geometry, Moving
 from ksam.momentum import Momentum
 from ksam.over_base import OverBase
@@ -233,8 +233,8 @@ class SharpnessAware(OverBase):
                 norms.put_back()
                 if not done:
                     ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
-                    gather_anew(self.model, list(perturbed))
                     self._snapshot.put_back()
+            begin_anew(self.model, self._parameters())
             raise
         finally:
             copies.forget()  # of the perturbed weights
@@ -242,7 +242,7 @@ class SharpnessAware(OverBase):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         along_momentum = any(isinstance(part, Momentum) for part in (self.ascent, self.otherwise))
-        check_group(self.base, group, along_momentum)
+        check_group(self.base, group, along_momentum, self.model)
 
     def _samplers(self) -> list[Sampler]:
         return [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]
@@ -274,6 +274,7 @@ class SharpnessAware(OverBase):
             norms=norms,
             model=self.model,
             micro_batch_size=self.micro_batch_size,
+            scored=self._wants_share(sharp) or any(s.scored for s in self._samplers()),
             trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
         )
@@ -320,11 +321,13 @@ class SharpnessAware(OverBase):
         # A share of nothing is NaN: where no sample has a gradient.
         return torch.where(share > 0, factor / share, factor)
 
+    def _wants_share(self, sharp: bool) -> bool:
+        wanted = self.report_share or (sharp and self.scale == "share")
+        return wanted or (isinstance(self.when, Policy) and self.when.wants_share(self.steps_done))
+
     def _share(self, passes: Passes, sharp: bool) -> Tensor | None:
         """What the selection carries, where somebody asks and a pass over the batch tells."""
-        wanted = self.report_share or (sharp and self.scale == "share")
-        probed = isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
-        if not (wanted or probed) or not passes.knows_the_batch:
+        if not self._wants_share(sharp) or not passes.knows_the_batch:
             return None
         sampler = self._selector(passes.samples, passes.step)
         return passes.share(sampler.representatives(passes))

@@ -52,7 +52,13 @@ class Subset:
 
 
 class Sampler(Part):
-    """Which samples a gradient is taken on."""
+    """Which samples a gradient is taken on.
+
+    Attributes:
+        scored: whether it reads ``passes.scores``, for which the logits are gone through again.
+    """
+
+    scored = False
 
     def whole(self, step: int) -> bool:
         """Whether choosing them, or their gradient, evaluates the whole batch."""

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,14 @@ def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class _Found(NamedTuple):
+    """Of a micro-batch."""
+
+    losses: Tensor
+    aux: Any
+    scores: Tensor | None
+
+
 class Passes:
     """Runs the passes that a method asks for, and keeps what they found.
 
@@ -80,8 +88,6 @@ class Passes:
     """
 
     losses: Tensor
-    #: Bounds of the reported samples' gradient norms, ``[M]``; see Recording.scores.
-    scores: Callable[[], Tensor]
 
     def __init__(
         self,
@@ -96,6 +102,7 @@ class Passes:
         norms: batchnorm.Norms,
         model: nn.Module | None,
         micro_batch_size: int | None,
+        scored: bool,
         trainable: bool,
         watch: bool,
     ) -> None:
@@ -112,6 +119,8 @@ class Passes:
         self._norms = norms
         self._model = model
         self._micro_batch_size = micro_batch_size
+        self._scored = scored
+        self._scores: Tensor | None = None
         self._trainable = trainable
         self._watch = watch
         self._reported = False
@@ -204,36 +213,50 @@ class Passes:
     def _in_micro_batches(self, subset: Subset, reports: bool, backward: Backward | None) -> Tensor:
         parts = micro_batches.split(subset, self._micro_batch_size)
         at_once = subset.keep if len(parts) == 1 else None  # with the losses
-        losses: list[Tensor] = []
-        auxes: list[Any] = []
-        scores: list[Callable[[], Tensor]] = []
+        found = []
         for part in parts:
             copies.forget()
-            with (
-                without_sync(self._model, part is not parts[-1]),
-                recording(-1 if subset.indices is not None else part.samples, at_once) as recorded,
-            ):
-                of_part, aux = per_sample(
-                    self._function(containers_copied(part.batch)), part.samples
-                )
-                if at_once is not None:
-                    self.top = recorded.indices(of_part)
-                if reports:
-                    auxes.append(detached(aux))
-                    scores.append(recorded.scores(of_part))
-                if backward is not None:
-                    with self._norms.recomputing() if reports else nullcontext():
-                        backward(of_part, part)
-                losses.append(of_part.detach())
-        of_all = joined(losses)
+            with without_sync(self._model, part is not parts[-1]):
+                found.append(self._micro_batch(part, at_once, reports, backward))
+        losses = joined([of_part.losses for of_part in found])
         if subset.keep is not None and at_once is None:
-            self.top = ksam_kernels.topk_indices(of_all, subset.keep)
+            self.top = ksam_kernels.topk_indices(losses, subset.keep)
         if reports:
-            self.losses, self._reported = of_all, True
-            self.scores = lambda: joined([of_part() for of_part in scores])
+            self.losses, self._reported = losses, True
+            scores = [of_part.scores for of_part in found if of_part.scores is not None]
+            self._scores = joined(scores) if scores else None
+            auxes = [of_part.aux for of_part in found]
             if any(aux is not None for aux in auxes):
                 self.aux = auxes[0] if self._micro_batch_size is None else auxes
-        return of_all
+        return losses
+
+    def _micro_batch(
+        self, part: Subset, k: int | None, reports: bool, backward: Backward | None
+    ) -> _Found:
+        """With k also :attr:`top`. What is found has no graph."""
+        is_whole = part.indices is None
+        with recording(part.samples if is_whole else -1, k) as recorded:
+            losses, aux = per_sample(self._function(containers_copied(part.batch)), part.samples)
+            if k is not None:
+                self.top = recorded.indices(losses)
+            scores = recorded.scores(losses) if reports and self._scored else None
+            if backward is not None:
+                with self._norms.recomputing() if reports else nullcontext():
+                    backward(losses, part)
+        return _Found(losses.detach(), detached(aux), scores)
+
+    @property
+    def scores(self) -> Tensor:
+        """Bounds of the reported samples' gradient norms, float32 ``[M]``.
+
+        See :meth:`ksam.selection.Recording.scores`.
+
+        Raises:
+            RuntimeError: nobody said that they are needed; see :attr:`ksam.parts.Sampler.scored`.
+        """
+        if self._scores is None:
+            raise RuntimeError("scores were not computed: a sampler that reads them sets scored")
+        return self._scores
 
     @property
     def knows_the_batch(self) -> bool:
@@ -251,8 +274,7 @@ class Passes:
 
         A float32 scalar on the device; NaN where no sample has a gradient.
         """
-        scores = self.scores()
-        return scores[indices].sum() / scores.sum()
+        return self.scores[indices].sum() / self.scores.sum()
 
     def indices(self) -> Tensor:
         """The selected samples, int64, ascending."""

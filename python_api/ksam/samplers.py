@@ -114,6 +114,8 @@ class Importance(_AfterForward):
             1 / uniform.
     """
 
+    scored = True
+
     def __init__(self, k: K | Schedule, uniform: float = 0.1) -> None:
         super().__init__(Amount(k))
         check_range("uniform", uniform, 1e-6, 1.0)
@@ -121,7 +123,7 @@ class Importance(_AfterForward):
 
     def _some(self, passes: Passes, size: int) -> Subset:
         passes.forward()
-        scores = passes.scores()
+        scores = passes.scores
         share = scores / scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)
         p = (1 - self.uniform) * share + self.uniform / passes.samples
         p = p / p.sum()

@@ -107,28 +107,24 @@ class Recording:
             return self._indices
         return ksam_kernels.topk_indices(losses.detach(), self._k)
 
-    def scores(self, losses: Tensor) -> Callable[[], Tensor]:
-        """How to get the bound of every sample's gradient norm, float32 ``[B]``, if it is needed.
+    def scores(self, losses: Tensor) -> Tensor:
+        """The bound of every sample's gradient norm, float32 ``[B]``.
 
         With :func:`cross_entropy` the norm of the loss's gradient with respect to the logits,
         ``||softmax(x) - onehot(y)||_2`` (Katharopoulos & Fleuret 2018); else the loss itself, or 0
         where it is negative: shares of the sum are then shares.
         """
         if self._inputs is None or not self._made(losses):
-            return lambda: losses.detach().float().clamp_min(0)
+            return losses.detach().float().clamp_min(0)
         logits, target, options = self._inputs
-
-        def bounds() -> Tensor:
-            with torch.enable_grad():
-                x = _differentiable(logits).requires_grad_()
-                y = _differentiable(target)
-                others = {name: _differentiable(value) for name, value in options.items()}
-                total = ksam_kernels.cross_entropy(x, y, **others).sum()
-                (gradient,) = torch.autograd.grad(total, x)
-            norms: Tensor = torch.linalg.vector_norm(gradient.float(), dim=1)
-            return norms
-
-        return bounds
+        with torch.enable_grad():
+            x = _differentiable(logits).requires_grad_()
+            y = _differentiable(target)
+            others = {name: _differentiable(value) for name, value in options.items()}
+            total = ksam_kernels.cross_entropy(x, y, **others).sum()
+            (gradient,) = torch.autograd.grad(total, x)
+        norms: Tensor = torch.linalg.vector_norm(gradient.float(), dim=1)
+        return norms
 
 
 class _OfThread(threading.local):

@@ -28,14 +28,15 @@ pytestmark = ranks.needs_ranks
 
 
 #: What is trained, and for how many steps; each with gradients that are views of buckets, or not.
-STEPS = {"ksam": 5, "micro-batches": 5, "auto": 16}
+STEPS = {"ksam": 5, "micro-batches": 5, "auto": 16, "compiled": 5}
 
 Found = dict[tuple[str, bool], Any]
 
 
 def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
     net = network(batchnorm=name == "auto")
-    model = DistributedDataParallel(net, gradient_as_bucket_view=views)
+    wrapped = DistributedDataParallel(net, gradient_as_bucket_view=views)
+    model = torch.compile(wrapped, backend="eager") if name == "compiled" else wrapped
     optimizer = (
         AutoKSAM(
             model.parameters(), torch.optim.SGD, model=model, every=1, threshold=THRESHOLD,
@@ -44,7 +45,7 @@ def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
         if name == "auto"
         else KSAM(
             model.parameters(), torch.optim.SGD, model=model, rho=0.1,
-            micro_batch_size=MICRO_BATCH_SIZE if name == "micro-batches" else None, **OPTIONS,
+            micro_batch_size=None if name == "ksam" else MICRO_BATCH_SIZE, **OPTIONS,
         )
     )  # fmt: skip
     averages = 0
@@ -55,7 +56,7 @@ def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
         return allreduce_hook(torch.distributed.group.WORLD, bucket)
 
     average.__annotations__.clear()  # torch takes classes for them, and these are strings
-    model.register_comm_hook(None, average)
+    wrapped.register_comm_hook(None, average)
     optimizer.report_share = name == "auto"
     results = [optimizer.step(loss_of(model), batch(RANKS * i + rank)) for i in range(STEPS[name])]
     return {
@@ -69,6 +70,9 @@ def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
 
 def _train_all(rank: int, folder: Path) -> None:
     """A process: what its runs end with goes to a file."""
+    static = DistributedDataParallel(network(), static_graph=True)
+    with pytest.raises(ValueError, match="micro_batch_size must be None with static_graph=True"):
+        KSAM(static.parameters(), torch.optim.SGD, model=static, micro_batch_size=8, lr=0.1)
     runs = [(name, views) for name in STEPS for views in (False, True)]
     torch.save({run: _train(rank, *run) for run in runs}, folder / f"{rank}.pt")
 
@@ -110,7 +114,7 @@ def _plain_step(model: nn.Module, base: torch.optim.Optimizer, step: int, rho: f
     base.step()
 
 
-@pytest.mark.parametrize("name", ["ksam", "micro-batches"])
+@pytest.mark.parametrize("name", ["ksam", "micro-batches", "compiled"])
 @pytest.mark.parametrize("views", [False, True])
 def test_both_gradients_are_means_over_the_ranks(
     found: list[Found], name: str, views: bool

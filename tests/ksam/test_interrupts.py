@@ -153,6 +153,24 @@ def test_handlers_of_all_that_arrive_run_and_stay() -> None:
             signal.signal(number, handler)
 
 
+def test_handlers_are_given_back_whatever_arrives_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    before = [signal.getsignal(number) for number in numbers]
+    real = interrupts._signal
+
+    def interrupted(number: int, handler: Any) -> None:
+        real(number, handler)
+        if handler in before:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupts, "_signal", interrupted)
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
+        pass
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def measure(model: nn.Module) -> None:
     ksam.sharpness(model, loss_of(model), [batch()], directions=1)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -145,6 +147,38 @@ def test_activations_of_one_micro_batch_are_kept(method: type[Any], size: int | 
     of_a_pass = {KSAM: 12, SAM: 24}[method] if size is None else size
     # The second layer's input and tanh's result, the same tensor saved twice.
     assert 0 < Held.most <= 2 * of_a_pass
+
+
+@pytest.mark.parametrize("report_share", [False, True])
+@pytest.mark.parametrize("name", BY_MICRO_BATCHES)
+def test_logits_are_kept_for_no_other_micro_batch(name: str, report_share: bool) -> None:
+    model = network()
+    optimizer = build(name, model, micro_batch_size=5)
+    optimizer.report_share = report_share
+    logits: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def function(b: Batch) -> Tensor:
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in logits))
+        found = model(b["x"].float())
+        logits.append(weakref.ref(found))
+        return ksam.cross_entropy(found, b["y"])
+
+    for step in range(2):
+        optimizer.step(function, data_of(step))
+    assert alive == [0] * len(alive)
+
+
+def test_alignment_keeps_one_micro_batch() -> None:
+    model = nn.Sequential(nn.Linear(8, 97), nn.Tanh(), nn.Linear(97, 5))
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, micro_batch_size=8)
+    Held.now = Held.most = 0
+    with saved_tensors_hooks(Held, lambda held: held.tensor):
+        ksam.alignment(optimizer, loss_of(model), batch(), 8)
+    gc.collect()
+    assert Held.now == 0
+    assert 0 < Held.most <= 2 * 8
 
 
 @pytest.mark.parametrize("method", [KSAM, SAM])

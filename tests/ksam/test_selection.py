@@ -52,7 +52,7 @@ def test_the_share_is_float32(backend: str) -> None:
 
 def is_recorded(recorded: Recording, losses: Tensor) -> bool:
     """Its scores are then the gradients' bounds; of losses that it does not know, the losses."""
-    return not torch.equal(recorded.scores(losses)(), losses)
+    return not torch.equal(recorded.scores(losses), losses)
 
 
 def test_a_recording_is_of_its_thread(backend: str) -> None:

@@ -99,18 +99,57 @@ def check_steps(rank: int, make: Make) -> None:
     check_same(half, everywhere)
 
 
-def check_failure(rank: int) -> None:
-    """Of the descent, on all ranks: the weights are what they were, and the next step is right."""
-    twin = sharded(network(dtype=torch.float64))
-    model = sharded(network(dtype=torch.float64))
+class Bomb(nn.Module):
+    """Goes off in its last forward or backward pass, once ``left`` is set."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.left = where, 0
+
+    def burn(self, where: str) -> None:
+        if where == self.where:
+            self.left -= 1
+            if self.left == 0:
+                raise RuntimeError("boom")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.burn("forward")
+        found: Tensor = _Backward.apply(x, self)
+        return found
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bomb: Bomb) -> Tensor:  # type: ignore[override]
+        ctx.bomb = bomb
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        ctx.bomb.burn("backward")
+        return gradient, None
+
+
+def check_failure(rank: int, where: str, n: int) -> None:
+    """On all ranks: the weights are what they were, and the next steps and passes are right."""
+    bomb = Bomb(where)
+    layers = [network(dtype=torch.float64) for _ in range(2)]
+    twin = sharded(nn.Sequential(*layers[0], nn.Identity()))
+    model = sharded(nn.Sequential(*layers[1][:2], bomb, layers[1][2]))
     other, optimizer = (with_base(SGD, lr=0.1, momentum=0.9)(m) for m in (twin, model))
     for step in range(3):
         data = data_of(rank, step)
-        before = [p.to_local().clone() for p in model.parameters()]
-        with pytest.raises(RuntimeError, match="boom"):
-            optimizer.step(fails_in_call(model, 3, RuntimeError("boom")), data)
-        for p, q in zip(model.parameters(), before, strict=True):
-            assert torch.equal(p.to_local(), q)
+        if step == 1:
+            before = [p.to_local().clone() for p in model.parameters()]
+            loss, bomb.left = loss_of(model), n
+            if where == "after the forward":
+                loss = fails_in_call(model, n, RuntimeError("boom"))
+            with pytest.raises(RuntimeError, match="boom"):
+                optimizer.step(loss, data)
+            for p, q in zip(model.parameters(), before, strict=True):
+                assert torch.equal(p.to_local(), q)
+            with torch.no_grad():
+                assert torch.equal(model(data["x"]), twin(data["x"]))
         optimizer.step(loss_of(model), data)
         other.step(loss_of(twin), data)
     for p, q in zip(whole(model), whole(twin), strict=True):
@@ -168,8 +207,17 @@ def check_diagnostics(rank: int) -> None:
     optimizer = with_base(SGD, lr=0.1)(model)
     with pytest.raises(NotImplementedError, match="alignment needs whole parameters"):
         ksam.alignment(optimizer, loss_of(model), data, 8)
+    with pytest.raises(NotImplementedError, match="measure_alignment needs whole parameters"):
+        ksam.Diagnostics(optimizer)
+    ksam.Diagnostics(optimizer, measure_alignment=False)
     with pytest.raises(NotImplementedError, match="sharpness needs whole parameters"):
         ksam.sharpness(model, loss_of(model), [data])
+
+
+def check_without_the_model(rank: int) -> None:
+    model = sharded(network())
+    with pytest.raises(ValueError, match="model must be given where parameters are DTensors"):
+        KSAM(model.parameters(), SGD, lr=0.1)
 
 
 def check_tensor_parallel(rank: int) -> None:
@@ -197,12 +245,21 @@ def check_tensor_parallel(rank: int) -> None:
 
 
 def check_all(rank: int) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
     for make in MAKERS.values():
         check_steps(rank, make)
-    check_failure(rank)
+    for n in (1, 2, 3):
+        check_failure(rank, "after the forward", n)
+        if hasattr(FSDPModule, "reset_iter_state"):  # PyTorch 2.13
+            check_failure(rank, "forward", n)
+    if hasattr(FSDPModule, "reset_iter_state"):
+        for n in (1, 2):
+            check_failure(rank, "backward", n)
     check_checkpoint(rank)
     check_scaler(rank)
     check_diagnostics(rank)
+    check_without_the_model(rank)
     check_tensor_parallel(rank)
 
 
