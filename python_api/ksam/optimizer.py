@@ -274,7 +274,7 @@ class SharpnessAware(OverBase):
             norms=norms,
             model=self.model,
             micro_batch_size=self.micro_batch_size,
-            scored=self._wants_share(sharp) or any(s.scored for s in self._samplers()),
+            scored=self._wants_share(sharp) or (sharp and any(s.scored for s in self._samplers())),
             trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
         )
