@@ -13,10 +13,6 @@ from typing import Any
 _NAMES = ("INT", "TERM", "HUP", "ALRM", "USR1", "USR2", "XCPU")
 _SIGNALS = [getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(signal, f"SIG{name}")]
 
-# C's own, which make no enums of what they take and give: a quarter of a block's time.
-_getsignal = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
-_signal = getattr(signal.signal, "__wrapped__", signal.signal)
-
 Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -31,7 +27,7 @@ def deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    found = {number: _getsignal(number) for number in _SIGNALS}
+    found = {number: signal.getsignal(number) for number in _SIGNALS}
     handlers: dict[int, Handler] = {n: h for n, h in found.items() if callable(h)}
     arrived: dict[int, FrameType | None] = {}
 
@@ -39,7 +35,7 @@ def deferred() -> Iterator[None]:
         # Twice, as in undone(): the first handler that is back may raise.
         try:
             for number in handlers:
-                _signal(number, arrived.setdefault)
+                signal.signal(number, arrived.setdefault)
             yield
         finally:
             _give_back(list(handlers.items()))
@@ -54,7 +50,7 @@ def _give_back(handlers: list[tuple[int, Handler]]) -> None:
     """What a handler that is back raises does not keep the others away."""
     if handlers:
         try:
-            _signal(*handlers[0])
+            signal.signal(*handlers[0])
         finally:
             _give_back(handlers[1:])
 

@@ -158,16 +158,17 @@ def test_handlers_are_given_back_whatever_arrives_meanwhile(
 ) -> None:
     numbers = [signal.SIGINT, signal.SIGTERM]
     before = [signal.getsignal(number) for number in numbers]
-    real = interrupts._signal
+    real = signal.signal
 
     def interrupted(number: int, handler: Any) -> None:
         real(number, handler)
         if handler in before:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(interrupts, "_signal", interrupted)
+    monkeypatch.setattr(signal, "signal", interrupted)
     with pytest.raises(KeyboardInterrupt), interrupts.deferred():
         pass
+    monkeypatch.undo()
     assert [signal.getsignal(number) for number in numbers] == before
 
 
