@@ -38,8 +38,8 @@ class Counter:
     def __init__(self, present: list[Tensor]) -> None:
         """``present``: tensors that are there anyway."""
         self.now = self.most = 0
-        self._present = {tensor.untyped_storage().data_ptr() for tensor in present}
-        self._holders: dict[int, int] = {}
+        # By place in memory. Those of what is there have a holder that never lets go.
+        self._holders = {tensor.untyped_storage().data_ptr(): 1 for tensor in present}
 
     def pack(self, tensor: Tensor) -> Held:
         """For ``saved_tensors_hooks``."""
@@ -47,8 +47,6 @@ class Counter:
 
     def add(self, storage: torch.UntypedStorage) -> None:
         place = storage.data_ptr()
-        if place in self._present:
-            return
         self._holders[place] = self._holders.get(place, 0) + 1
         if self._holders[place] == 1:
             self.now += storage.nbytes()
@@ -56,8 +54,6 @@ class Counter:
 
     def remove(self, storage: torch.UntypedStorage) -> None:
         place = storage.data_ptr()
-        if place in self._present:
-            return
         self._holders[place] -= 1
         if self._holders[place] == 0:
             del self._holders[place]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from torch import Tensor
 
 from tests.device import DEVICE
 
@@ -44,3 +45,8 @@ def run(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any
         folder: an empty one.
     """
     torch.multiprocessing.spawn(_start, (ranks, folder, function, arguments), nprocs=ranks)
+
+
+def put_together(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The whole of every DTensor; the other tensors."""
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ksam_kernels import library
 from ksam_kernels.dtensor import local
+from ksam_kernels.perturb.others import with_norm_of_others
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 
@@ -94,8 +95,7 @@ class _Part(NamedTuple):
     """Tensors of the lists that are cut alike."""
 
     rows: list[int]
-    grads: TensorList  # local ones, as the next
-    params: TensorList  # none, where they do not weigh
+    grads: TensorList  # local ones
     total: Tensor  # the norm over all ranks
     elsewhere: Tensor  # and that of the other ranks' parts
 
@@ -108,7 +108,7 @@ def _parts(grads: TensorList, params: TensorList, adaptive: bool, eta: float) ->
         g = [slopes[i] for i in rows]
         w = [weights[i] for i in rows] if adaptive else []
         own = library.dispatch("grad_norm", g, w, adaptive, eta)
-        found.append(_Part(rows, g, w, *_over_ranks(own, spread)))
+        found.append(_Part(rows, g, *_over_ranks(own, spread)))
     return found
 
 
@@ -145,17 +145,16 @@ def perturb_(
         for part in parts:
             others = [other.total for other in parts if other is not part]
             missing = _norm([part.elsewhere, *others])
-            # One more parameter, w = 1, that has the rest of the norm and does not move.
-            one = torch.ones_like(missing)
-            library.dispatch(
-                "perturb_",
-                [*(weights[i] for i in part.rows), one],
-                [*part.grads, missing / (1 + eta) if adaptive else missing],
-                [*(kept[i] for i in part.rows), torch.empty_like(one)],
-                [*(rho[i] for i in part.rows), 0.0],
+            lists = with_norm_of_others(
+                [weights[i] for i in part.rows],
+                part.grads,
+                [kept[i] for i in part.rows],
+                [rho[i] for i in part.rows],
+                missing,
                 adaptive,
                 eta,
             )
+            library.dispatch("perturb_", *lists, adaptive, eta)
             done += part.rows
     except BaseException:
         library.dispatch("restore_", [weights[i] for i in done], [kept[i] for i in done])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ksam.distributed import data_parallel
+from ksam.distributed import data_parallel, fully_sharded
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.parts import Sampler
@@ -109,12 +108,9 @@ def _check_micro_batches(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _check_model(model: object) -> None:
+def _check_model(model: Any) -> None:
     _check_type("model", model, (nn.Module,), "a torch.nn.Module")
-    # Takes a second to import: who has one, has imported it.
-    package = sys.modules.get("torch.distributed.fsdp")
-    modules = model.modules() if package is not None and isinstance(model, nn.Module) else ()
-    if any(isinstance(module, package.FullyShardedDataParallel) for module in modules):  # type: ignore[union-attr]
+    if fully_sharded(model) is not None:
         raise TypeError(
             "model must not be a FullyShardedDataParallel, whose parameters do not tell that they "
             "are parts: shard it by torch.distributed.fsdp.fully_shard (FSDP2)"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 from torch import Tensor, nn
@@ -11,11 +12,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ksam_kernels.dtensor import first_dtensor
 
+M = TypeVar("M", bound=nn.Module)
+
+
+def _first(model: nn.Module | None, kind: type[M]) -> M | None:
+    """The module of that kind that a model is or has, behind ``torch.compile`` for one."""
+    modules = () if model is None else model.modules()
+    return next((module for module in modules if isinstance(module, kind)), None)
+
 
 def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
-    """The DistributedDataParallel that a model is or has, behind ``torch.compile`` for one."""
-    modules = () if model is None else model.modules()
-    return next((m for m in modules if isinstance(m, DistributedDataParallel)), None)
+    """The DistributedDataParallel that a model is or has."""
+    return _first(model, DistributedDataParallel)
+
+
+def fully_sharded(model: nn.Module | None) -> nn.Module | None:
+    """The FullyShardedDataParallel (FSDP1) that a model is or has."""
+    # Takes a second to import: who has one, has imported it.
+    package = sys.modules.get("torch.distributed.fsdp")
+    return None if package is None else _first(model, package.FullyShardedDataParallel)
 
 
 def _groups(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
@@ -43,13 +58,14 @@ def mean_over_ranks(value: Tensor, model: nn.Module | None, params: list[Tensor]
     return value
 
 
-def without_sync(model: nn.Module | None, accumulates: bool) -> AbstractContextManager[None]:
+def without_sync(
+    wrapped: DistributedDataParallel | None, accumulates: bool
+) -> AbstractContextManager[None]:
     """Forward and backward passes within leave a rank's own gradient, if it ``accumulates``.
 
     The pass after them averages the sum over the ranks, once.
     """
-    wrapped = data_parallel(model) if accumulates else None
-    return nullcontext() if wrapped is None else wrapped.no_sync()
+    return wrapped.no_sync() if accumulates and wrapped is not None else nullcontext()
 
 
 def _sharded_modules(model: nn.Module | None, params: list[Tensor]) -> list[Any]:

@@ -14,6 +14,7 @@ import ksam_kernels
 from ksam.parts import Part
 from ksam.radius import check_rho
 from ksam_kernels.checks import check_range
+from ksam_kernels.perturb.others import with_norm_of_others
 
 T = TypeVar("T")
 
@@ -85,15 +86,10 @@ class Geometry(Part):
         norm_of_others: Tensor | None = None,
     ) -> Tensor:
         """``ksam_kernels.perturb_``; the norm may include that of others, given in ``T g``."""
-        params, directions = list(moving.params), list(moving.directions)
-        backup, radii = list(moving.backup), list(moving.radii)
+        lists = (moving.params, moving.directions, moving.backup, moving.radii)
         if norm_of_others is not None:
-            # One more parameter, w = 1, that has the others' share of the norm and does not move.
-            one = torch.ones_like(norm_of_others)
-            params.append(one)
-            directions.append(norm_of_others / (1 + self.eta) if adaptive else norm_of_others)
-            backup.append(torch.empty_like(one))
-            radii.append(0.0)
+            lists = with_norm_of_others(*lists, norm_of_others, adaptive, self.eta)
+        params, directions, backup, radii = lists
         norm = ksam_kernels.perturb_(
             params, directions, backup, rho=radii, adaptive=adaptive, eta=self.eta
         )

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 import ksam_kernels
 from ksam import batchnorm, copies, interrupts
 from ksam.arguments import check_arguments, check_group
+from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
-from ksam.distributed import begin_anew, gather_anew, mean_over_ranks
+from ksam.distributed import begin_anew, data_parallel, gather_anew, mean_over_ranks
 from ksam.geometry import Geometry, Moving
 from ksam.momentum import Momentum
 from ksam.over_base import OverBase
@@ -133,7 +134,7 @@ class SharpnessAware(OverBase):
 
     def _scratch(self) -> None:
         """Working memory: part of no checkpoint and no copy."""
-        self._backup: dict[Tensor, Tensor] = {}
+        self._backups = Backups()
         self._snapshot = batchnorm.Snapshot()
         self._kept = batchnorm.Kept()
 
@@ -272,7 +273,7 @@ class SharpnessAware(OverBase):
             seed=self.seed,
             whole=not sharp or any(sampler.whole(step) for sampler in self._samplers()),
             norms=norms,
-            model=self.model,
+            wrapped=None if self.micro_batch_size is None else data_parallel(self.model),
             micro_batch_size=self.micro_batch_size,
             scored=self._wants_share(sharp) or (sharp and any(s.scored for s in self._samplers())),
             trainable=any(p.requires_grad for p in self._parameters()),
@@ -321,9 +322,12 @@ class SharpnessAware(OverBase):
         # A share of nothing is NaN: where no sample has a gradient.
         return torch.where(share > 0, factor / share, factor)
 
+    def _probes(self) -> bool:
+        """Whether the step's share is for a policy."""
+        return isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
+
     def _wants_share(self, sharp: bool) -> bool:
-        wanted = self.report_share or (sharp and self.scale == "share")
-        return wanted or (isinstance(self.when, Policy) and self.when.wants_share(self.steps_done))
+        return self.report_share or (sharp and self.scale == "share") or self._probes()
 
     def _share(self, passes: Passes, sharp: bool) -> Tensor | None:
         """What the selection carries, where somebody asks and a pass over the batch tells."""
@@ -353,7 +357,7 @@ class SharpnessAware(OverBase):
         moving = Moving(
             params=params,
             directions=[direction for direction in along if direction is not None],
-            backup=self._backups_of(params),
+            backup=self._backups.of(params, self._parameters),
             radii=list(compress(of_params, known)),
             names=[],
         )
@@ -367,8 +371,7 @@ class SharpnessAware(OverBase):
 
     def _probe(self, share: Tensor | None) -> Tensor | None:
         """What a policy that asked for the share is told, on all ranks the same."""
-        asked = isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
-        if not asked or share is None:
+        if share is None or not self._probes():
             return None
         return mean_over_ranks(share, self.model, self._parameters())
 
@@ -384,21 +387,3 @@ class SharpnessAware(OverBase):
     def _parameters(self) -> list[Tensor]:
         """In every step, so without the look at each entry that ``parameters`` takes."""
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _backups_of(self, params: list[Tensor]) -> list[Tensor]:
-        """Kept between steps: stable addresses, and no allocation in the loop."""
-        backups, grown = [], False
-        for p in params:
-            backup = self._backup.get(p)
-            if (
-                backup is None
-                or backup.shape != p.shape
-                or backup.dtype != p.dtype
-                or backup.device != p.device
-            ):
-                backup = self._backup[p] = torch.empty_like(p, requires_grad=False)
-                grown = True
-            backups.append(backup)
-        if grown:  # in turn forget those of parameters that were taken out of the groups
-            self._backup = {p: self._backup[p] for p in self._parameters() if p in self._backup}
-        return backups

@@ -9,7 +9,8 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import ksam_kernels
 from ksam import batchnorm, copies, micro_batches
@@ -100,7 +101,7 @@ class Passes:
         seed: int,
         whole: bool,
         norms: batchnorm.Norms,
-        model: nn.Module | None,
+        wrapped: DistributedDataParallel | None,
         micro_batch_size: int | None,
         scored: bool,
         trainable: bool,
@@ -117,7 +118,7 @@ class Passes:
         self._scale = scale
         self._whole = whole
         self._norms = norms
-        self._model = model
+        self._wrapped = wrapped
         self._micro_batch_size = micro_batch_size
         self._scored = scored
         self._scores: Tensor | None = None
@@ -216,7 +217,7 @@ class Passes:
         found = []
         for part in parts:
             copies.forget()
-            with without_sync(self._model, part is not parts[-1]):
+            with without_sync(self._wrapped, part is not parts[-1]):
                 found.append(self._micro_batch(part, at_once, reports, backward))
         losses = joined([of_part.losses for of_part in found])
         if subset.keep is not None and at_once is None:

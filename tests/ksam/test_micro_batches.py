@@ -24,7 +24,6 @@ from tests.helpers import all_same_bits
 from tests.ksam.models import Batch, batch, loss_of, network, weights
 from tests.ksam.test_family import NAMES, build, data_of, losses
 from tests.ksam.test_grad_scaler import scaler
-from tests.ksam.test_passes import autocast
 from tests.ksam.test_reliability import fails_in_call
 
 BY_MICRO_BATCHES = [name for name in NAMES if name != "OrderedSGD"]
@@ -272,30 +271,6 @@ def test_a_failed_micro_batch_is_as_if_the_step_had_not_been(backend: str, call:
 def test_copies_take_micro_batches_of_the_same_size(copied: Callable[[Any], Any]) -> None:
     optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1, micro_batch_size=7)
     assert copied(optimizer).micro_batch_size == 7
-
-
-@pytest.mark.parametrize("name", BY_MICRO_BATCHES)
-def test_autocast_around_the_step_is_autocast_in_the_function(backend: str, name: str) -> None:
-    """Its copies of the weights are made for every micro-batch."""
-
-    def run(outside: bool) -> list[Tensor]:
-        model = network()
-        optimizer = build(name, model, micro_batch_size=5)
-
-        def inside(b: Batch) -> Tensor:
-            with autocast():
-                return losses(model)(b)
-
-        for step in range(3):
-            data = {**data_of(step), "x": data_of(step)["x"].float()}
-            if outside:
-                with autocast():
-                    optimizer.step(losses(model), data)
-            else:
-                optimizer.step(inside, data)
-        return weights(model)
-
-    assert all_same_bits(run(outside=True), run(outside=False))
 
 
 def test_a_scaler_scales_every_micro_batch(backend: str) -> None:

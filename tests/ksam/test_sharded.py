@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ksam
 from ksam import KSAM, AutoKSAM, SharpnessAware
 from tests import ranks
+from tests.helpers import all_same_bits
 from tests.ksam.models import Batch, batch, loss_of, network
 from tests.ksam.test_data_parallel import THRESHOLD
 from tests.ksam.test_family import NAMES, build, losses
@@ -49,7 +50,7 @@ def sharded(model: nn.Sequential) -> nn.Module:
 
 
 def whole(model: nn.Module) -> list[Tensor]:
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return ranks.put_together(model.parameters())
 
 
 def check_same(found: nn.Module, expected: nn.Module) -> None:
@@ -152,8 +153,7 @@ def check_failure(rank: int, where: str, n: int) -> None:
                 assert torch.equal(model(data["x"]), twin(data["x"]))
         optimizer.step(loss_of(model), data)
         other.step(loss_of(twin), data)
-    for p, q in zip(whole(model), whole(twin), strict=True):
-        assert torch.equal(p, q)
+    assert all_same_bits(whole(model), whole(twin))
 
 
 def check_checkpoint(rank: int) -> None:
@@ -167,8 +167,7 @@ def check_checkpoint(rank: int) -> None:
     assert other.steps_done == 2
     for m, o in ((model, optimizer), (twin, other)):
         o.step(loss_of(m), data_of(rank, 2))
-    for p, q in zip(whole(model), whole(twin), strict=True):
-        assert torch.equal(p, q)
+    assert all_same_bits(whole(model), whole(twin))
 
 
 def check_scaler(rank: int) -> None:
@@ -182,8 +181,7 @@ def check_scaler(rank: int) -> None:
         plain.step(loss_of(twin), data)
         optimizer.step(loss_of(model), data)
         scaler.update()
-    for p, q in zip(whole(model), whole(twin), strict=True):
-        assert torch.equal(p, q)
+    assert all_same_bits(whole(model), whole(twin))
     gradients = 0
 
     def overflow(p: Tensor) -> None:
@@ -198,8 +196,7 @@ def check_scaler(rank: int) -> None:
     scaler.update()
     assert gradients == 2
     assert scaler.get_scale() == 512.0
-    for p, q in zip(whole(model), whole(twin), strict=True):
-        assert torch.equal(p, q)
+    assert all_same_bits(whole(model), whole(twin))
 
 
 def check_diagnostics(rank: int) -> None:

@@ -14,6 +14,7 @@ import ksam_kernels as kk
 from ksam_kernels import use_backend
 from tests import ranks
 from tests.helpers import all_same_bits
+from tests.ranks import put_together
 
 pytestmark = ranks.needs_ranks
 
@@ -49,10 +50,6 @@ def placed(tensors: list[Tensor], mesh: Any) -> list[Tensor]:
         placements = [Replicate() if letter == "R" else Shard(int(letter)) for letter in how]
         found.append(distribute_tensor(tensor.clone(), mesh, placements))
     return found
-
-
-def put_together(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
 
 
 def same_on_all_ranks(tensor: Tensor) -> bool:
@@ -119,12 +116,10 @@ def check_updates(mesh: Any) -> None:
         for found_inf in (None, torch.zeros(()), torch.ones(())):
             lists = [[t.clone() for t in ts] for ts in (w, backup, g, one, two)]
             counters = [torch.full((), 3.0) for _ in w]
-            steps = {"steps": counters} if count != 1 else {}
+            steps = {"steps": counters} if update is kk.restore_adam_ else {}
             own = [placed(ts, mesh) for ts in lists]
             own_steps = {"steps": [c.clone() for c in counters]} if steps else {}
-            states, own_states = lists[3 : 3 + count], own[3 : 3 + count]
-            if update is kk.restore_sgd_ and count == 0:
-                states, own_states, steps, own_steps = [[]], [[]], {}, {}
+            states, own_states = lists[3 : 3 + count] or [[]], own[3 : 3 + count] or [[]]
             update(*lists[:3], *states, **steps, **options, found_inf=found_inf)
             update(*own[:3], *own_states, **own_steps, **options, found_inf=found_inf)
             for ours, theirs in zip(own, lists, strict=True):

@@ -1,0 +1,30 @@
+"""Lists of a perturbation whose norm is not that of their gradients alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]
+
+
+def with_norm_of_others(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backup: Sequence[Tensor],
+    rho: Sequence[float],  # one per parameter
+    norm: Tensor,
+    adaptive: bool,
+    eta: float,
+) -> Lists:
+    """The lists and radii for ``perturb_``, whose norm then includes ``norm``, that of T g of
+    others: one more parameter, w = 1, has it for a gradient and does not move."""
+    one = torch.ones_like(norm)
+    return (
+        [*params, one],
+        [*grads, norm / (1 + eta) if adaptive else norm],
+        [*backup, torch.empty_like(one)],
+        [*rho, 0.0],
+    )
