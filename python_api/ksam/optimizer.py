@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import compress
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +13,27 @@ from torch.optim import Optimizer
 
 import ksam_kernels
 from ksam import batchnorm, copies, interrupts
-from ksam.arguments import check_arguments, check_group
+from ksam.arguments import check_arguments
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
-from ksam.distributed import begin_anew, data_parallel, gather_anew, mean_over_ranks
+from ksam.composed import Composed
+from ksam.distributed import begin_anew, data_parallel, gather_anew
 from ksam.geometry import Geometry, Moving
+from ksam.gradients import set_aside
 from ksam.momentum import Momentum
-from ksam.over_base import OverBase
-from ksam.parts import Part, Sampler, Subset
+from ksam.parts import Sampler
 from ksam.passes import Passes, PerSampleLoss
 from ksam.radius import Rho
 from ksam.result import StepResult
 from ksam.samplers import All
 from ksam.update import Update
 from ksam.when import Policy
+from ksam_kernels.checks import check_range
 
-_PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
-_OPTIONS = ("scale", "statistics", "model", "micro_batch_size", "seed", "report_share")
+_OWN = ("statistics", "micro_batch_size", "seed", "_update", "_looked_for_batchnorm")
 
 
-class SharpnessAware(OverBase):
+class SharpnessAware(Composed):
     r"""The engine under every method of the family; the methods are in :mod:`ksam.methods`.
 
     A step perturbs the weights along an **ascent** direction in a **geometry**, takes the
@@ -119,17 +120,22 @@ class SharpnessAware(OverBase):
         }
         parts = {"ascent": ascent, "descent": descent, "when": when, "otherwise": otherwise}
         check_arguments({**options, **parts, "geometry": geometry})
-        self.ascent, self.descent = ascent, descent
-        self.geometry = geometry or Geometry()
-        self.when, self.otherwise = when, otherwise
-        self.scale, self.statistics = scale, statistics
+        self.statistics = statistics
         self.micro_batch_size = micro_batch_size
         self.seed = seed
-        self.model = model
-        self.report_share = False
         self._looked_for_batchnorm = False
         self._scratch()
-        super().__init__(build_base(params, base, base_kwargs), rho)
+        super().__init__(
+            build_base(params, base, base_kwargs),
+            rho,
+            ascent=ascent,
+            descent=descent,
+            geometry=geometry or Geometry(),
+            when=when,
+            otherwise=otherwise,
+            scale=scale,
+            model=model,
+        )
         self._update = Update(self.base, grad_scaler)
 
     def _scratch(self) -> None:
@@ -137,48 +143,29 @@ class SharpnessAware(OverBase):
         self._backups = Backups()
         self._snapshot = batchnorm.Snapshot()
         self._kept = batchnorm.Kept()
-
-    def _parts(self) -> dict[str, Part]:
-        parts = {name: getattr(self, name) for name in _PARTS}
-        return {name: part for name, part in parts.items() if isinstance(part, Part)}
+        self._has_grad = False  # that of backward(), for a step() to come
 
     def __getstate__(self) -> dict[str, Any]:
-        names = (*_PARTS, *_OPTIONS, "_update", "_looked_for_batchnorm")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._scratch()
 
-    def cost(self, samples: int, step: int | None = None) -> float:
-        """Cost of a sharpness-aware step on a batch of ``samples``, in units of a plain one.
+    @overload  # type: ignore[override]
+    def step(self, per_sample_loss: PerSampleLoss, batch: Any) -> StepResult: ...
 
-        Counted: a forward pass over one sample is 1, a backward pass 2, so a plain step is 3M.
-        """
-        step = self.steps_done if step is None else step
-        ascent = self.ascent.cost(samples, step) if isinstance(self.ascent, Sampler) else 0
-        if self.descent is not None:
-            return (ascent + self.descent.cost(samples, step)) / (3 * samples)
-        assert isinstance(self.ascent, Sampler)
-        return (ascent + 3 * self.ascent.size(samples, step)) / (3 * samples)
+    @overload
+    def step(self, *, closure: Callable[[], Any] | None = None) -> Any: ...
 
-    def selected(self, samples: int, step: int | None = None) -> int:
-        """How many of ``samples`` a sharpness-aware step selects; all, where it selects none."""
-        step = self.steps_done if step is None else step
-        return self._selector(samples, step).selects(samples, step)
-
-    def _selector(self, samples: int, step: int) -> Sampler:
-        """The ascent's sampler; the descent's, where the ascent is not on a selection."""
-        ascent, descent = self.ascent, self.descent
-        if isinstance(ascent, Sampler) and ascent.selects(samples, step) < samples:
-            return ascent
-        if descent is not None:
-            return descent
-        assert isinstance(ascent, Sampler)
-        return ascent
-
-    def step(self, per_sample_loss: PerSampleLoss, batch: Any) -> StepResult:  # type: ignore[override]
-        """One step.
+    def step(
+        self,
+        per_sample_loss: PerSampleLoss | None = None,
+        batch: Any = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+    ) -> Any:
+        """One step; without a function and a batch, that for which :meth:`backward` was called.
 
         Args:
             per_sample_loss: ``f(batch) -> losses [B]`` or ``(losses, aux)``; called once for every
@@ -190,17 +177,87 @@ class SharpnessAware(OverBase):
                 is not.
             batch: any tree of tensors with the samples in dimension 0; what else is in it is
                 passed on (see :func:`ksam_kernels.compact_batch`).
+            closure: for trainers that pass one: called first, once, as torch's optimizers do.
 
         Returns:
-            A :class:`StepResult`. ``.grad`` holds the descent gradient afterwards.
+            A :class:`StepResult`. ``.grad`` holds the descent gradient afterwards, and what it held
+            before is gone. Without a function and a batch what the closure returned, or None, and
+            ``.grad`` is as it was.
 
         Raises:
-            RuntimeError: in ``torch.inference_mode()``; losses without a graph.
+            RuntimeError: in ``torch.inference_mode()``; losses without a graph. Without a function
+                and a batch: :meth:`backward` was not called since the last step, or the gradients
+                are still scaled.
             TypeError, ValueError: a batch, losses or scheduled values that are not as described.
                 Whatever is raised before the base optimizer's own step, by this method or by the
                 function, KeyboardInterrupt included: weights and BatchNorm statistics are bit for
                 bit what they were. What the base raises in its step may leave its state changed.
         """
+        if per_sample_loss is None and batch is None:
+            return self._step_by_grad(closure)
+        if per_sample_loss is None or batch is None or closure is not None:
+            raise TypeError(
+                "step takes per_sample_loss and batch, or after backward(per_sample_loss, batch) "
+                "neither (and closure by name)"
+            )
+        return self._run(per_sample_loss, batch, weight=None)
+
+    def backward(
+        self, per_sample_loss: PerSampleLoss, batch: Any, *, weight: float = 1.0
+    ) -> StepResult:
+        """A step up to the update, for loops and trainers that take that by a :meth:`step` of its
+        own: the descent gradient is added to ``.grad``, as ``loss.backward()`` adds its own.
+
+        ::
+
+            optimizer.zero_grad()
+            result = optimizer.backward(loss, batch)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        Weights are bit for bit what they were afterwards: to restore them is a pass over them that
+        ``step(per_sample_loss, batch)`` saves. For the parts of a method it is the step, whose
+        number is ``steps_done``: schedules and policies count these calls.
+
+        Args:
+            per_sample_loss, batch: as for :meth:`step`.
+            weight: of the batch's gradient in the sum, >= 0: 1 / n for the mean over the n batches
+                of n calls. What the ascent is along does not depend on it, nor on what ``.grad``
+                held.
+
+        Returns:
+            A :class:`StepResult`.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as :meth:`step`. After an error in the descent pass
+                (with FSDP2, in any) ``.grad`` holds neither sum: call ``zero_grad()``.
+        """
+        check_range("weight", weight, 0.0)
+        return self._run(per_sample_loss, batch, weight=weight)
+
+    def _step_by_grad(self, closure: Callable[[], Any] | None) -> Any:
+        """The base optimizer's step with ``.grad``."""
+        returned = None
+        if closure is not None:
+            with torch.enable_grad():
+                returned = closure()
+        if not self._has_grad:
+            raise RuntimeError(
+                "step without a function and a batch updates by the gradients of "
+                "backward(per_sample_loss, batch), which was not called since the last step"
+            )
+        self._update.check_unscaled(self)
+        with interrupts.deferred():
+            self._update.by_grad()
+            self._has_grad = False
+            gather_anew(self.model, self._parameters())
+        copies.forget()
+        return returned
+
+    def _run(
+        self, per_sample_loss: PerSampleLoss, batch: Any, *, weight: float | None
+    ) -> StepResult:
+        """Gradients, and the update; with a weight the gradients alone, added to ``.grad``."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "step needs gradients, which do not exist in torch.inference_mode(); call it "
@@ -217,17 +274,23 @@ class SharpnessAware(OverBase):
         norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._kept)
         passes = self._passes(per_sample_loss, batch, samples, sharp, norms)
         self._schedule_rho()
-        self.zero_grad()
+        if weight is None:
+            self.zero_grad()
+            self._has_grad = False
         self._snapshot.take(norms)
         perturbed: dict[Tensor, Tensor] = {}
         done = False
         try:
             with torch.enable_grad():
-                result = self._descent_gradient(passes, sharp, perturbed)
+                result = self._descent_gradient(passes, sharp, perturbed, weight)
                 probe = self._probe(result.share)
             with interrupts.deferred():
-                self._update(perturbed)
+                if weight is None:
+                    self._update(perturbed)
+                else:
+                    ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
                 done = True
+                self._has_grad = weight is not None
                 self._finish(passes, cost if sharp else 1.0, probe)
         except BaseException:
             with interrupts.deferred():
@@ -240,20 +303,6 @@ class SharpnessAware(OverBase):
         finally:
             copies.forget()  # of the perturbed weights
         return result
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        along_momentum = any(isinstance(part, Momentum) for part in (self.ascent, self.otherwise))
-        check_group(self.base, group, along_momentum, self.model)
-
-    def _samplers(self) -> list[Sampler]:
-        return [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]
-
-    def _is_sharp(self, cost: float) -> bool:
-        if self.when is None:
-            return True
-        if isinstance(self.when, Policy):
-            return self.when.decide(self.steps_done, cost)
-        return bool(self.when(self.steps_done))
 
     def _passes(
         self,
@@ -281,25 +330,33 @@ class SharpnessAware(OverBase):
         )
 
     def _descent_gradient(
-        self, passes: Passes, sharp: bool, perturbed: dict[Tensor, Tensor]
+        self,
+        passes: Passes,
+        sharp: bool,
+        perturbed: dict[Tensor, Tensor],
+        weight: float | None,
     ) -> StepResult:
-        """Climb, and leave the descent gradient in ``.grad``; fills ``perturbed``."""
+        """Climb, and add the descent gradient to ``.grad``; fills ``perturbed``."""
         ascent, descent = (self.ascent, self.descent) if sharp else (self.otherwise, All())
         norm: Tensor | None = None
         if isinstance(ascent, Sampler):
-            passes.subset = ascent.choose(passes)
-            passes.before = passes.gradient(passes.subset)
-        if ascent is not None:
-            norm = self._perturb(ascent, perturbed)
-            if norm is not None and isinstance(ascent, Sampler):
+            with set_aside(self._parameters(), self.model):
+                passes.subset = ascent.choose(passes)
+                passes.before = passes.gradient(passes.subset)
+                norm = self._perturb(ascent, perturbed)
+            if norm is not None:
                 norm = self._update.unscale(norm)
-            self.zero_grad()
+        elif ascent is not None:
+            norm = self._perturb(ascent, perturbed)
         subset = passes.subset if descent is None else descent.choose(passes)
         assert subset is not None
         if passes.subset is None or not passes.subset.is_selection:
             passes.subset = subset
         share = self._share(passes, sharp)
-        passes.after = passes.gradient(subset, self._factor(passes, subset, share))
+        factor = self._factor(passes, subset, share)
+        if weight is not None:
+            factor = weight if factor is None else weight * factor
+        passes.after = passes.gradient(subset, factor)
         if share is None:
             share = self._share(passes, sharp)
         self._looked_for_batchnorm |= passes.taken > 1
@@ -307,34 +364,6 @@ class SharpnessAware(OverBase):
         if norm is None:
             norm = torch.zeros((), dtype=torch.float32, device=losses.device)
         return StepResult(losses.mean(), losses, passes.indices(), norm, passes.aux, sharp, share)
-
-    def _factor(
-        self, passes: Passes, subset: Subset, share: Tensor | None
-    ) -> Tensor | float | None:
-        """Of the descent's mean loss; ``share`` is that of the step's selection."""
-        if subset.indices is None or self.scale == "mean":
-            return None
-        factor = subset.samples / passes.samples
-        if self.scale == "batch" or share is None:
-            return factor
-        if subset is not passes.subset:  # the ascent has a selection of its own
-            share = passes.share(subset.indices)
-        # A share of nothing is NaN: where no sample has a gradient.
-        return torch.where(share > 0, factor / share, factor)
-
-    def _probes(self) -> bool:
-        """Whether the step's share is for a policy."""
-        return isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
-
-    def _wants_share(self, sharp: bool) -> bool:
-        return self.report_share or (sharp and self.scale == "share") or self._probes()
-
-    def _share(self, passes: Passes, sharp: bool) -> Tensor | None:
-        """What the selection carries, where somebody asks and a pass over the batch tells."""
-        if not self._wants_share(sharp) or not passes.knows_the_batch:
-            return None
-        sampler = self._selector(passes.samples, passes.step)
-        return passes.share(sampler.representatives(passes))
 
     def _perturb(
         self, ascent: Sampler | Momentum, perturbed: dict[Tensor, Tensor]
@@ -368,22 +397,3 @@ class SharpnessAware(OverBase):
             norm = self.geometry.perturb(moving, perturbed, f"{self.seed}/{self.steps_done}")
             gather_anew(self.model, params)
         return norm
-
-    def _probe(self, share: Tensor | None) -> Tensor | None:
-        """What a policy that asked for the share is told, on all ranks the same."""
-        if share is None or not self._probes():
-            return None
-        return mean_over_ranks(share, self.model, self._parameters())
-
-    def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
-        """The weights are updated: now what the parts learn from the step is final too."""
-        # First, as the step is done whatever a part makes of it.
-        self.steps_done += 1
-        for sampler in self._samplers():
-            sampler.observe(passes)
-        if isinstance(self.when, Policy):
-            self.when.observe(passes.step, cost, probe)
-
-    def _parameters(self) -> list[Tensor]:
-        """In every step, so without the look at each entry that ``parameters`` takes."""
-        return [p for group in self.param_groups for p in group["params"]]

@@ -45,6 +45,10 @@ class OverBase(Optimizer):
     _built = False
 
     def __init__(self, base: Optimizer, rho: Rho) -> None:
+        if isinstance(base, OverBase):
+            raise TypeError(
+                f"base must be the optimizer under a sharpness-aware one, got {type(base).__name__}"
+            )
         check_base(base)
         self.base = base
         self.steps_done = 0

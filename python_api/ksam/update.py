@@ -172,6 +172,28 @@ class Update:
                 self.scaler._per_optimizer_states[id(optimizer)]["stage"] = OptState.READY
                 raise
 
+    def by_grad(self) -> None:
+        """The step of weights that were not perturbed, or are restored, with ``.grad`` as it is."""
+        if can_fuse(self.base):
+            self._in_kernels.step({})
+        else:
+            self.base.step()
+
+    def check_unscaled(self, optimizer: Optimizer) -> None:
+        """Gradients of scaled losses are for ``scaler.step(optimizer)``, which calls the optimizer.
+
+        Raises:
+            RuntimeError: called otherwise.
+        """
+        if self.scaler is None or not self.scaler.is_enabled():
+            return
+        state = self.scaler._per_optimizer_states.get(id(optimizer))
+        if state is None or state["stage"] is not OptState.UNSCALED:
+            raise RuntimeError(
+                "gradients are scaled by grad_scaler: call grad_scaler.step(optimizer), which "
+                "unscales them and calls step()"
+            )
+
 
 class _InKernels:
     """A base optimizer whose step the kernels take, as a GradScaler wants to see it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ksam import KSAM, AutoKSAM
+from ksam import KSAM, AutoKSAM, StepResult
 from tests import ranks
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
 RANKS = 2
 K = 8  # of 24
+RHO = 0.1
 THRESHOLD = 0.36  # the shares are 0.34 to 0.38
 MICRO_BATCH_SIZE = 5
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "k": K}
@@ -28,7 +31,7 @@ pytestmark = ranks.needs_ranks
 
 
 #: What is trained, and for how many steps; each with gradients that are views of buckets, or not.
-STEPS = {"ksam": 5, "micro-batches": 5, "auto": 16, "compiled": 5}
+STEPS = {"ksam": 5, "micro-batches": 5, "auto": 16, "compiled": 5, "two": 5, "no_sync": 5}
 
 Found = dict[tuple[str, bool], Any]
 
@@ -44,8 +47,9 @@ def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
         )
         if name == "auto"
         else KSAM(
-            model.parameters(), torch.optim.SGD, model=model, rho=0.1,
-            micro_batch_size=None if name == "ksam" else MICRO_BATCH_SIZE, **OPTIONS,
+            model.parameters(), torch.optim.SGD, model=model, rho=RHO,
+            micro_batch_size=MICRO_BATCH_SIZE if name in ("micro-batches", "compiled") else None,
+            **OPTIONS,
         )
     )  # fmt: skip
     averages = 0
@@ -58,7 +62,18 @@ def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
     average.__annotations__.clear()  # torch takes classes for them, and these are strings
     wrapped.register_comm_hook(None, average)
     optimizer.report_share = name == "auto"
-    results = [optimizer.step(loss_of(model), batch(RANKS * i + rank)) for i in range(STEPS[name])]
+
+    def step(i: int) -> StepResult:
+        if name not in ("two", "no_sync"):
+            return optimizer.step(loss_of(model), batch(RANKS * i + rank))
+        optimizer.zero_grad()
+        for call in (2 * i, 2 * i + 1):
+            with wrapped.no_sync() if name == "no_sync" and call == 2 * i else nullcontext():
+                result = optimizer.backward(loss_of(model), batch(RANKS * call + rank), weight=0.5)
+        optimizer.step()
+        return result
+
+    results = [step(i) for i in range(STEPS[name])]
     return {
         "weights": weights(net),
         "sharp": [result.sharp for result in results],
@@ -91,8 +106,12 @@ def _mean_gradient(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[T
     return list(torch.autograd.grad(torch.stack(losses).mean(), params))
 
 
-def _plain_step(model: nn.Module, base: torch.optim.Optimizer, step: int, rho: float) -> None:
-    """K-SAM with both gradients averaged over the ranks, in one process and plain torch."""
+def _plain_gradient(model: nn.Module, step: int, alone: bool = False) -> list[Tensor]:
+    """K-SAM's, averaged over the ranks, in one process and plain torch.
+
+    Args:
+        alone: each rank climbs along its own gradient, not along their average.
+    """
     chosen = []
     for rank in range(RANKS):
         data = batch(RANKS * step + rank)
@@ -100,18 +119,24 @@ def _plain_step(model: nn.Module, base: torch.optim.Optimizer, step: int, rho: f
             losses = F.cross_entropy(model(data["x"]), data["y"], reduction="none")
         top = losses.topk(K).indices
         chosen.append({name: tensor[top] for name, tensor in data.items()})
+    if not alone:
+        return _gradient_above(model, chosen)
+    grads = [_gradient_above(model, [of_rank]) for of_rank in chosen]
+    return [torch.stack(of_ranks).mean(0) for of_ranks in zip(*grads, strict=True)]
+
+
+def _gradient_above(model: nn.Module, chosen: list[dict[str, Tensor]]) -> list[Tensor]:
     grads = _mean_gradient(model, chosen)
     norm = torch.sqrt(sum((g.square().sum() for g in grads), torch.zeros(())))
     old = weights(model)
     with torch.no_grad():
         for p, g in zip(model.parameters(), grads, strict=True):
-            p += rho * g / norm
+            p += RHO * g / norm
     grads = _mean_gradient(model, chosen)
     with torch.no_grad():
-        for p, w, g in zip(model.parameters(), old, grads, strict=True):
+        for p, w in zip(model.parameters(), old, strict=True):
             p.copy_(w)
-            p.grad = g
-    base.step()
+    return grads
 
 
 @pytest.mark.parametrize("name", ["ksam", "micro-batches", "compiled"])
@@ -123,11 +148,37 @@ def test_both_gradients_are_means_over_the_ranks(
     assert first["averages"] == second["averages"] == 2 * 5  # one bucket, once for a gradient
     assert all_same_bits(first["weights"], second["weights"])
     assert not torch.equal(first["losses"], second["losses"])
+    _check_weights(first["weights"], [lambda model, step: _plain_gradient(model, step)])
+
+
+@pytest.mark.parametrize("name", ["two", "no_sync"])
+@pytest.mark.parametrize("views", [False, True])
+def test_gradients_of_two_calls_add_up(found: list[Found], name: str, views: bool) -> None:
+    """Where the first averages nothing, the second averages the sum, and its own ascent's."""
+    first, second = (of_rank[name, views] for of_rank in found)
+    assert first["averages"] == second["averages"] == (4 if name == "two" else 2) * 5
+    assert all_same_bits(first["weights"], second["weights"])
+    _check_weights(
+        first["weights"],
+        [
+            lambda model, step: _plain_gradient(model, 2 * step, alone=name == "no_sync"),
+            lambda model, step: _plain_gradient(model, 2 * step + 1),
+        ],
+    )
+
+
+def _check_weights(
+    found: list[Tensor], gradients: list[Callable[[nn.Module, int], list[Tensor]]]
+) -> None:
+    """They are those of steps along the mean of these gradients."""
     model = network()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(5):
-        _plain_step(model, base, step, rho=0.1)
-    for weight, expected in zip(first["weights"], model.parameters(), strict=True):
+        grads = [gradient(model, step) for gradient in gradients]
+        for p, of_calls in zip(model.parameters(), zip(*grads, strict=True), strict=True):
+            p.grad = torch.stack(of_calls).mean(0)
+        base.step()
+    for weight, expected in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected.detach(), rtol=1e-5, atol=1e-6)
 
 

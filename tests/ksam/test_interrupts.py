@@ -126,6 +126,29 @@ def test_an_interrupted_step_is_whole_or_none(number: signal.Signals, statistics
         assert run.settings() == settings, where
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_step_in_two_calls_is_whole_or_none(number: signal.Signals) -> None:
+    """Weights and momentum move in the second; a step is done, for its parts, with the first."""
+
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        run.optimizer.backward(loss_of(run.model), batch(run.optimizer.steps_done))
+        run.optimizer.step()
+
+    done = Run("subset")
+    before = done.tensors()
+    lines = lines_of(lambda: step(done))
+    moved = len(list(done.model.parameters()))  # then come buffers, then as many momenta
+    first = [*before[:moved], *done.tensors()[moved:-moved], *before[-moved:]]
+    for where, n in lines.items():
+        run = Run("subset")
+        with interrupted_at(n, number):
+            step(run)
+        steps, found = run.optimizer.steps_done, run.tensors()
+        updated = all_same_bits(found, done.tensors())
+        assert steps == 2 if updated else all_same_bits(found, [before, first][steps - 1]), where
+
+
 def test_handlers_of_all_that_arrive_run_and_stay() -> None:
     """The one's exception does not keep the other away."""
     seen: list[int] = []

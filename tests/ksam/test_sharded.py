@@ -156,6 +156,23 @@ def check_failure(rank: int, where: str, n: int) -> None:
     assert all_same_bits(whole(model), whole(twin))
 
 
+def check_two_calls(rank: int, make: Make) -> None:
+    """The gradients of two calls add up, and a pass between leaves no weights gathered."""
+    net = network(dtype=torch.float64)
+    everywhere = DistributedDataParallel(copy.deepcopy(net))
+    half = sharded(net)
+    pairs = [(model, make(model)) for model in (everywhere, half)]
+    for step in range(3):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            for call in (2 * step, 2 * step + 1):
+                optimizer.backward(losses(model), data_of(rank, call), weight=0.5)
+            with torch.no_grad():
+                model(data_of(rank, 9)["x"])
+            optimizer.step()
+    check_same(half, everywhere)
+
+
 def check_checkpoint(rank: int) -> None:
     """A rank's own state_dict resumes its run with the same bits."""
     model, twin = (sharded(network(dtype=torch.float64)) for _ in range(2))
@@ -253,6 +270,8 @@ def check_all(rank: int) -> None:
     if hasattr(FSDPModule, "reset_iter_state"):
         for n in (1, 2):
             check_failure(rank, "backward", n)
+    for name in ("KSAM", "MSAM", "AdamW", "a base with a step of its own"):
+        check_two_calls(rank, MAKERS[name])
     check_checkpoint(rank)
     check_scaler(rank)
     check_diagnostics(rank)

@@ -1,0 +1,144 @@
+"""An optimizer over another that is composed of parts, and what they say about a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ksam.arguments import check_group
+from ksam.distributed import mean_over_ranks
+from ksam.geometry import Geometry
+from ksam.momentum import Momentum
+from ksam.over_base import OverBase
+from ksam.parts import Part, Sampler, Subset
+from ksam.passes import Passes
+from ksam.radius import Rho
+from ksam.when import Policy
+
+_PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
+_OPTIONS = ("scale", "model", "report_share")
+
+
+class Composed(OverBase):
+    """The parts of :class:`ksam.optimizer.SharpnessAware`, which has the arguments."""
+
+    def __init__(
+        self,
+        base: Optimizer,
+        rho: Rho,
+        *,
+        ascent: Sampler | Momentum | None,
+        descent: Sampler | None,
+        geometry: Geometry,
+        when: Callable[[int], bool] | Policy | None,
+        otherwise: Momentum | None,
+        scale: Literal["mean", "batch", "share"],
+        model: nn.Module | None,
+    ) -> None:
+        self.ascent, self.descent = ascent, descent
+        self.geometry = geometry
+        self.when, self.otherwise = when, otherwise
+        self.scale = scale
+        self.model = model
+        self.report_share = False
+        super().__init__(base, rho)
+
+    def _parts(self) -> dict[str, Part]:
+        parts = {name: getattr(self, name) for name in _PARTS}
+        return {name: part for name, part in parts.items() if isinstance(part, Part)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = (*_PARTS, *_OPTIONS)
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def cost(self, samples: int, step: int | None = None) -> float:
+        """Cost of a sharpness-aware step on a batch of ``samples``, in units of a plain one.
+
+        Counted: a forward pass over one sample is 1, a backward pass 2, so a plain step is 3M.
+        """
+        step = self.steps_done if step is None else step
+        ascent = self.ascent.cost(samples, step) if isinstance(self.ascent, Sampler) else 0
+        if self.descent is not None:
+            return (ascent + self.descent.cost(samples, step)) / (3 * samples)
+        assert isinstance(self.ascent, Sampler)
+        return (ascent + 3 * self.ascent.size(samples, step)) / (3 * samples)
+
+    def selected(self, samples: int, step: int | None = None) -> int:
+        """How many of ``samples`` a sharpness-aware step selects; all, where it selects none."""
+        step = self.steps_done if step is None else step
+        return self._selector(samples, step).selects(samples, step)
+
+    def _selector(self, samples: int, step: int) -> Sampler:
+        """The ascent's sampler; the descent's, where the ascent is not on a selection."""
+        ascent, descent = self.ascent, self.descent
+        if isinstance(ascent, Sampler) and ascent.selects(samples, step) < samples:
+            return ascent
+        if descent is not None:
+            return descent
+        assert isinstance(ascent, Sampler)
+        return ascent
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        along_momentum = any(isinstance(part, Momentum) for part in (self.ascent, self.otherwise))
+        check_group(self.base, group, along_momentum, self.model)
+
+    def _samplers(self) -> list[Sampler]:
+        return [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]
+
+    def _is_sharp(self, cost: float) -> bool:
+        if self.when is None:
+            return True
+        if isinstance(self.when, Policy):
+            return self.when.decide(self.steps_done, cost)
+        return bool(self.when(self.steps_done))
+
+    def _probes(self) -> bool:
+        """Whether the step's share is for a policy."""
+        return isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
+
+    def _wants_share(self, sharp: bool) -> bool:
+        return self.report_share or (sharp and self.scale == "share") or self._probes()
+
+    def _share(self, passes: Passes, sharp: bool) -> Tensor | None:
+        """What the selection carries, where somebody asks and a pass over the batch tells."""
+        if not self._wants_share(sharp) or not passes.knows_the_batch:
+            return None
+        sampler = self._selector(passes.samples, passes.step)
+        return passes.share(sampler.representatives(passes))
+
+    def _factor(
+        self, passes: Passes, subset: Subset, share: Tensor | None
+    ) -> Tensor | float | None:
+        """Of the descent's mean loss; ``share`` is that of the step's selection."""
+        if subset.indices is None or self.scale == "mean":
+            return None
+        factor = subset.samples / passes.samples
+        if self.scale == "batch" or share is None:
+            return factor
+        if subset is not passes.subset:  # the ascent has a selection of its own
+            share = passes.share(subset.indices)
+        # A share of nothing is NaN: where no sample has a gradient.
+        return torch.where(share > 0, factor / share, factor)
+
+    def _probe(self, share: Tensor | None) -> Tensor | None:
+        """What a policy that asked for the share is told, on all ranks the same."""
+        if share is None or not self._probes():
+            return None
+        return mean_over_ranks(share, self.model, self._parameters())
+
+    def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
+        """The step can fail no more: now what the parts learn from it is final too."""
+        # First, as the step is done whatever a part makes of it.
+        self.steps_done += 1
+        for sampler in self._samplers():
+            sampler.observe(passes)
+        if isinstance(self.when, Policy):
+            self.when.observe(passes.step, cost, probe)
+
+    def _parameters(self) -> list[Tensor]:
+        """In every step, so without the look at each entry that ``parameters`` takes."""
+        return [p for group in self.param_groups for p in group["params"]]
