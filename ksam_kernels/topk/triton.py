@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ksam_kernels.triton_support import most_warps, on_device_of
+from ksam_kernels.triton_support import EXACT, most_warps, on_device_of
 
 #: Up to here one program selects, in one launch: its keys lie in registers, 32 a thread. Of float64
 #: half as many.
@@ -251,7 +251,7 @@ def topk_indices(
     n, out = losses.shape[0], losses.new_empty((k,), dtype=torch.int64)
     bits = 64 if losses.dtype == torch.float64 else 32
     key = {"KEY": tl.int64 if bits == 64 else tl.int32, "LOWEST": -(2 ** (bits - 1)), "BITS": bits}
-    given = {"losses": losses, "stride": losses.stride(0), "n": n, "k": k}
+    given = {"losses": losses, "stride": losses.stride(0), "n": n, "k": k, **EXACT}
     with on_device_of(losses):
         if n <= ONE_PROGRAM * 32 // bits:
             block = triton.next_power_of_2(n)

@@ -1,7 +1,7 @@
 """Triton kernels compiled without a GPU, and what the result takes of one.
 
-``compiled(kernel, arguments, architecture)`` gives PTX and, by ptxas' own account, registers,
-spills and shared memory.
+``compiled(kernel, arguments, architecture)`` gives the assembly (PTX, AMD's) and, by the account of
+ptxas or LLVM, registers, spills and shared memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
+#: MI200, MI300, Radeon RX 7000, RX 9000; threads of a warp.
+AMD = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
 
 #: None in what Triton compiles from 3.9 on; versions before put a few registers on the stack.
 SPILL_BYTES = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 24
@@ -25,17 +27,42 @@ SPILL_BYTES = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+#: Bytes of a lane, by the ends of the names of AMD's instructions.
+_AMD_BYTES = {
+    "ubyte": 1,
+    "byte": 1,
+    "u8": 1,
+    "b8": 1,
+    "ushort": 2,
+    "short": 2,
+    "u16": 2,
+    "b16": 2,
+    "dword": 4,
+    "b32": 4,
+    "dwordx2": 8,
+    "b64": 8,
+    "dwordx3": 12,
+    "b96": 12,
+    "dwordx4": 16,
+    "b128": 16,
+}
+
+
 @dataclass(frozen=True)
 class Compiled:
-    ptx: str
+    assembly: str
     registers: int
     spill_bytes: int
     shared_bytes: int
 
     def widest(self, op: str) -> int:
         """Bytes of the widest global ``ld`` or ``st``."""
-        found = re.findall(rf"\b{op}\.global((?:\.\w+)*?)(?:\.v(\d))?\.[a-z](\d+)\b", self.ptx)
-        return max((int(lanes or 1) * int(size) // 8 for _, lanes, size in found), default=0)
+        ptx = rf"\b{op}\.global((?:\.\w+)*?)(?:\.v(\d))?\.[a-z](\d+)\b"
+        sizes = [int(n or 1) * int(size) // 8 for _, n, size in re.findall(ptx, self.assembly)]
+        name = {"ld": "load", "st": "store"}[op]
+        amd = rf"\b(?:global|buffer|flat)_{name}(?:_d16)?(?:_hi)?_(\w+)"
+        sizes += [_AMD_BYTES[end] for end in re.findall(amd, self.assembly)]
+        return max(sizes, default=0)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -51,11 +78,11 @@ def _resources(cubin: bytes) -> dict[str, int]:
 def compiled(
     kernel: Any,
     arguments: dict[str, Any],
-    architecture: int,
+    architecture: int | str,
     aligned: tuple[str, ...] = (),
     **options: Any,
 ) -> Compiled:
-    """The kernel for ``sm_<architecture>``.
+    """The kernel for ``sm_<architecture>``, or one of AMD's by its name.
 
     Args:
         arguments: by name: a type such as "*fp32" or "i64", or ("constexpr", value); None is
@@ -77,9 +104,24 @@ def compiled(
         constexprs=constants,
         attrs={(positions[name],): [["tt.divisibility", 16]] for name in aligned},
     )
-    target = GPUTarget("cuda", architecture, 32)
-    binary = triton.compile(source, target=target, options=options)
+    if isinstance(architecture, str):
+        return _of_amd(source, GPUTarget("hip", architecture, AMD[architecture]), options)
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     used = _resources(binary.asm["cubin"])
     # Registers that do not fit go to the stack, and nothing else of these kernels does.
     spilled = used["STACK"] + used["LOCAL"]
     return Compiled(binary.asm["ptx"], used["REG"], spilled, binary.metadata.shared)
+
+
+def _of_amd(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
+    binary = triton.compile(source, target=target, options=options)
+    assembly = binary.asm["amdgcn"]
+
+    def used(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s+(\d+)$", assembly, re.M)
+        assert found is not None, name
+        return int(found[1])
+
+    spilled = 4 * used("vgpr_spill_count") + 4 * used("sgpr_spill_count")
+    spilled += used("private_segment_fixed_size")
+    return Compiled(assembly, used("vgpr_count"), spilled, binary.metadata.shared)

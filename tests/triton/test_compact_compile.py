@@ -13,7 +13,7 @@ from tests.triton.compiled import ARCHITECTURES, Compiled, compiled
 ON = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
-def gather(architecture: int, index: str = "*i64", leaves: int = launches.LEAVES) -> Compiled:
+def gather(architecture: int | str, index: str = "*i64", leaves: int = launches.LEAVES) -> Compiled:
     arguments = {
         "table": "*i64",
         "indices": index,
@@ -28,7 +28,7 @@ def gather(architecture: int, index: str = "*i64", leaves: int = launches.LEAVES
 
 @ON
 @pytest.mark.parametrize("index", ["*i64", "*i32"])
-def test_rows_move_in_vectors_and_nothing_spills(architecture: int, index: str) -> None:
+def test_rows_move_in_vectors_and_nothing_spills(architecture: int | str, index: str) -> None:
     made = gather(architecture, index)
     assert made.widest("ld") == 16
     assert made.widest("st") == 16
@@ -38,9 +38,9 @@ def test_rows_move_in_vectors_and_nothing_spills(architecture: int, index: str) 
 
 
 @ON
-def test_the_only_assertion_is_that_of_the_indices(architecture: int) -> None:
+def test_the_only_assertion_is_that_of_the_indices(architecture: int | str) -> None:
     """Integer arithmetic is not checked, as Triton would where it asserts."""
-    assert len(re.findall(r"\bcall[\w.]*\s+__assertfail\b", gather(architecture).ptx)) == 1
+    assert len(re.findall(r"\bcall[\w.]*\s+__assertfail\b", gather(architecture).assembly)) == 1
 
 
 def test_more_leaves_than_usual() -> None:

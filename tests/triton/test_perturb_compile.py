@@ -32,31 +32,31 @@ def types(dtype: torch.dtype, *names: str) -> dict[str, Any]:
 
 
 def build(
-    kernel: Any, arguments: dict[str, Any], architecture: int, warps: int = launches._WARPS
+    kernel: Any, arguments: dict[str, Any], architecture: int | str, warps: int = launches._WARPS
 ) -> Compiled:
     aligned = tuple(name for name in arguments if name in ("records", "chunk_rows", "partials"))
     return compiled(kernel, arguments, architecture, aligned, num_warps=warps, **EXACT)
 
 
-def norm(dtype: torch.dtype, architecture: int, adaptive: bool = False) -> Compiled:
+def norm(dtype: torch.dtype, architecture: int | str, adaptive: bool = False) -> Compiled:
     kind = launches._TYPES[dtype]
     more = constants(G=kind, P=kind, ADAPTIVE=adaptive, CHUNK=CHUNK)
     arguments = {**TABLE, "partials": "*fp64", "first": "i64", "eta": "i64", **more}
     return build(kernels.norm_kernel, arguments, architecture)
 
 
-def perturb(dtype: torch.dtype, architecture: int, adaptive: bool = False) -> Compiled:
+def perturb(dtype: torch.dtype, architecture: int | str, adaptive: bool = False) -> Compiled:
     more = {**types(dtype, "P", "G"), **constants(ADAPTIVE=adaptive, CHUNK=CHUNK)}
     arguments = {**TABLE, "norm": "*fp32", "wide": "*fp64", "eta": "i64", **more}
     return build(kernels.perturb_kernel, arguments, architecture)
 
 
-def restore(dtype: torch.dtype, architecture: int) -> Compiled:
+def restore(dtype: torch.dtype, architecture: int | str) -> Compiled:
     more = constants(BITS=launches._BITS[dtype.itemsize], CHUNK=CHUNK)
     return build(kernels.restore_kernel, {**TABLE, **more}, architecture)
 
 
-def sgd(dtype: torch.dtype, architecture: int, scalars: bool = True) -> Compiled:
+def sgd(dtype: torch.dtype, architecture: int | str, scalars: bool = True) -> Compiled:
     flags = dict.fromkeys(("MOMENTUM", "NESTEROV", "MAXIMIZE", "DECAYS", "COUNTED"), True)
     kinds = types(dtype, "P", "G", "V")
     arguments = {
@@ -69,7 +69,7 @@ def sgd(dtype: torch.dtype, architecture: int, scalars: bool = True) -> Compiled
     return build(updates.restore_sgd_kernel, arguments, architecture)
 
 
-def adam(dtype: torch.dtype, architecture: int, scalars: bool = True) -> Compiled:
+def adam(dtype: torch.dtype, architecture: int | str, scalars: bool = True) -> Compiled:
     flags = dict.fromkeys(("NEAR", "MAXIMIZE", "DECAYS", "DECOUPLED"), True)
     kinds = types(dtype, "P", "G", "M", "V")
     arguments = {
@@ -99,7 +99,7 @@ ON = pytest.mark.parametrize("architecture", ARCHITECTURES)
 @ON
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_full_chunks_move_in_vectors_and_nothing_spills(
-    name: str, architecture: int, dtype: torch.dtype
+    name: str, architecture: int | str, dtype: torch.dtype
 ) -> None:
     made = KERNELS[name](dtype, architecture)
     assert made.widest("ld") == 16
@@ -111,9 +111,9 @@ def test_full_chunks_move_in_vectors_and_nothing_spills(
     # Exact: no product is contracted with a sum, nothing flushes denormals or approximates. In
     # Adam the powers are in double; there the sum of squares may not be contracted either.
     floats = r"\b(fma|mad)\.[\w.]*f32|\bdiv\.(full|approx)|\bsqrt\.approx|\bex2|(add|mul|sub)\.ftz"
-    assert re.findall(floats, made.ptx) == []
+    assert re.findall(floats, made.assembly) == []
     if name != "adam":
-        assert "fma.rn.f64" not in made.ptx
+        assert "fma.rn.f64" not in made.assembly
 
 
 @BUILDS
@@ -132,14 +132,14 @@ def test_without_grad_scale_and_found_inf(name: str) -> None:
 
 
 @ON
-def test_single_program_and_step_kernels(architecture: int) -> None:
+def test_single_program_and_step_kernels(architecture: int | str) -> None:
     arguments = {"partials": "*fp64", "count": "i32", "wide": "*fp64", "norm": "*fp32"}
     block = constants(BLOCK=launches._FINISH_BLOCK)
     warps = 32  # most_warps() of an NVIDIA GPU
     made = build(kernels.finish_norm_kernel, {**arguments, **block}, architecture, warps)
     assert made.spill_bytes == 0
     assert made.registers <= 64  # 1,024 threads
-    assert "sqrt.rn.f64" in made.ptx
+    assert "sqrt.rn.f64" in made.assembly
     steps = {"steps": "*i64", "count": "i32", "found_inf": "*fp32"}
     block = constants(BLOCK=launches._STEPS_BLOCK)
     assert build(updates.count_steps_kernel, {**steps, **block}, architecture, 4).spill_bytes == 0

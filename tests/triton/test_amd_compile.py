@@ -1,0 +1,114 @@
+"""The Triton kernels compile for AMD's GPUs, which nobody ran them on: vectors, no spills, IEEE."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from ksam_kernels.loss import triton as loss
+from ksam_kernels.loss import triton_elementwise as elementwise
+from ksam_kernels.loss import triton_kernels as kernels
+from ksam_kernels.topk import triton as topk
+from tests.triton import test_compact_compile as compact_compile
+from tests.triton import test_loss_compile as loss_compile
+from tests.triton import test_perturb_compile as perturb_compile
+from tests.triton import test_topk_compile as topk_compile
+from tests.triton.compiled import AMD, Compiled
+
+ON = pytest.mark.parametrize("architecture", AMD)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def check(made: Compiled, load: int = 16, store: int | None = None) -> None:
+    assert made.spill_bytes == 0
+    # Four warps a SIMD: of 64 threads it has 512 registers each, of 32 as many as can be named.
+    assert made.registers <= (128 if "wavefront_size: 64" in made.assembly else 256)
+    assert made.widest("ld") >= load
+    assert store is None or made.widest("st") >= store
+
+
+def count(made: Compiled, instruction: str) -> int:
+    return len(re.findall(rf"\bv_(?:dual_)?(?:{instruction})\w*_f32(?:_e\d+)?\b", made.assembly))
+
+
+@ON
+@DTYPES
+@pytest.mark.parametrize("name", perturb_compile.KERNELS)
+def test_perturb(name: str, dtype: torch.dtype, architecture: str) -> None:
+    made = perturb_compile.KERNELS[name](dtype, architecture)
+    check(made, 16, None if "norm" in name else 16)
+    # Exact: LLVM makes an IEEE division of five multiply-adds of one rounding, and a square root of
+    # two or, from its reciprocal, of five. There are no others, and denormals are kept.
+    expected = 5 * count(made, "div_fixup") + 2 * count(made, "sqrt") + 5 * count(made, "rsq")
+    fused = count(made, "fma|mac|mad") + 2 * count(made, "pk_(?:fma|mac|mad)")
+    assert fused == expected
+    assert (expected > 0) == (name in ("perturb", "adaptive perturb", "sgd", "adam"))
+    assert ".amdhsa_float_denorm_mode_32 3" in made.assembly
+
+
+@ON
+def test_the_norm_is_finished_by_as_many_warps_as_there_are(architecture: str) -> None:
+    arguments = {"partials": "*fp64", "count": "i32", "wide": "*fp64", "norm": "*fp32"}
+    block = perturb_compile.constants(BLOCK=perturb_compile.launches._FINISH_BLOCK)
+    made = perturb_compile.build(
+        perturb_compile.kernels.finish_norm_kernel,
+        {**arguments, **block},
+        architecture,
+        1024 // AMD[architecture],
+    )
+    check(made, 8)
+
+
+@ON
+@DTYPES
+@pytest.mark.parametrize("kind", loss_compile.TARGETS, ids=str)
+def test_cross_entropy(kind: tuple[int, bool], dtype: torch.dtype, architecture: str) -> None:
+    wide = dtype.itemsize * 4  # bytes of four logits
+    for kernel, more in (
+        (kernels.cross_entropy_kernel, {"LOOPS": True}),
+        (kernels.cross_entropy_backward_kernel, {}),
+    ):
+        columns = 32000 if more else 1000
+        tile = loss.tile_of(columns, loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0))
+        made = loss_compile.build(
+            *(kernel, "logits", dtype, columns, architecture, tile),
+            target="*i64" if kind[0] != 2 else "",
+            weighted=kind[1],
+            KIND=kind[0],
+            **more,
+        )
+        check(made, wide, None if more else wide)
+
+
+@ON
+@DTYPES
+@pytest.mark.parametrize("binary", [False, True], ids=["mse", "bce"])
+def test_means(binary: bool, dtype: torch.dtype, architecture: str) -> None:
+    wide = dtype.itemsize * 4
+    for kernel, store in (
+        (elementwise.mean_kernel, None),
+        (elementwise.mean_backward_kernel, wide),
+    ):
+        tile = loss.tile_of(32000, loss.tile_for(torch.empty(0, dtype=dtype), not binary))
+        made = loss_compile.build(
+            *(kernel, "input", dtype, 32000, architecture, tile), weighted=binary, BINARY=binary
+        )
+        check(made, wide, store)
+
+
+@ON
+@pytest.mark.parametrize("losses", ["*fp32", "*fp64"])
+def test_topk(losses: str, architecture: str) -> None:
+    block = topk.ONE_PROGRAM * 32 // topk_compile.KEYS[losses][1]
+    warps = 1024 // AMD[architecture]
+    check(topk_compile.one_program(architecture, losses, block, warps), 4)
+    assert topk.WARPS * AMD[architecture] <= 1024
+    for made in topk_compile.many_programs(architecture, losses):
+        check(made, 4)
+
+
+@ON
+def test_compact(architecture: str) -> None:
+    check(compact_compile.gather(architecture), 16, 16)
