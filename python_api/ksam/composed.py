@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ksam.arguments import check_group
@@ -17,10 +18,11 @@ from ksam.over_base import OverBase
 from ksam.parts import Part, Sampler, Subset
 from ksam.passes import Passes
 from ksam.radius import Rho
+from ksam.update import Update
 from ksam.when import Policy
 
 _PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
-_OPTIONS = ("scale", "model", "report_share")
+_OWN = (*_PARTS, "scale", "model", "report_share", "_update")
 
 
 class Composed(OverBase):
@@ -38,6 +40,7 @@ class Composed(OverBase):
         otherwise: Momentum | None,
         scale: Literal["mean", "batch", "share"],
         model: nn.Module | None,
+        grad_scaler: GradScaler | None,
     ) -> None:
         self.ascent, self.descent = ascent, descent
         self.geometry = geometry
@@ -46,14 +49,23 @@ class Composed(OverBase):
         self.model = model
         self.report_share = False
         super().__init__(base, rho)
+        self._update = Update(self.base, grad_scaler)
+
+    @property
+    def grad_scaler(self) -> GradScaler | None:
+        """What scales the losses of both gradients; may be set, where a trainer makes it late."""
+        return self._update.scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, scaler: GradScaler | None) -> None:
+        self._update = Update(self.base, scaler)
 
     def _parts(self) -> dict[str, Part]:
         parts = {name: getattr(self, name) for name in _PARTS}
         return {name: part for name, part in parts.items() if isinstance(part, Part)}
 
     def __getstate__(self) -> dict[str, Any]:
-        names = (*_PARTS, *_OPTIONS)
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
 
     def cost(self, samples: int, step: int | None = None) -> float:
         """Cost of a sharpness-aware step on a batch of ``samples``, in units of a plain one.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -68,6 +69,31 @@ def without_sync(
     return wrapped.no_sync() if accumulates and wrapped is not None else nullcontext()
 
 
+@contextmanager
+def averaged(model: nn.Module | None, params: list[Tensor], accumulates: bool) -> Iterator[None]:
+    """A pass whose gradient is averaged over the ranks, while that of passes before is put aside.
+
+    DistributedDataParallel does so itself. But where it looks for unused parameters, those that
+    were used in passes before and have not been averaged have to wait for the next that it
+    averages, and their gradient is not there now: the average is taken here in its place.
+    """
+    wrapped = data_parallel(model) if accumulates else None
+    if (
+        wrapped is None
+        or not wrapped.find_unused_parameters
+        or not wrapped.require_backward_grad_sync  # the user's no_sync()
+    ):
+        yield
+        return
+    with wrapped.no_sync():
+        yield
+    for p in params:
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad, group=wrapped.process_group)
+            p.grad /= torch.distributed.get_world_size(wrapped.process_group)
+
+
 def _sharded_modules(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
     """FSDP2's, if the parameters are DTensors; the outer ones before those in them."""
     if model is None or first_dtensor(params) is None:
@@ -75,6 +101,23 @@ def _sharded_modules(model: nn.Module | None, params: list[Tensor]) -> list[Any]
     from torch.distributed.fsdp import FSDPModule  # takes a second, which most need not wait for
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def check_synchronizes(model: nn.Module | None, params: list[Tensor]) -> None:
+    """FSDP2 leaves no gradient to climb along where it is told not to average it.
+
+    Raises:
+        RuntimeError: ``set_requires_gradient_sync(False)``.
+    """
+    for module in _sharded_modules(model, params):
+        state = module._get_fsdp_state()
+        several = hasattr(state, "_fsdp_param_groups")  # from PyTorch 2.13 on
+        groups = state._fsdp_param_groups if several else [state._fsdp_param_group]
+        if not all(group.reduce_grads for group in groups if group is not None):
+            raise RuntimeError(
+                "FSDP2's gradients must be averaged in every call, as the ascent is along them; "
+                "got set_requires_gradient_sync(False)"
+            )
 
 
 def gather_anew(model: nn.Module | None, params: list[Tensor]) -> None:

@@ -37,6 +37,21 @@ class Moving:
     radii: list[float]
     names: list[str]
 
+    @classmethod
+    def along(
+        cls, params: list[Tensor], directions: list[Tensor | None], radii: list[float]
+    ) -> Moving:
+        """Those that have a direction; without backup and names."""
+        entries = zip(params, directions, radii, strict=True)
+        known = [(p, g, radius) for p, g, radius in entries if g is not None]
+        return cls(
+            params=[p for p, _, _ in known],
+            directions=[g for _, g, _ in known],
+            backup=[],
+            radii=[radius for _, _, radius in known],
+            names=[],
+        )
+
     def take(self, chosen: list[bool]) -> Moving:
         """Those that are chosen."""
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ksam.distributed import data_parallel
+
+def _owned(grad: Tensor | None) -> Tensor | None:
+    """A copy of a view, as DistributedDataParallel's are, of memory that every pass writes."""
+    return grad.clone() if grad is not None and grad._is_view() else grad
 
 
 @contextmanager
-def set_aside(params: list[Tensor], model: nn.Module | None) -> Iterator[None]:
-    """Within, ``.grad`` is None at first; then it is again what it was."""
-    grads = [p.grad for p in params]
-    if any(grad is not None for grad in grads):
-        wrapped = data_parallel(model)
-        if wrapped is not None and wrapped.gradient_as_bucket_view:
-            # Views of memory that every backward pass writes.
-            grads = [None if grad is None else grad.clone() for grad in grads]
+def set_aside(params: list[Tensor]) -> Iterator[bool]:
+    """Within, ``.grad`` is None at first; then it is again what it was. Yields whether that is
+    anything."""
+    grads = [_owned(p.grad) for p in params]
     try:
         for p in params:
             p.grad = None
-        yield
+        yield any(grad is not None for grad in grads)
     finally:
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad

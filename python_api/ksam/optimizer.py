@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import compress
 from typing import Any, Literal, overload
 
 import torch
@@ -17,7 +16,13 @@ from ksam.arguments import check_arguments
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
 from ksam.composed import Composed
-from ksam.distributed import begin_anew, data_parallel, gather_anew
+from ksam.distributed import (
+    averaged,
+    begin_anew,
+    check_synchronizes,
+    data_parallel,
+    gather_anew,
+)
 from ksam.geometry import Geometry, Moving
 from ksam.gradients import set_aside
 from ksam.momentum import Momentum
@@ -26,11 +31,10 @@ from ksam.passes import Passes, PerSampleLoss
 from ksam.radius import Rho
 from ksam.result import StepResult
 from ksam.samplers import All
-from ksam.update import Update
 from ksam.when import Policy
 from ksam_kernels.checks import check_range
 
-_OWN = ("statistics", "micro_batch_size", "seed", "_update", "_looked_for_batchnorm")
+_OWN = ("statistics", "micro_batch_size", "seed", "_looked_for_batchnorm")
 
 
 class SharpnessAware(Composed):
@@ -135,8 +139,8 @@ class SharpnessAware(Composed):
             otherwise=otherwise,
             scale=scale,
             model=model,
+            grad_scaler=grad_scaler,
         )
-        self._update = Update(self.base, grad_scaler)
 
     def _scratch(self) -> None:
         """Working memory: part of no checkpoint and no copy."""
@@ -229,10 +233,12 @@ class SharpnessAware(Composed):
             A :class:`StepResult`.
 
         Raises:
-            RuntimeError, TypeError, ValueError: as :meth:`step`. After an error in the descent pass
-                (with FSDP2, in any) ``.grad`` holds neither sum: call ``zero_grad()``.
+            RuntimeError, TypeError, ValueError: as :meth:`step`; ``.grad`` is unscaled. After an
+                error in the descent pass (with FSDP2, in any) ``.grad`` holds neither sum: call
+                ``zero_grad()``.
         """
         check_range("weight", weight, 0.0)
+        self._update.check_scaled(self)
         return self._run(per_sample_loss, batch, weight=weight)
 
     def _step_by_grad(self, closure: Callable[[], Any] | None) -> Any:
@@ -271,6 +277,8 @@ class SharpnessAware(Composed):
         self._adopt_groups()
         cost = self.cost(samples)
         sharp = self._is_sharp(cost)
+        if sharp and isinstance(self.ascent, Sampler):
+            check_synchronizes(self.model, self._parameters())
         norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._kept)
         passes = self._passes(per_sample_loss, batch, samples, sharp, norms)
         self._schedule_rho()
@@ -291,6 +299,7 @@ class SharpnessAware(Composed):
                     ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
                 done = True
                 self._has_grad = weight is not None
+                gather_anew(self.model, self._parameters())
                 self._finish(passes, cost if sharp else 1.0, probe)
         except BaseException:
             with interrupts.deferred():
@@ -340,9 +349,11 @@ class SharpnessAware(Composed):
         ascent, descent = (self.ascent, self.descent) if sharp else (self.otherwise, All())
         norm: Tensor | None = None
         if isinstance(ascent, Sampler):
-            with set_aside(self._parameters(), self.model):
+            params = self._parameters()
+            with set_aside(params) as accumulates:
                 passes.subset = ascent.choose(passes)
-                passes.before = passes.gradient(passes.subset)
+                with averaged(self.model, params, accumulates):
+                    passes.before = passes.gradient(passes.subset)
                 norm = self._perturb(ascent, perturbed)
             if norm is not None:
                 norm = self._update.unscale(norm)
@@ -379,17 +390,10 @@ class SharpnessAware(Composed):
             radii = [group["rho"] for group in self.param_groups]
         pairs = zip(radii, self.param_groups, strict=True)
         of_params = [radius for radius, group in pairs for _ in group["params"]]
-        known = [direction is not None for direction in along]
-        if not any(known):
+        moving = Moving.along(params, along, of_params)
+        if not moving.params:
             return None
-        params = list(compress(params, known))
-        moving = Moving(
-            params=params,
-            directions=[direction for direction in along if direction is not None],
-            backup=self._backups.of(params, self._parameters),
-            radii=list(compress(of_params, known)),
-            names=[],
-        )
+        moving.backup = self._backups.of(moving.params, self._parameters)
         if self.geometry.needs_names:
             names = parameter_names(self.param_groups, self.model)
             moving.names = [names[p] for p in moving.params if p in names]

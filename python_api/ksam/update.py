@@ -175,6 +175,7 @@ class Update:
     def by_grad(self) -> None:
         """The step of weights that were not perturbed, or are restored, with ``.grad`` as it is."""
         if can_fuse(self.base):
+            self._in_kernels.found_inf = None  # of a step that failed, perhaps
             self._in_kernels.step({})
         else:
             self.base.step()
@@ -185,14 +186,30 @@ class Update:
         Raises:
             RuntimeError: called otherwise.
         """
-        if self.scaler is None or not self.scaler.is_enabled():
-            return
-        state = self.scaler._per_optimizer_states.get(id(optimizer))
-        if state is None or state["stage"] is not OptState.UNSCALED:
+        if self._stage(optimizer) not in (None, OptState.UNSCALED):
             raise RuntimeError(
                 "gradients are scaled by grad_scaler: call grad_scaler.step(optimizer), which "
                 "unscales them and calls step()"
             )
+
+    def check_scaled(self, optimizer: Optimizer) -> None:
+        """Scaled gradients are not added to what ``scaler.unscale_(optimizer)`` has unscaled.
+
+        Raises:
+            RuntimeError: it has, or ``scaler.step(optimizer)`` has.
+        """
+        if self._stage(optimizer) not in (None, OptState.READY):
+            raise RuntimeError(
+                "gradients were unscaled by grad_scaler: call grad_scaler.update(), after its "
+                "step(optimizer), before the next backward"
+            )
+
+    def _stage(self, optimizer: Optimizer) -> OptState | None:
+        """What an enabled scaler has done with the optimizer since its update; None without one."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        stage: OptState = self.scaler._per_optimizer_states[id(optimizer)]["stage"]
+        return stage
 
 
 class _InKernels:

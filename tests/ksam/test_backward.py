@@ -280,6 +280,52 @@ def test_a_step_with_scaled_gradients_is_refused(backend: str) -> None:
     assert not all_same_bits(weights(model), before)
 
 
+def test_scaled_gradients_are_not_added_to_unscaled_ones(backend: str) -> None:
+    model = network()
+    grad_scaler = scaler()
+    optimizer = ksam(model, grad_scaler=grad_scaler)
+    optimizer.backward(loss_of(model), batch())
+    for done in (grad_scaler.unscale_, grad_scaler.step):
+        done(optimizer)
+        with pytest.raises(RuntimeError, match=r"call grad_scaler\.update\(\)"):
+            optimizer.backward(loss_of(model), batch())
+    grad_scaler.update()
+    optimizer.backward(loss_of(model), batch())
+
+
+def test_a_scaler_may_come_late(backend: str) -> None:
+    """As a trainer makes it, which is given an optimizer that is built."""
+    model, twin = network(), network()
+    grad_scaler = scaler()
+    optimizer, other = ksam(model), ksam(twin, grad_scaler=grad_scaler)
+    assert optimizer.grad_scaler is None
+    optimizer.grad_scaler = grad_scaler
+    assert optimizer.grad_scaler is other.grad_scaler is grad_scaler
+    for o, m in ((optimizer, model), (other, twin)):
+        o.backward(loss_of(m), batch())
+        grad_scaler.step(o)
+    check_same(optimizer, other)
+    with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.GradScaler or None"):
+        optimizer.grad_scaler = 1024.0  # type: ignore[assignment]
+
+
+def test_what_overflowed_in_a_step_that_failed_stops_no_other(backend: str) -> None:
+    """A scaler leaves its flag where the step raises."""
+    model = network()
+    grad_scaler = scaler()
+    optimizer = ksam(model, grad_scaler=grad_scaler)
+    optimizer.param_groups[0]["lr"] = "fast"
+    with pytest.raises(TypeError, match="lr"):
+        optimizer.step(lambda b: loss_of(model)(b) * 1e38, batch())
+    optimizer.param_groups[0]["lr"] = 0.1
+    grad_scaler.update()
+    optimizer.zero_grad()
+    before = weights(model)
+    optimizer.backward(loss_of(model), batch())
+    grad_scaler.step(optimizer)
+    assert not any(map(torch.equal, weights(model), before))
+
+
 def test_a_copy_has_no_gradients(backend: str) -> None:
     """A copy of a parameter has none."""
     model = network()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ksam import KSAM, AutoKSAM, StepResult
+from ksam import KSAM, AutoKSAM, StepResult, cross_entropy
 from tests import ranks
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
@@ -31,7 +31,12 @@ pytestmark = ranks.needs_ranks
 
 
 #: What is trained, and for how many steps; each with gradients that are views of buckets, or not.
-STEPS = {"ksam": 5, "micro-batches": 5, "auto": 16, "compiled": 5, "two": 5, "no_sync": 5}
+STEPS = {
+    **{"ksam": 5, "micro-batches": 5, "auto": 16, "compiled": 5},
+    **{"two": 5, "no_sync": 5, "inner": 5},
+}
+#: Steps in two calls, the last by an optimizer that does not know of the ranks.
+TWO_CALLS = ("two", "no_sync", "inner")
 
 Found = dict[tuple[str, bool], Any]
 
@@ -47,7 +52,7 @@ def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
         )
         if name == "auto"
         else KSAM(
-            model.parameters(), torch.optim.SGD, model=model, rho=RHO,
+            model.parameters(), torch.optim.SGD, model=net if name == "inner" else model, rho=RHO,
             micro_batch_size=MICRO_BATCH_SIZE if name in ("micro-batches", "compiled") else None,
             **OPTIONS,
         )
@@ -64,7 +69,7 @@ def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
     optimizer.report_share = name == "auto"
 
     def step(i: int) -> StepResult:
-        if name not in ("two", "no_sync"):
+        if name not in TWO_CALLS:
             return optimizer.step(loss_of(model), batch(RANKS * i + rank))
         optimizer.zero_grad()
         for call in (2 * i, 2 * i + 1):
@@ -83,13 +88,47 @@ def _train(rank: int, name: str, views: bool) -> dict[str, Any]:
     }
 
 
+class Sometimes(nn.Module):
+    """A network, and a parameter that only some of its passes use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.some = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor, uses: bool) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits + self.some if uses else logits
+
+
+def _train_with_unused(rank: int, views: bool) -> dict[str, Any]:
+    """A parameter that the call within no_sync() alone uses, or the one after it in no descent."""
+    net = Sometimes()
+    model = DistributedDataParallel(net, find_unused_parameters=True, gradient_as_bucket_view=views)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, model=model, rho=RHO, **OPTIONS)
+    for step, plan in enumerate(("111000", "111110", "000111")):
+        uses = iter(plan)
+        optimizer.zero_grad()
+        for call in (2 * step, 2 * step + 1):
+            with model.no_sync() if call == 2 * step else nullcontext():
+                optimizer.backward(
+                    lambda b: cross_entropy(model(b["x"], next(uses) == "1"), b["y"]),  # noqa: B023
+                    batch(RANKS * call + rank),
+                    weight=0.5,
+                )
+        optimizer.step()
+    return {"weights": weights(net)}
+
+
 def _train_all(rank: int, folder: Path) -> None:
     """A process: what its runs end with goes to a file."""
     static = DistributedDataParallel(network(), static_graph=True)
     with pytest.raises(ValueError, match="micro_batch_size must be None with static_graph=True"):
         KSAM(static.parameters(), torch.optim.SGD, model=static, micro_batch_size=8, lr=0.1)
     runs = [(name, views) for name in STEPS for views in (False, True)]
-    torch.save({run: _train(rank, *run) for run in runs}, folder / f"{rank}.pt")
+    found = {run: _train(rank, *run) for run in runs}
+    unused = {("unused", views): _train_with_unused(rank, views) for views in (False, True)}
+    torch.save({**found, **unused}, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -151,12 +190,12 @@ def test_both_gradients_are_means_over_the_ranks(
     _check_weights(first["weights"], [lambda model, step: _plain_gradient(model, step)])
 
 
-@pytest.mark.parametrize("name", ["two", "no_sync"])
+@pytest.mark.parametrize("name", TWO_CALLS)
 @pytest.mark.parametrize("views", [False, True])
 def test_gradients_of_two_calls_add_up(found: list[Found], name: str, views: bool) -> None:
     """Where the first averages nothing, the second averages the sum, and its own ascent's."""
     first, second = (of_rank[name, views] for of_rank in found)
-    assert first["averages"] == second["averages"] == (4 if name == "two" else 2) * 5
+    assert first["averages"] == second["averages"] == (2 if name == "no_sync" else 4) * 5
     assert all_same_bits(first["weights"], second["weights"])
     _check_weights(
         first["weights"],
@@ -165,6 +204,12 @@ def test_gradients_of_two_calls_add_up(found: list[Found], name: str, views: boo
             lambda model, step: _plain_gradient(model, 2 * step + 1),
         ],
     )
+
+
+def test_parameters_that_some_passes_do_not_use_stay_alike(found: list[Found]) -> None:
+    runs = [of_rank["unused", views]["weights"] for of_rank in found for views in (False, True)]
+    assert all(all_same_bits(run, runs[0]) for run in runs)
+    assert not any(weight.eq(0).all() for weight in runs[0])
 
 
 def _check_weights(

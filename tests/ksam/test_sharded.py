@@ -156,8 +156,17 @@ def check_failure(rank: int, where: str, n: int) -> None:
     assert all_same_bits(whole(model), whole(twin))
 
 
+def check_averages_that_are_left_out(rank: int) -> None:
+    """FSDP2 then keeps gradients where nobody can climb along them."""
+    model = sharded(network())
+    optimizer = with_base(SGD, lr=0.1)(model)
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(RuntimeError, match=r"got set_requires_gradient_sync\(False\)"):
+        optimizer.backward(loss_of(model), data_of(rank, 0))
+
+
 def check_two_calls(rank: int, make: Make) -> None:
-    """The gradients of two calls add up, and a pass between leaves no weights gathered."""
+    """The gradients of two calls add up, and no weights stay gathered that have moved since."""
     net = network(dtype=torch.float64)
     everywhere = DistributedDataParallel(copy.deepcopy(net))
     half = sharded(net)
@@ -166,6 +175,8 @@ def check_two_calls(rank: int, make: Make) -> None:
         for model, optimizer in pairs:
             optimizer.zero_grad()
             for call in (2 * step, 2 * step + 1):
+                if model is half:
+                    half.set_reshard_after_backward(call % 2 == 1)
                 optimizer.backward(losses(model), data_of(rank, call), weight=0.5)
             with torch.no_grad():
                 model(data_of(rank, 9)["x"])
@@ -272,6 +283,7 @@ def check_all(rank: int) -> None:
             check_failure(rank, "backward", n)
     for name in ("KSAM", "MSAM", "AdamW", "a base with a step of its own"):
         check_two_calls(rank, MAKERS[name])
+    check_averages_that_are_left_out(rank)
     check_checkpoint(rank)
     check_scaler(rank)
     check_diagnostics(rank)
