@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 import ksam
 from tests import ranks
 from tests.device import DEVICE
+from tests.helpers import all_same_bits
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/loops.md", "docs/methods.md"]
@@ -120,9 +122,42 @@ PREPARED: dict[str, Callable[[Names], None]] = {
 }
 
 
+def by_hand(names: Names, batches: int) -> None:
+    """What a trainer's loop is to do: AutoKSAM's steps over so many batches each, clipped."""
+    model = names["start"]
+    optimizer = ksam.AutoKSAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model
+    )
+    for i, batch in enumerate(names_of_the_pages()["loader"]):
+        optimizer.backward(
+            lambda b: ksam.cross_entropy(model(b["x"]), b["y"].to(DEVICE)),
+            batch,
+            weight=1 / batches,
+        )
+        if i % batches == batches - 1:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all_same_bits([*names["model"].parameters()], [*model.parameters()])
+
+
+def two_steps_of_two_batches(names: Names) -> None:
+    assert names["optimizer"].steps_done == 4
+    assert names["trainer"].state.global_step == 2
+
+
+#: What a page's loop must have come to.
+EXPECTED: dict[str, Callable[[Names], None]] = {
+    "Hugging Face Accelerate": lambda names: by_hand(names, 2),
+    "Hugging Face Trainer": two_steps_of_two_batches,
+    "PyTorch Lightning": lambda names: by_hand(names, 1),
+}
+
+
 def run(heading: str, code: str) -> Names:
     names = names_of_the_pages()
     PREPARED.get(heading, lambda _: None)(names)
+    names["start"] = copy.deepcopy(names["model"])
     params = list(names["model"].parameters())
     before = [p.detach().clone() for p in params]
     exec(compile(code, heading, "exec"), names)
@@ -131,6 +166,7 @@ def run(heading: str, code: str) -> Names:
         not torch.equal(p.detach().to(b.device), b) for p, b in zip(params, before, strict=True)
     ]
     assert any(changed) == moves
+    EXPECTED.get(heading, lambda _: None)(names)
     return names
 
 
@@ -165,4 +201,4 @@ def test_the_python_of_the_pages_runs(
 def test_all_blocks_are_found() -> None:
     for page in PAGES:
         assert len(blocks(page)) == (ROOT / page).read_text().count("```python") > 0
-    assert {heading for page in PAGES for heading, _ in blocks(page)} > PREPARED.keys()
+    assert {heading for page in PAGES for heading, _ in blocks(page)} > {*PREPARED, *EXPECTED}

@@ -31,10 +31,8 @@ pytestmark = ranks.needs_ranks
 
 
 #: What is trained, and for how many steps; each with gradients that are views of buckets, or not.
-STEPS = {
-    **{"ksam": 5, "micro-batches": 5, "auto": 16, "compiled": 5},
-    **{"two": 5, "no_sync": 5, "inner": 5},
-}
+STEPS = dict.fromkeys(("ksam", "micro-batches", "compiled", "two", "no_sync", "inner"), 5)
+STEPS["auto"] = 16
 #: Steps in two calls, the last by an optimizer that does not know of the ranks.
 TWO_CALLS = ("two", "no_sync", "inner")
 
