@@ -9,6 +9,7 @@ import torch
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.cross_entropy import CrossEntropy
 from benchmarks.kernels.elementwise import Elementwise
+from benchmarks.kernels.segmentation import Segmentation
 
 LEGEND = {
     "eager": "F.cross_entropy or its kin with reduction='none', then mean(1) where the loss is one",
@@ -34,6 +35,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield Elementwise(_BCE, *_IMAGES, pos_weight=True).case(device)
     yield Elementwise("mse", 128, 80).case(device, quick=True)
     yield Elementwise("mse", *_IMAGES).case(device)
+    for operator in (_BCE, "mse"):  # one number a sample
+        for rows in (128, 65536):
+            yield Elementwise(operator, rows, 1).case(device, quick=rows == 128)
 
 
 def _cross_entropies(device: torch.device) -> Iterator[Case]:
@@ -49,6 +53,8 @@ def _cross_entropies(device: torch.device) -> Iterator[Case]:
         yield CrossEntropy(*shape, soft=True).case(device)
     for shape in ((128, 10), (128, 1000), _IMAGES, _TOKENS):
         yield CrossEntropy(*shape, k=shape[0] // 3).case(device, quick=shape in _SMALL)
+    for images, classes, size in ((4, 2, 256), (8, 21, 128)):
+        yield Segmentation(images, classes, size).case(device)
     for shape in ((128, 1000), _IMAGES, _TOKENS):
         yield CrossEntropy(*shape, backward=True).case(device, quick=shape == (128, 1000))
     for shape in (_IMAGES, _TOKENS):

@@ -18,6 +18,7 @@ from benchmarks.kernels.cross_entropy import CrossEntropy
 from benchmarks.kernels.elementwise import Elementwise
 from benchmarks.kernels.measure import Row, measure_case
 from benchmarks.kernels.parameters import MODELS, count
+from benchmarks.kernels.segmentation import Segmentation
 from benchmarks.timing import Plan
 
 CPU = torch.device("cpu")
@@ -45,9 +46,13 @@ def measure(case: Case, *, quick: bool = True) -> list[Row]:
         (Elementwise("mse", 10, 10), 800 + 40),
         (Elementwise("mse", 10, 10, BF16), 400 + 40),
         (Elementwise("binary_cross_entropy_with_logits", 10, 10, pos_weight=True), 800 + 40 + 40),
+        # 36 pixels of 5 logits of 4 bytes; a class of 8 and a loss of 4 of each.
+        (Segmentation(1, 5, 6), 720 + 288 + 144),
     ],
 )
-def test_floor_bytes_of_losses(loss_case: CrossEntropy | Elementwise, floor: int) -> None:
+def test_floor_bytes_of_losses(
+    loss_case: CrossEntropy | Elementwise | Segmentation, floor: int
+) -> None:
     assert loss_case.floor_bytes == floor
     assert loss_case.case(CPU).floor_bytes == floor
 
