@@ -60,6 +60,13 @@ def _check_cross_entropy(
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
 
 
+def _rows_side_by_side(logits: Tensor) -> Tensor:
+    """Logits whose classes are apart, as ``movedim`` leaves them, are copied before autograd keeps
+    them: the backward pass would copy them once more."""
+    apart = logits.shape[-1] > 1 and logits.stride(-1) != 1
+    return logits.contiguous() if apart and library.wants_grad(logits) else logits
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -106,6 +113,7 @@ def cross_entropy(
     if quick is not None:
         return quick
     _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    logits = _rows_side_by_side(logits)
     losses: Tensor
     losses, _ = library.call("cross_entropy", logits, target, weight, ignore_index, label_smoothing)
     return losses
@@ -142,6 +150,7 @@ def select_cross_entropy(
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
     check_k(k, logits.shape[0])
+    logits = _rows_side_by_side(logits)
     losses, _, indices = library.call("select_cross_entropy", logits, target, k, *options)
     return losses, indices
 

@@ -264,3 +264,22 @@ def test_arguments_are_checked_where_a_gradient_is_wanted(backend: str) -> None:
         select_cross_entropy(x, y, 4)
     with pytest.raises(ValueError, match="target requires grad"):
         mse(x, torch.rand(3, C, requires_grad=True))
+
+
+def test_logits_with_classes_apart_are_copied_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the forward pass, and not in the backward pass again."""
+    copies = []
+    contiguous = Tensor.contiguous
+
+    def spy(x: Tensor) -> Tensor:
+        if not x.is_contiguous():
+            copies.append(tuple(x.shape))
+        return contiguous(x)
+
+    x = torch.randn(3, 7, 4, 5, requires_grad=True)
+    target = torch.randint(7, (3, 4, 5))
+    monkeypatch.setattr(Tensor, "contiguous", spy)
+    cross_entropy(x.movedim(1, -1), target).sum().backward()
+    assert copies == [(3, 4, 5, 7)]
