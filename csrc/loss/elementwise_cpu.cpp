@@ -77,12 +77,6 @@ KSAM_INLINE V weight_at(const A* weight, int64_t i) {
   }
 }
 
-// The same element of sixteen narrow rows has one weight.
-template <class Loss, class V, class A>
-KSAM_INLINE V weight_of_all(const A* weight, int64_t c) {
-  return Loss::kReadsWeight ? all_lanes<V>(weight[c]) : V{};
-}
-
 // Sum of the losses of one row of at least kLanes elements.
 template <class Loss, class T, class A = opmath_t<T>>
 KSAM_INLINE A wide_row(const Elementwise& args, int64_t row, A* room) {
@@ -103,46 +97,110 @@ KSAM_INLINE A wide_row(const Elementwise& args, int64_t row, A* room) {
   return sum;
 }
 
-// Inputs and targets of up to sixteen rows of fewer than kNarrow elements, a lane each.
-template <class T, class A>
-KSAM_INLINE void fill_tiles(const Elementwise& args, int64_t begin, int64_t count, A* room,
-                            Tile<T, kNarrow>* x, Tile<A, kNarrow>* t) {
-  const int64_t n = args.input.columns;
-  for (int64_t i = 0; i < count; ++i) {
-    put_row(row_of<T>(args.input, begin + i), n, i, x);
-    put_row(staged(args.target, begin + i, 0, n, room), n, i, t);
+template <class Loss, class T>
+void forward_wide(const Elementwise& args, int64_t begin, int64_t end) {
+  using A = opmath_t<T>;
+  alignas(64) A room[kBlockRoom];
+  for (int64_t row = begin; row < end; ++row) {
+    const A sum = wide_row<Loss, T>(args, row, room);
+    args.losses[row] = static_cast<float>(sum / static_cast<A>(args.input.columns));
   }
 }
 
-template <class Loss, class T, class A = opmath_t<T>>
-KSAM_INLINE void narrow_rows(const Elementwise& args, int64_t begin, int64_t count, A* room,
-                             A* sums) {
-  using V = Lanes<T>;
-  Tile<T, kNarrow> x{};
-  Tile<A, kNarrow> t{};
-  fill_tiles(args, begin, count, room, &x, &t);
-  V sum{};
-  for (int64_t c = 0; c < args.input.columns; ++c) {
-    sum = sum + Loss::loss(load_lanes<V>(x.at[c]), load_lanes<V>(t.at[c]),
-                           weight_of_all<Loss, V>(static_cast<const A*>(args.pos_weight), c));
+// body(row, count) for blocks of whole rows of n < kNarrow elements, fewer than kBlockRoom together.
+// Every block fills a vector, unless all rows do not.
+template <class Body>
+KSAM_INLINE void for_each_rows(int64_t begin, int64_t end, int64_t n, const Body& body) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t count = (end - row) * n < kBlockRoom ? end - row : kBlock / n;
+    body(row, count);
+    row += count;
   }
-  store_lanes(sums, sum);
+}
+
+// n elements, with zeros behind them where they do not fill a vector: then in `room` [kLanes], where
+// they may be already.
+template <class T>
+KSAM_INLINE const T* padded(const T* from, int64_t n, T* room) {
+  if (n >= kLanes) return from;
+  T all[kLanes] = {};
+  std::memcpy(all, from, n * sizeof(T));
+  std::memcpy(room, all, sizeof(all));
+  return room;
+}
+
+// The elements of a block of narrow rows. They lie side by side, so that vectors take them without
+// regard to where a row ends.
+template <class Loss, class T>
+class NarrowRows {
+  using A = opmath_t<T>;
+  using V = Lanes<T>;
+
+ public:
+  NarrowRows(const Elementwise& args, int64_t rows) : args_(args) {
+    if constexpr (Loss::kReadsWeight) {
+      const int64_t n = args.input.columns;  // a row's weights, over and over
+      const int64_t most = rows * n < kBlockRoom ? rows * n : kBlockRoom;
+      for (int64_t i = 0; i < most; i += n) {
+        std::memcpy(weight_ + i, args.pos_weight, n * sizeof(A));
+      }
+      padded(weight_, most, weight_);
+    }
+  }
+
+  // A block of for_each_rows().
+  KSAM_INLINE void read(int64_t row, int64_t rows) {
+    count_ = rows * args_.input.columns;
+    x_ = padded(row_of<T>(args_.input, row), count_, few_);
+    t_ = padded(staged(args_.target, row, 0, count_, room_), count_, room_);
+  }
+
+  // body(i, x, t, p) for vectors that cover all elements, and zeros behind fewer than kLanes.
+  template <class Body>
+  KSAM_INLINE void for_each(const Body& body) const {
+    for_each_vector(count_ < kLanes ? kLanes : count_, [&](int64_t i) KSAM_INLINE_LAMBDA {
+      body(i, load_lanes<V>(x_ + i), load_lanes<V>(t_ + i), weight_at<Loss, V>(weight_, i));
+    });
+  }
+
+ private:
+  const Elementwise& args_;
+  int64_t count_ = 0;
+  const T* x_ = nullptr;
+  const A* t_ = nullptr;
+  T few_[kLanes];
+  alignas(64) A room_[kBlockRoom];
+  A weight_[Loss::kReadsWeight ? kBlockRoom + kNarrow : 1];
+};
+
+// losses [rows] <- means of n terms each, which are added up in their order.
+template <class A>
+KSAM_INLINE void write_means(const A* terms, int64_t rows, int64_t n, float* losses) {
+  if (n == 1) {  // a loop without another in it becomes one of vectors
+    for (int64_t i = 0; i < rows; ++i) losses[i] = static_cast<float>(A{} + terms[i]);
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    A sum = 0;
+    for (int64_t c = 0; c < n; ++c) sum += terms[i * n + c];
+    losses[i] = static_cast<float>(sum / static_cast<A>(n));
+  }
 }
 
 template <class Loss, class T>
-void forward_rows(const Elementwise& args, int64_t begin, int64_t end) {
+void forward_narrow(const Elementwise& args, int64_t begin, int64_t end) {
   using A = opmath_t<T>;
+  using V = Lanes<T>;
   const int64_t n = args.input.columns;
-  alignas(64) A room[kBlockRoom];
-  for (int64_t row = begin; row < end; row += kLanes) {
-    const int64_t count = end - row < kLanes ? end - row : kLanes;
-    A sums[kLanes];
-    if (n < kNarrow) narrow_rows<Loss, T>(args, row, count, room, sums);
-    for (int64_t i = 0; i < count; ++i) {
-      if (n >= kNarrow) sums[i] = wide_row<Loss, T>(args, row + i, room);
-      args.losses[row + i] = static_cast<float>(sums[i] / static_cast<A>(n));
-    }
-  }
+  alignas(64) A terms[kBlockRoom];
+  NarrowRows<Loss, T> rows(args, end - begin);
+  for_each_rows(begin, end, n, [&](int64_t row, int64_t count) KSAM_INLINE_LAMBDA {
+    rows.read(row, count);
+    rows.for_each([&](int64_t i, const V& x, const V& t, const V& p) KSAM_INLINE_LAMBDA {
+      store_lanes(terms + i, Loss::loss(x, t, p));
+    });
+    write_means(terms, count, n, args.losses + row);
+  });
 }
 
 // g / n of a row.
@@ -170,40 +228,51 @@ KSAM_INLINE void wide_row_backward(const ElementwiseGradient& args, int64_t row,
   });
 }
 
-template <class Loss, class T, class A = opmath_t<T>>
-KSAM_INLINE void narrow_rows_backward(const ElementwiseGradient& args, int64_t begin, int64_t count,
-                                      A* room) {
-  using V = Lanes<T>;
+template <class Loss, class T>
+void backward_wide(const ElementwiseGradient& args, int64_t begin, int64_t end) {
+  alignas(64) opmath_t<T> room[kBlockRoom];
+  for (int64_t row = begin; row < end; ++row) wide_row_backward<Loss, T>(args, row, room);
+}
+
+// shares [rows * n] <- kFactor g / n of every row, for each of its elements.
+template <class Loss, class A>
+KSAM_INLINE void spread_shares(const ElementwiseGradient& args, int64_t row, int64_t rows,
+                               A* shares) {
   const int64_t n = args.forward.input.columns;
-  Tile<T, kNarrow> x{};
-  Tile<A, kNarrow> t{};
-  fill_tiles(args.forward, begin, count, room, &x, &t);
-  A shares[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) shares[i] = Loss::kFactor * share_of<A>(args, begin + i);
-  const V share = load_lanes<V>(shares);
-  for (int64_t c = 0; c < n; ++c) {
-    T* at = x.at[c];
-    const V slope =
-        Loss::slope(load_lanes<V>(at), load_lanes<V>(t.at[c]),
-                    weight_of_all<Loss, V>(static_cast<const A*>(args.forward.pos_weight), c));
-    store_lanes(at, share * slope);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    take_row(x, n, i, reinterpret_cast<T*>(args.out) + (begin + i) * n);
+  const auto share = [&](int64_t i) KSAM_INLINE_LAMBDA {
+    return Loss::kFactor * share_of<A>(args, row + i);
+  };
+  if (args.grad.stride == 0) {  // one for all, as of a mean over the batch
+    const A common = share(0);
+    for (int64_t i = 0; i < rows * n; ++i) shares[i] = common;
+  } else if (n == 1) {
+    for (int64_t i = 0; i < rows; ++i) shares[i] = share(i);
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      const A of_row = share(i);
+      for (int64_t c = 0; c < n; ++c) shares[i * n + c] = of_row;
+    }
   }
 }
 
 template <class Loss, class T>
-void backward_rows(const ElementwiseGradient& args, int64_t begin, int64_t end) {
-  alignas(64) opmath_t<T> room[kBlockRoom];
-  if (args.forward.input.columns >= kNarrow) {
-    for (int64_t row = begin; row < end; ++row) wide_row_backward<Loss, T>(args, row, room);
-    return;
-  }
-  for (int64_t row = begin; row < end; row += kLanes) {
-    const int64_t count = end - row < kLanes ? end - row : kLanes;
-    narrow_rows_backward<Loss, T>(args, row, count, room);
-  }
+void backward_narrow(const ElementwiseGradient& args, int64_t begin, int64_t end) {
+  using A = opmath_t<T>;
+  using V = Lanes<T>;
+  const int64_t n = args.forward.input.columns;
+  alignas(64) A shares[kBlockRoom] = {};
+  NarrowRows<Loss, T> rows(args.forward, end - begin);
+  for_each_rows(begin, end, n, [&](int64_t row, int64_t count) KSAM_INLINE_LAMBDA {
+    rows.read(row, count);
+    spread_shares<Loss>(args, row, count, shares);
+    T few[kLanes];
+    T* out = reinterpret_cast<T*>(args.out) + row * n;
+    T* to = count * n < kLanes ? few : out;
+    rows.for_each([&](int64_t i, const V& x, const V& t, const V& p) KSAM_INLINE_LAMBDA {
+      store_lanes(to + i, load_lanes<V>(shares + i) * Loss::slope(x, t, p));
+    });
+    if (to != out) std::memcpy(out, few, count * n * sizeof(T));
+  });
 }
 
 template <class Loss>
@@ -211,7 +280,10 @@ void forward(const Elementwise& args) {
   on_floating(args.input.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parallel_for(args.input.rows, row_grain(args.input.columns),
-                 [&](int64_t begin, int64_t end) { forward_rows<Loss, T>(args, begin, end); });
+                 [&](int64_t begin, int64_t end) {
+                   (args.input.columns < kNarrow ? forward_narrow<Loss, T>
+                                                 : forward_wide<Loss, T>)(args, begin, end);
+                 });
   });
 }
 
@@ -221,7 +293,10 @@ void backward(const ElementwiseGradient& args) {
   on_floating(input.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parallel_for(input.rows, row_grain(input.columns),
-                 [&](int64_t begin, int64_t end) { backward_rows<Loss, T>(args, begin, end); });
+                 [&](int64_t begin, int64_t end) {
+                   (input.columns < kNarrow ? backward_narrow<Loss, T>
+                                            : backward_wide<Loss, T>)(args, begin, end);
+                 });
   });
 }
 

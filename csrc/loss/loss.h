@@ -38,8 +38,8 @@ struct CrossEntropyGradient {
 };
 
 struct Elementwise {
-  Matrix input;            // [B, n] floating
-  Matrix target;           // [B, n] floating
+  Matrix input;            // [B, n] floating, contiguous
+  Matrix target;           // [B, n] floating, contiguous
   const void* pos_weight;  // [n] A, or null; binary cross-entropy only
   float* losses;           // [B]
 };

@@ -2,8 +2,9 @@
 //
 // Wide rows, of at least sixteen elements, go block by block: a block fits the first-level cache,
 // so that a second look at it reads no memory. The last vector of a block overlaps the one before.
-// Narrow rows go sixteen at a time, transposed into a tile: a lane is a row then, and nothing is
-// added up across lanes. Either way a row's result does not depend on its neighbours.
+// Narrow rows of logits go sixteen at a time, transposed into a tile: a lane is a row then, and
+// nothing is added up across lanes. (Those of elementwise losses: elementwise_cpu.cpp.) Either way a
+// row's result does not depend on its neighbours.
 #pragma once
 
 #include "common/dispatch.h"

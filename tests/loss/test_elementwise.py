@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ksam_kernels import mse
 from tests.device import DEVICE
 from tests.helpers import (
     FLOATS,
+    all_same_bits,
     arithmetic_unit,
     assert_within,
     bits,
@@ -112,6 +114,58 @@ def test_mse_and_its_gradient_equal_those_of_torch(
     backend: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     check_mse(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
+
+
+# The native kernels go over samples of fewer than 16 elements in vectors of 16 and blocks of at most
+# 2048, which a remainder below 16 joins.
+BLOCK = 2048
+SIZES = (1, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 15, BLOCK + 16, BLOCK + 17, 2 * BLOCK)
+
+
+def narrow(elements: int, n: int) -> tuple[int, ...]:
+    """A shape of at least so many elements, ``n`` a sample."""
+    samples = -(-elements // n)
+    return (samples,) if n == 1 else (samples, n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 15])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_element_of_narrow_samples_counts_once(
+    backend: str, dtype: torch.dtype, n: int
+) -> None:
+    for elements in SIZES:
+        shape = narrow(elements, n)
+        x, t = (4 * torch.randn(shape)).to(dtype), torch.rand(shape).to(dtype)
+        check_bce(x, t)
+        check_bce(x, t, torch.rand(shape[1:]) * 3)
+        check_mse(x, t)
+
+
+def results(loss: Callable[..., Tensor], x: Tensor, t: Tensor, upstream: Tensor) -> list[Tensor]:
+    y = x.detach().requires_grad_()
+    losses = loss(y, t)
+    return [losses, *torch.autograd.grad(losses, y, upstream)]
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 7, 15])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_narrow_sample_has_the_same_bits_in_any_batch_and_layout(
+    backend: str, dtype: torch.dtype, n: int, target_dtype: torch.dtype
+) -> None:
+    if backend != "native":
+        return
+    shape = narrow(2 * BLOCK + 5, n)
+    samples, p = shape[0], torch.rand(shape[1:]) * 3
+    x, t = torch.randn(shape).to(dtype), torch.rand(shape).to(target_dtype)
+    upstream = torch.randn(samples), torch.ones(()).expand(samples), torch.randn(samples, 2)[:, 1]
+    for g in upstream:
+        for loss in (mse, bce, partial(bce, pos_weight=p)):
+            whole = results(loss, x, t, g)
+            assert all_same_bits(results(loss, sliced(x), sliced(t), g.clone()), whole)
+            for i, j in ((0, 1), (1, 3), (samples - 17, samples), (5, samples - 1)):
+                part = results(loss, x[i:j], t[i:j], g[i:j])
+                assert all_same_bits(part, [result[i:j] for result in whole])
 
 
 @pytest.mark.parametrize("layout", [sliced, transposed], ids=["sliced", "transposed"])

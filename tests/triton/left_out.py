@@ -13,7 +13,7 @@ STEPS = "hundreds of steps, 0.2 s each"
 
 #: Room -> pattern of test ids, looked for after the backend's name is cut out -> reason.
 LEFT_OUT: dict[str, Mapping[str, str]] = {
-    "loss": {"the_number_of_threads|bit_for_bit.*-1000-": LARGE},
+    "loss": {"the_number_of_threads|bit_for_bit.*-1000-|narrow_sample": LARGE},
     "topk": {},
     "compact": {"any_number_of_threads": LARGE},
     "ksam": {"is_unbiased|recorded_change|budget_is_kept": STEPS},
