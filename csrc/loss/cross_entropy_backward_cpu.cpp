@@ -57,8 +57,8 @@ KSAM_INLINE void narrow_rows(const CrossEntropyGradient& args, const Target<A>& 
                              int64_t begin, int64_t count, const int64_t* y, A* room) {
   using V = Lanes<T>;
   const int64_t classes = args.forward.logits.columns;
-  Tile<T, kNarrow> x{};
-  Tile<A, kNarrow> q{};
+  Tile<T, kNarrow> x(classes);
+  Tile<A, kNarrow> q(classes);
   A rows[4][kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
     if (y[i] == kIgnored) continue;

@@ -61,8 +61,8 @@ KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, 
                              int64_t count, A* room, RowSums<A>* sums) {
   using V = Lanes<T>;
   const int64_t classes = args.logits.columns;
-  Tile<T, kNarrow> x{};
-  Tile<A, kNarrow> spread{};
+  Tile<T, kNarrow> x(classes);
+  Tile<A, kNarrow> spread(kSpread ? classes : 0);
   for (int64_t i = 0; i < count; ++i) {
     put_row(row_of<T>(args.logits, begin + i), classes, i, &x);
     if constexpr (kSpread) put_row(target.spread(begin + i, 0, classes, room), classes, i, &spread);

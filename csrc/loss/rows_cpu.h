@@ -73,9 +73,11 @@ const A* staged(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* room)
   return place;
 }
 
-// Sixteen narrow rows, of fewer than kColumns elements, transposed: element [c][lane].
+// Sixteen narrow rows, of `columns` <= kColumns elements, transposed: element [c][lane]. Lanes that
+// get no row hold zeros, as far as the rows reach: most are much shorter than they may be.
 template <class T, int64_t kColumns>
 struct Tile {
+  explicit Tile(int64_t columns) { std::memset(at, 0, columns * sizeof(at[0])); }
   T at[kColumns][kLanes];
 };
 
