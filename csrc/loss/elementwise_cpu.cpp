@@ -107,7 +107,7 @@ void forward_wide(const Elementwise& args, int64_t begin, int64_t end) {
   }
 }
 
-// body(row, count) for blocks of whole rows of n < kNarrow elements, fewer than kBlockRoom together.
+// body(row, count) for blocks of whole rows of n < kNarrow elements, below kBlockRoom of these.
 // Every block fills a vector, unless all rows do not.
 template <class Body>
 KSAM_INLINE void for_each_rows(int64_t begin, int64_t end, int64_t n, const Body& body) {
@@ -118,8 +118,8 @@ KSAM_INLINE void for_each_rows(int64_t begin, int64_t end, int64_t n, const Body
   }
 }
 
-// n elements, with zeros behind them where they do not fill a vector: then in `room` [kLanes], where
-// they may be already.
+// n elements, with zeros behind them where they do not fill a vector: then in `room` [kLanes],
+// where they may be already.
 template <class T>
 KSAM_INLINE const T* padded(const T* from, int64_t n, T* room) {
   if (n >= kLanes) return from;
@@ -129,8 +129,8 @@ KSAM_INLINE const T* padded(const T* from, int64_t n, T* room) {
   return room;
 }
 
-// The elements of a block of narrow rows. They lie side by side, so that vectors take them without
-// regard to where a row ends.
+// The elements of a block of narrow rows. They lie side by side, and vectors take them whatever row
+// they belong to.
 template <class Loss, class T>
 class NarrowRows {
   using A = opmath_t<T>;

@@ -3,8 +3,8 @@
 // Wide rows, of at least sixteen elements, go block by block: a block fits the first-level cache,
 // so that a second look at it reads no memory. The last vector of a block overlaps the one before.
 // Narrow rows of logits go sixteen at a time, transposed into a tile: a lane is a row then, and
-// nothing is added up across lanes. (Those of elementwise losses: elementwise_cpu.cpp.) Either way a
-// row's result does not depend on its neighbours.
+// nothing is added up across lanes. (elementwise_cpu.cpp has those of elementwise losses.) Either
+// way a row's result does not depend on its neighbours.
 #pragma once
 
 #include "common/dispatch.h"

@@ -116,8 +116,8 @@ def test_mse_and_its_gradient_equal_those_of_torch(
     check_mse(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
 
 
-# The native kernels go over samples of fewer than 16 elements in vectors of 16 and blocks of at most
-# 2048, which a remainder below 16 joins.
+# The native kernels go over samples of fewer than 16 elements in vectors of 16 and blocks of 2048,
+# which a remainder below 16 joins.
 BLOCK = 2048
 SIZES = (1, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 15, BLOCK + 16, BLOCK + 17, 2 * BLOCK)
 
@@ -280,11 +280,12 @@ def test_what_they_cannot_serve_raises_with_the_argument_and_the_value(
     [
         (torch.ones(4), ValueError, r"pos_weight must broadcast .*\(5,\), got shape \(4,\)"),
         (torch.ones(3, 5), ValueError, r"pos_weight must broadcast .*got shape \(3, 5\)"),
+        (torch.ones(5, 1), ValueError, r"pos_weight must broadcast .*got shape \(5, 1\)"),
         (torch.ones(5).int(), TypeError, "pos_weight must be float32.*got torch.int32"),
         (torch.ones(5, device="meta"), ValueError, f"pos_weight must .*{DEVICE.type}.*got meta"),
         (torch.ones(5, requires_grad=True), ValueError, "pos_weight requires grad"),
     ],
-    ids=["short", "per sample", "int", "elsewhere", "grad"],
+    ids=["short", "per sample", "column", "int", "elsewhere", "grad"],
 )
 def test_a_pos_weight_it_cannot_serve_raises(
     backend: str, pos_weight: Tensor, error: type[Exception], message: str
