@@ -23,14 +23,14 @@ inline int64_t topk_scratch_bytes(DType dtype, int64_t n) {
   return 2 * topk_padded(n) * (dtype == DType::f64 ? 8 : 4);
 }
 
-// losses [n], floating, contiguous; out [k]; 1 <= k <= n < 2^32.
+// losses [n], floating, any stride; out [k]; 1 <= k <= n < 2^32.
 KSAM_DECLARE_PER_ISA(void topk_indices(const Tensor& losses, int64_t k, void* scratch,
                                        int64_t* out);)
 
 KSAM_DECLARE_GPU(
     // Bytes of device memory that topk_indices needs for n losses; none for most n.
     int64_t topk_scratch_bytes(int64_t n);
-    // The same, in device memory.
+    // The same, in device memory; losses contiguous.
     void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out,
                       Stream stream);)
 

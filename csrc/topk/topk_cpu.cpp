@@ -6,7 +6,8 @@
 //
 // Bytes moved for n float losses: 4n read and 4n written to make the keys, then 4n read for their
 // range, for each of kHalvings counts, to drop keys (few are left) and for the indices, 8k written.
-// All but the losses and the indices lies in a cache.
+// All but the losses and the indices lies in a cache. Losses with gaps between them are copied to
+// where the candidates will be.
 #include <limits>
 #include <type_traits>
 
@@ -44,6 +45,17 @@ template <class Key>
 Keys<Key> padded(Key* keys, int64_t count) {
   for (int64_t i = count; i < topk_padded(count); ++i) keys[i] = kPadding<Key>;
   return {keys, count};
+}
+
+// The losses side by side: where they are, or in `room` [n].
+template <class T>
+const T* gathered(const Tensor& losses, T* room) {
+  const int64_t stride = losses.strides[0];
+  if (stride == 1) return losses.as<T>();
+  for (int64_t i = 0; i < losses.numel; ++i) {
+    std::memcpy(room + i, losses.as<T>() + i * stride, sizeof(T));
+  }
+  return room;
 }
 
 // floats [n], float or double; may be where keys [topk_padded(n)] are.
@@ -220,14 +232,14 @@ void select(const void* floats, int64_t n, int64_t k, Key* scratch, int64_t* out
 void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out) {
   on_floating(losses.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    using Key = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
     const int64_t n = losses.numel;
-    if constexpr (sizeof(T) == 8) {
-      select(losses.data, n, k, static_cast<int64_t*>(scratch), out);
-    } else if constexpr (sizeof(T) == 4) {
-      select(losses.data, n, k, static_cast<int32_t*>(scratch), out);
+    Key* keys = static_cast<Key*>(scratch);
+    const T* plain = gathered(losses, reinterpret_cast<T*>(keys + topk_padded(n)));
+    if constexpr (sizeof(T) == 2) {
+      select(widen(plain, n, static_cast<float*>(scratch)), n, k, keys, out);
     } else {
-      const float* floats = widen(losses.as<T>(), n, static_cast<float*>(scratch));
-      select(floats, n, k, static_cast<int32_t*>(scratch), out);
+      select(plain, n, k, keys, out);
     }
   });
 }

@@ -22,13 +22,13 @@ void run_on_cpu(const Tensor& losses, int64_t k, int64_t* out) {
   KSAM_ON_ISA(topk_indices, losses, k, scratch.get(), out);
 }
 
-// losses [n] floating, contiguous; 1 <= k <= n. Indices [k] int64, or None.
+// losses [n] floating, on a GPU contiguous; 1 <= k <= n. Indices [k] int64, or None.
 py::object topk_indices(py::handle losses_, py::handle k_) {
   Tensor losses;
   int64_t k;
   if (!read_tensor(losses_, &losses) || is_negative(losses_)) return py::none();
   if (!has_kernels(losses) || !is_floating(losses.dtype)) return py::none();
-  if (losses.ndim != 1 || !is_contiguous(losses)) return py::none();
+  if (losses.ndim != 1 || (on_gpu(losses) && !is_contiguous(losses))) return py::none();
   if (!read_int(k_, &k) || k < 1 || k > losses.numel) return py::none();
   if (losses.numel >> 32 != 0) return py::none();
   const NewTensor out = new_empty(losses_, losses, DType::i64, {k});
