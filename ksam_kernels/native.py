@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:  # any other ImportError is a broken installation: let it be seen
     extension = None  # type: ignore[assignment]
 
-__all__ = ["DEVICES", "direct", "extension", "run"]
+__all__ = ["DEVICES", "direct", "direct_in_place", "extension", "run"]
 
 #: The device types that the extension has kernels for.
 DEVICES = ("cpu", "cuda") if extension is not None and extension.cuda_architectures else ("cpu",)
@@ -50,11 +50,17 @@ def direct(name: str) -> Any:
     if (
         extension is None
         or not library.is_eager()
-        or torch.is_inference_mode_enabled()  # whose tensors have no version counters
         or backends.requested_backend() not in ("auto", "native")
     ):
         return None
     return getattr(extension, name)
+
+
+def direct_in_place(name: str) -> Any:
+    """:func:`direct` for a kernel that writes its arguments, whose version counters are to be
+    raised: the tensors of inference mode have none."""
+    kernel = direct(name)  # first: the compiler, for which it is None, cannot trace the question
+    return None if kernel is None or torch.is_inference_mode_enabled() else kernel
 
 
 def _plain(arg: Any) -> Any:

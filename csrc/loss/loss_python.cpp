@@ -265,6 +265,15 @@ bool read_samples(py::handle object, Tensor* t, Matrix* samples) {
   return samples->columns > 0 || samples->rows == 0;
 }
 
+// Whether t is [...] for samples [B, ...]: as many elements in another shape may not broadcast.
+bool is_of_sample(const Tensor& t, const Tensor& samples) {
+  if (t.ndim != samples.ndim - 1) return false;
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] != samples.shape[i + 1]) return false;
+  }
+  return true;
+}
+
 // All but the losses.
 bool read_elementwise(py::handle object, py::handle target_, py::handle pos_weight, Tensor* input,
                       Elementwise* args) {
@@ -275,7 +284,8 @@ bool read_elementwise(py::handle object, py::handle target_, py::handle pos_weig
   if (!same_device(target, *input) || !same_shape(target, *input)) return false;
   if (!takes_target(target.dtype, *input)) return false;
   Tensor weight;
-  return read_weight(pos_weight, *input, args->input.columns, &weight, &args->pos_weight);
+  return read_weight(pos_weight, *input, args->input.columns, &weight, &args->pos_weight) &&
+         (args->pos_weight == nullptr || is_of_sample(weight, *input));
 }
 
 // on_gpu_(args, scratch, stream) or on_cpu_(args) once the arguments are read. The losses, or None.
@@ -330,7 +340,7 @@ py::object elementwise_backward(py::handle grad, py::handle input, py::handle ta
   [](const ElementwiseGradient& args, Stream stream) { KSAM_ON_GPU(name, args, stream); }, \
       [](const ElementwiseGradient& args) { KSAM_ON_ISA(name, args); }
 
-// input and target [B, ...] floating, contiguous; pos_weight [n] A or None, n elements a sample;
+// input and target [B, ...] floating, contiguous; pos_weight [...] A or None;
 // grad [B] f32, any stride. Losses [B] f32; gradients [B, ...] of the input's dtype.
 py::object binary_cross_entropy(py::handle input, py::handle target, py::handle pos_weight) {
   return elementwise(input, target, pos_weight, KSAM_FORWARD(binary_cross_entropy));

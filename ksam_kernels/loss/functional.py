@@ -192,6 +192,9 @@ def binary_cross_entropy_with_logits(
         ValueError: shapes or devices that do not fit, samples without elements, a target or
             pos_weight that requires grad.
     """
+    quick = native.try_elementwise("binary_cross_entropy_with_logits", logits, target, pos_weight)
+    if quick is not None:
+        return quick
     _check_elementwise("logits", logits, target)
     if pos_weight is not None:
         check_dtype("pos_weight", pos_weight, FLOATING)
@@ -231,6 +234,9 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
         ValueError: shapes or devices that do not fit, samples without elements, a target that
             requires grad.
     """
+    quick = native.try_elementwise("mse", pred, target)
+    if quick is not None:
+        return quick
     _check_elementwise("pred", pred, target)
     losses: Tensor = library.call("mse", pred, target)
     return losses

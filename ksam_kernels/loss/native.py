@@ -30,12 +30,12 @@ def _target(target: Tensor, like: Tensor) -> Tensor:
     return target.contiguous()
 
 
-def _wants_stats(logits: Tensor, target: Tensor, weight: Tensor | None) -> bool | None:
-    """Whether the backward pass will ask for the row statistics; None where a gradient is wanted
-    that there is none of."""
+def _wants_grad(input: Tensor, *constants: Tensor | None) -> bool | None:
+    """Whether there will be a backward pass; None where it would want a gradient that there is none
+    of."""
     if not torch.is_grad_enabled():
         return False
-    return None if wants_grad(target) or wants_grad(weight) else wants_grad(logits)
+    return None if any(map(wants_grad, constants)) else wants_grad(input)
 
 
 def try_cross_entropy(
@@ -43,7 +43,7 @@ def try_cross_entropy(
 ) -> Tensor | None:
     """The losses, if the kernel takes the arguments as they are."""
     kernel = direct("cross_entropy")
-    with_stats = _wants_stats(logits, target, weight)
+    with_stats = _wants_grad(logits, target, weight)
     if kernel is None or with_stats is None:
         return None
     outputs = kernel(logits, target, weight, *options, with_stats)
@@ -60,7 +60,7 @@ def try_select_cross_entropy(
 ) -> tuple[Tensor, Tensor] | None:
     """Losses and indices, if the kernel takes the arguments as they are."""
     kernel = direct("select_cross_entropy")
-    with_stats = _wants_stats(logits, target, weight)
+    with_stats = _wants_grad(logits, target, weight)
     if kernel is None or with_stats is None:
         return None
     outputs = kernel(logits, target, k, weight, *options, with_stats)
@@ -72,12 +72,25 @@ def try_select_cross_entropy(
     return losses, indices
 
 
-def try_cross_entropy_backward(grad: Tensor, logits: Tensor, *args: Any) -> Tensor | None:
-    """The gradient of the logits, if the kernel takes the arguments as they are."""
-    kernel = direct("cross_entropy_backward")
+def try_elementwise(name: str, input: Tensor, *constants: Tensor | None) -> Tensor | None:
+    """The losses ``binary_cross_entropy_with_logits`` or ``mse``, if the kernel takes the arguments
+    as they are."""
+    kernel = direct(name)
+    with_grad = _wants_grad(input, *constants)
+    if kernel is None or with_grad is None:
+        return None
+    losses: Tensor | None = kernel(input, *constants)
+    if with_grad and losses is not None:
+        return attach(name, (losses,), input, *constants)
+    return losses
+
+
+def try_backward(name: str, grad: Tensor, *args: Any) -> Tensor | None:
+    """The gradient of the first input, if the kernel takes the arguments as they are."""
+    kernel = direct(name)
     if kernel is None or torch.is_grad_enabled():  # a second derivative raises in the operator
         return None
-    dx: Tensor | None = kernel(grad, logits, *args)
+    dx: Tensor | None = kernel(grad, *args)
     return dx
 
 

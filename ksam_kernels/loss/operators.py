@@ -15,6 +15,13 @@ from ksam_kernels.library import call_backward, operator
 from ksam_kernels.loss import native
 
 
+def _gradient(name: str, grad: Tensor, *args: Any) -> Tensor:
+    dx = native.try_backward(name, grad, *args)
+    if dx is None:
+        dx = call_backward(name, grad, *args)
+    return dx
+
+
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # Serves both operators: select_cross_entropy has k between target and weight.
     logits, target, *_, weight, ctx.ignore_index, ctx.label_smoothing = inputs
@@ -24,12 +31,8 @@ def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _cross_entropy_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    logits, target, stats, weight = ctx.saved_tensors
-    args = grad, logits, target, stats, weight, ctx.ignore_index, ctx.label_smoothing
-    dx = native.try_cross_entropy_backward(*args)
-    if dx is None:
-        dx = call_backward("cross_entropy_backward", *args)
-    return dx, *[None] * ctx.constants
+    args = *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing
+    return _gradient("cross_entropy_backward", grad, *args), *[None] * ctx.constants
 
 
 def _elementwise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,11 +41,11 @@ def _elementwise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _bce_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     name = "binary_cross_entropy_with_logits_backward"
-    return call_backward(name, grad, *ctx.saved_tensors), None, None
+    return _gradient(name, grad, *ctx.saved_tensors), None, None
 
 
 def _mse_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return call_backward("mse_backward", grad, *ctx.saved_tensors), None
+    return _gradient("mse_backward", grad, *ctx.saved_tensors), None
 
 
 @operator(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ksam_kernels import library
 from ksam_kernels.backends import implements
-from ksam_kernels.native import DEVICES, direct, extension, run
+from ksam_kernels.native import DEVICES, direct, direct_in_place, extension, run
 from ksam_kernels.perturb import reference
 
 TensorList = Sequence[Tensor]
@@ -56,7 +56,7 @@ def try_perturb_(
     adaptive: bool,
     eta: float,
 ) -> Tensor | None:
-    kernel = direct("perturb_")
+    kernel = direct_in_place("perturb_")
     if kernel is None:
         return None
     norm = _scalar_for(params)
@@ -67,7 +67,7 @@ def try_perturb_(
 
 
 def try_restore_(params: list[Tensor], backup: list[Tensor]) -> bool:
-    kernel = direct("restore_")
+    kernel = direct_in_place("restore_")
     if kernel is None or not kernel(params, backup):
         return False
     _mark_written(params)
@@ -83,7 +83,7 @@ def try_update_(
     *options: Any,
 ) -> bool:
     """``restore_sgd_`` or ``restore_adam_``: the lists in ``states`` are written."""
-    kernel = direct(name)
+    kernel = direct_in_place(name)
     if kernel is None or not kernel(params, backup, grads, *states, *options):
         return False
     _mark_written(params, *states)
