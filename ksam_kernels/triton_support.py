@@ -23,8 +23,10 @@ from ksam_kernels import backends
 __all__ = [
     "EXACT",
     "MISSING",
+    "assertions",
     "device_ints",
     "double_bits",
+    "is_amd",
     "may_keep",
     "most_warps",
     "on_device_of",
@@ -70,6 +72,17 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     if tensor.device.type != "cuda":
         return nullcontext()  # the interpreter
     return torch.cuda.device(tensor.device)
+
+
+def is_amd(device: torch.device) -> bool:
+    """Whether kernels for the device are compiled for AMD: not those that are interpreted."""
+    return device.type == "cuda" and torch.version.hip is not None
+
+
+def assertions(*, amd: bool) -> dict[str, Any]:
+    """Constant and options for launches of kernels that call ``triton_assert.check``. Without
+    ``debug`` Triton leaves assertions out; with it, it would also check integer arithmetic."""
+    return {"TRAPS": amd, "debug": not amd, "sanitize_overflow": False}
 
 
 def double_bits(value: float) -> int:

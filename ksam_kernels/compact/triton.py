@@ -12,12 +12,10 @@ from torch import Tensor
 from ksam_kernels.compact import reference
 from ksam_kernels.compact.operators import empty_rows
 from ksam_kernels.compact.triton_kernels import gather_kernel
-from ksam_kernels.triton_support import EXACT, device_ints, on_device_of
+from ksam_kernels.triton_support import EXACT, assertions, device_ints, is_amd, on_device_of
 
 #: Vectors of a program: four of up to 16 bytes for each of 256 threads, all in flight at once.
 TILE, WARPS = 1024, 8
-#: Without ``debug`` Triton leaves assertions out; with it, it would also check integer arithmetic.
-OPTIONS = {**EXACT, "debug": True, "sanitize_overflow": False}
 #: Fewest columns of the table; each power of two is a kernel of its own, and few batches have more.
 LEAVES = 16
 
@@ -70,7 +68,8 @@ def _gather(leaves: list[Leaf], indices: Tensor) -> None:
             LEAVES=columns,
             TILE=TILE,
             num_warps=WARPS,
-            **OPTIONS,
+            **EXACT,
+            **assertions(amd=is_amd(indices.device)),
         )
 
 

@@ -20,12 +20,11 @@ from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.loss import triton_elementwise as elementwise
 from ksam_kernels.loss import triton_kernels as kernels
 from ksam_kernels.topk import triton as topk
-from ksam_kernels.triton_support import double_bits, on_device_of
+from ksam_kernels.triton_support import assertions, double_bits, is_amd, on_device_of
 
-#: device_assert does nothing without debug, which alone would check every integer sum as well.
 #: Contraction is harmless here and saves an instruction; said because its default depends on the
 #: version of Triton.
-OPTIONS: dict[str, Any] = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 #: Elements of a program of 128 threads, 16 each; what takes more than one register for each has 8.
 TILE, SMALL_TILE = 2048, 1024
@@ -140,6 +139,7 @@ def _cross_entropy_arguments(
         "kept": double_bits(1 - label_smoothing),
         "share": double_bits(label_smoothing / columns),
         "KIND": kind.value,
+        **assertions(amd=is_amd(logits.device)),
     }
 
 

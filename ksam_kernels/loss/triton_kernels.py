@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ksam_kernels.triton_assert import check
+
 #: A class without spread; a class with smoothing; probabilities (target.cuh has the same).
 CLASSES, SMOOTHED, PROBABILITIES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -72,12 +74,13 @@ def class_of(
     inside,  # [ROWS]
     columns,
     ignore_index,
+    TRAPS: tl.constexpr,
 ):
     """Classes [ROWS] int64, and which of them count: those of rows there are, not ignored."""
     y = tl.load(target + row * target_stride, mask=inside, other=0).to(tl.int64)
     counts = inside & (y != ignore_index)
     valid = (y >= 0) & (y < columns)
-    tl.device_assert(valid | (counts == 0), "target holds a class that is out of range")
+    check(valid | (counts == 0), "target holds a class that is out of range", TRAPS)
     return y, counts & valid
 
 
@@ -135,6 +138,7 @@ def cross_entropy_kernel(
     A: tl.constexpr,  # dtype of the arithmetic
     INDEX: tl.constexpr,  # and of columns
     KIND: tl.constexpr,
+    TRAPS: tl.constexpr,  # how a class out of range fails
     VECTOR: tl.constexpr,  # vector_of the logits
     TARGET_VECTOR: tl.constexpr,  # and of probabilities
     INPUT_BYTES: tl.constexpr,  # the same in bytes
@@ -159,7 +163,7 @@ def cross_entropy_kernel(
     if KIND == PROBABILITIES:
         counts = row_inside
     else:
-        y, counts = class_of(target, target_stride, row, row_inside, columns, ignore_index)
+        y, counts = class_of(target, target_stride, row, row_inside, columns, ignore_index, TRAPS)
         if LOOPS:
             end = tl.max(tl.where(counts, columns, 0), 0)  # no more of rows that are ignored
 
@@ -235,6 +239,7 @@ def cross_entropy_backward_kernel(
     A: tl.constexpr,
     INDEX: tl.constexpr,
     KIND: tl.constexpr,
+    TRAPS: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET_VECTOR: tl.constexpr,
     INPUT_BYTES: tl.constexpr,
@@ -255,7 +260,7 @@ def cross_entropy_backward_kernel(
     if KIND == PROBABILITIES:
         counts = row_inside
     else:
-        y, counts = class_of(target, target_stride, row, row_inside, columns, ignore_index)
+        y, counts = class_of(target, target_stride, row, row_inside, columns, ignore_index, TRAPS)
     g = tl.load(grad + row * grad_stride, mask=row_inside).to(A)
     m = tl.load(stats + 3 * row, mask=row_inside)
     log_s = tl.load(stats + 3 * row + 1, mask=row_inside)

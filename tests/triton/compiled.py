@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-#: MI200, MI300, Radeon RX 7000, RX 9000; threads of a warp.
-AMD = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
+#: MI200, MI300, MI350, Radeon RX 7000, RX 9000; threads of a warp.
+AMD = {"gfx90a": 64, "gfx942": 64, "gfx950": 64, "gfx1100": 32, "gfx1201": 32}
 
 #: None in what Triton compiles from 3.9 on; versions before put a few registers on the stack.
 SPILL_BYTES = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 24
@@ -98,12 +98,13 @@ def compiled(
     signature = {n: "constexpr" if n in constants else value for n, value in arguments.items()}
     positions = {name: i for i, name in enumerate(kernel.arg_names)}
     assert list(arguments) == list(kernel.arg_names), kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={(positions[name],): [["tt.divisibility", 16]] for name in aligned},
-    )
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for name in aligned:
+        attributes[(positions[name],)] = [["tt.divisibility", 16]]
+    if isinstance(architecture, str):  # there a launch finds tensors below 2 GiB, too
+        for name in _specialized_pointers(kernel, arguments):
+            attributes.setdefault((positions[name],), []).append(["tt.pointer_range", 32])
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     if isinstance(architecture, str):
         return _of_amd(source, GPUTarget("hip", architecture, AMD[architecture]), options)
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -111,6 +112,11 @@ def compiled(
     # Registers that do not fit go to the stack, and nothing else of these kernels does.
     spilled = used["STACK"] + used["LOCAL"]
     return Compiled(binary.asm["ptx"], used["REG"], spilled, binary.metadata.shared)
+
+
+def _specialized_pointers(kernel: Any, arguments: dict[str, Any]) -> list[str]:
+    pointers = [name for name, value in arguments.items() if str(value).startswith("*")]
+    return [p.name for p in kernel.params if p.name in pointers and not p.do_not_specialize]
 
 
 def _of_amd(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:

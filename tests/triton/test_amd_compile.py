@@ -33,6 +33,19 @@ def count(made: Compiled, instruction: str) -> int:
     return len(re.findall(rf"\bv_(?:dual_)?(?:{instruction})\w*_f32(?:_e\d+)?\b", made.assembly))
 
 
+def check_trap(made: Compiled) -> None:
+    """Of a check that fails, and nothing else: a trap that a branch leads around. No buffer of the
+    host's is asked for, as a message would."""
+    assert "hostcall" not in made.assembly
+    code = [line.split(";")[0].strip() for line in made.assembly.splitlines()]
+    code = [line for line in code if line and not re.match(r"\.(?!LBB)", line)]
+    (at,) = (i for i, line in enumerate(code) if line.startswith("s_trap"))
+    branches = [i for i in range(at) if code[i].startswith(("s_cbranch", ".LBB"))]
+    around = re.fullmatch(r"s_cbranch_\w+ (\.LBB\w+)", code[branches[-1]])
+    assert around is not None, code[branches[-1] : at + 1]
+    assert f"{around[1]}:" in code[at : at + 4]
+
+
 @ON
 @DTYPES
 @pytest.mark.parametrize("name", perturb_compile.KERNELS)
@@ -80,6 +93,9 @@ def test_cross_entropy(kind: tuple[int, bool], dtype: torch.dtype, architecture:
             **more,
         )
         check(made, wide, None if more else wide)
+        if kind[0] != 2:
+            check_trap(made)
+        assert ("s_trap" in made.assembly) == (kind[0] != 2)
 
 
 @ON
@@ -111,4 +127,6 @@ def test_topk(losses: str, architecture: str) -> None:
 
 @ON
 def test_compact(architecture: str) -> None:
-    check(compact_compile.gather(architecture), 16, 16)
+    made = compact_compile.gather(architecture)
+    check(made, 16, 16)
+    check_trap(made)

@@ -8,12 +8,14 @@ import pytest
 
 from ksam_kernels.compact import triton as launches
 from ksam_kernels.compact.triton_kernels import gather_kernel
+from ksam_kernels.triton_support import EXACT, assertions
 from tests.triton.compiled import ARCHITECTURES, Compiled, compiled
 
 ON = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def gather(architecture: int | str, index: str = "*i64", leaves: int = launches.LEAVES) -> Compiled:
+    checks = assertions(amd=isinstance(architecture, str))
     arguments = {
         "table": "*i64",
         "indices": index,
@@ -21,8 +23,9 @@ def gather(architecture: int | str, index: str = "*i64", leaves: int = launches.
         "k": "i64",
         "LEAVES": ("constexpr", leaves),
         "TILE": ("constexpr", launches.TILE),
+        "TRAPS": ("constexpr", checks.pop("TRAPS")),
     }
-    options = {"num_warps": launches.WARPS, **launches.OPTIONS}
+    options = {"num_warps": launches.WARPS, **EXACT, **checks}
     return compiled(gather_kernel, arguments, architecture, ("table",), **options)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from ksam_kernels.loss import triton as loss
 from ksam_kernels.loss import triton_elementwise as elementwise
 from ksam_kernels.loss import triton_kernels as kernels
+from ksam_kernels.triton_support import assertions
 from tests.triton.compiled import ARCHITECTURES, SPILL_BYTES, Compiled, compiled
 
 FLOATS = {
@@ -44,7 +45,8 @@ def build(
     t = like if not target else torch.zeros(1, dtype=torch.int64)
     known = loss._matrices(name, like, t, weight, columns)
     rows, block, warps = tile
-    values = {**known, "ROWS": rows, "BLOCK": block, **more}
+    checks = assertions(amd=isinstance(architecture, str)) if name == "logits" else {}
+    values = {**known, "ROWS": rows, "BLOCK": block, "TRAPS": checks.pop("TRAPS", None), **more}
     pointer = FLOATS[dtype]
     opmath = "*fp64" if dtype == torch.float64 else "*fp32"
     types = {
@@ -64,7 +66,8 @@ def build(
         for argument in kernel.arg_names
     }
     aligned = tuple(n for n in ("losses", "stats", "out", "grad") if n in arguments)
-    return compiled(kernel, arguments, architecture, aligned, num_warps=warps, **loss.OPTIONS)
+    options = {"num_warps": warps, **loss.OPTIONS, **checks}
+    return compiled(kernel, arguments, architecture, aligned, **options)
 
 
 def check(kernel: Compiled, dtype: torch.dtype, warps: int, stores: int | None = None) -> None:

@@ -1,0 +1,27 @@
+"""What Triton's kernels check on the device, where nobody waits for the answer.
+
+``tl.device_assert`` prints a message. AMD's GPUs hand it to the host through a buffer that every
+launch of such a kernel needs, whether it fails or not, and that there is not on machines whose PCIe
+has no atomics. A check that fails there is a trap without a word; it ends the process as well.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def check(
+    condition,  # [N] booleans
+    message: tl.constexpr,
+    TRAPS: tl.constexpr,  # as triton_support.assertions says it
+):
+    """The kernel fails where the condition does for any element."""
+    if TRAPS:
+        # Lanes that are masked out do not keep a warp from trapping: only a branch around it does.
+        if tl.max((condition == 0).to(tl.int32), 0) != 0:
+            trap: tl.constexpr = "s_trap 2\nv_mov_b32 $0, 0"  # a result it must have
+            tl.inline_asm_elementwise(trap, "=v", [], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.device_assert(condition, message)
