@@ -44,6 +44,27 @@ MISSING = (
 if MISSING is not None:
     backends.explain("triton", MISSING)
 
+
+@lru_cache(maxsize=64)  # devices
+def _cannot_compile_for(device: torch.device) -> str | None:
+    try:
+        with torch.cuda.device(device):
+            import_module("ksam_kernels.triton_probe").compile_for_current_device()
+    except Exception as error:  # Triton's, a compiler's, a driver's: anything
+        first_line = str(error).partition("\n")[0]
+        return f"Triton cannot compile for {device}: {type(error).__name__}: {first_line}"
+    return None
+
+
+def _cannot_compile(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a GPU, where it is installed and yet cannot compile."""
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _cannot_compile_for(device)
+
+
+backends.except_where("triton", _cannot_compile)
+
 #: Launch options of kernels whose contract is exact: a product and a sum are two roundings. Triton
 #: 3.6 to 3.9 would contract them, later versions not, and 3.9 warns of it: say it in every launch.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
