@@ -26,10 +26,12 @@ DEVICES = ("cpu", "cuda") if extension is not None and extension.cuda_architectu
 
 
 def _has_no_code(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a GPU: this build has none for its architecture, or CUDA does
-    not know the device (an AMD GPU) or its driver."""
+    """Why the kernels cannot run on a GPU: it is AMD's, this build has none for its architecture,
+    or CUDA does not know its driver."""
     if device.type != "cuda":
         return None
+    if torch.version.hip is not None:
+        return "its GPU kernels are CUDA's, and this torch is for AMD GPUs"
     index = torch.cuda.current_device() if device.index is None else device.index
     if extension.has_code_for(index):
         return None

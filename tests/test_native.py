@@ -16,6 +16,15 @@ from tests.device import DEVICE
 from tests.helpers import all_same_bits
 
 
+def test_cuda_is_not_asked_for_amds_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "extension", SimpleNamespace())
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert native._has_no_code(torch.device("cpu")) is None
+    assert native._has_no_code(torch.device("cuda", 0)) == (
+        "its GPU kernels are CUDA's, and this torch is for AMD GPUs"
+    )
+
+
 def test_the_extension_says_which_gpus_it_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
     built = SimpleNamespace(
         has_code_for=lambda index: index == 0,
@@ -23,6 +32,7 @@ def test_the_extension_says_which_gpus_it_has_no_code_for(monkeypatch: pytest.Mo
         cuda_architectures="80 120+PTX",
     )
     monkeypatch.setattr(native, "extension", built)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert native._has_no_code(torch.device("cuda", 0)) is None
