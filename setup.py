@@ -8,7 +8,7 @@ CUDA kernels are built where nvcc 12 or later is found, which needs no GPU. CUDA
 in, so that the extension also loads where there is none.
 
 Environment:
-    KSAM_NATIVE=0      leaves the extension out: the pure-PyTorch reference backend only.
+    KSAM_NATIVE=0      leaves the extension out: Triton's kernels on GPUs, pure PyTorch elsewhere.
     KSAM_CUDA          1 demands the CUDA kernels, 0 leaves them out.
     CUDA_HOME          the CUDA toolkit, before an nvcc on the PATH and /usr/local/cuda.
     TORCH_CUDA_ARCH_LIST
@@ -85,8 +85,8 @@ def compiler() -> list[str]:
     if found is None:
         sys.exit(
             "ksam: building the kernels needs a C++17 compiler (c++, g++, clang++ or $CXX) and "
-            "none was found; install one, or set KSAM_NATIVE=0 to install the slower pure-PyTorch "
-            "reference backend alone."
+            "none was found; install one, or set KSAM_NATIVE=0 to install without: with Triton's "
+            "kernels on GPUs, slower pure PyTorch on the CPU."
         )
     return [found]
 
@@ -257,8 +257,8 @@ class NinjaBuildExt(build_ext):
         if subprocess.run(command, check=False).returncode != 0:
             sys.exit(
                 "ksam: compiling the kernels failed, see the compiler's message above; "
-                "KSAM_CUDA=0 leaves out the CUDA kernels, KSAM_NATIVE=0 installs the slower "
-                "pure-PyTorch reference backend alone."
+                "KSAM_CUDA=0 leaves out the CUDA kernels, KSAM_NATIVE=0 all of them: Triton's "
+                "kernels run on GPUs then, slower pure PyTorch on the CPU."
             )
         shutil.copy2(library, target)
         print(f"ksam: built {target.name}: {summary(cuda)}")

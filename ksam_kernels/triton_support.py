@@ -35,11 +35,18 @@ __all__ = [
     "upload",
 ]
 
+
+def _missing() -> str | None:
+    if find_spec("triton") is not None:
+        return None
+    if torch.version.hip is not None:  # whose Triton has another name, and the same files
+        return "this installation has no Triton: install torch for ROCm with what it depends on"
+    return "this installation has no Triton: pip install triton"
+
+
 #: Why there are no Triton kernels here; None if there are. Torch from 2.11 on comes with a Triton
 #: that is new enough, where it comes with one.
-MISSING = (
-    "this installation has no Triton: pip install triton" if find_spec("triton") is None else None
-)
+MISSING = _missing()
 
 if MISSING is not None:
     backends.explain("triton", MISSING)

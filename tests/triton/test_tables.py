@@ -154,16 +154,21 @@ def test_importing_the_library_does_not_import_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_triton_the_report_says_why() -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("hip", "advice"),
+    [(None, "pip install triton"), ("6.4", "install torch for ROCm with what it depends on")],
+)
+def test_without_triton_the_report_says_why(hip: str | None, advice: str) -> None:
+    code = f"""
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *args: None if name == "triton" else find(name, *args)
 import torch
+torch.version.hip = {hip!r}
 from ksam_kernels import backends
 print(backends.why_not("triton", "restore_", torch.device("cuda")))
 """
     result = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
-    assert result.stdout.strip() == "this installation has no Triton: pip install triton"
+    assert result.stdout.strip() == f"this installation has no Triton: {advice}"
