@@ -34,10 +34,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+#: The largest of AMD's GPUs (MI300): a cache behind L2, of which HIP says nothing.
+_INFINITY_CACHE_BYTES = 256 << 20
+
+
 def last_level_cache_bytes(device: torch.device) -> int:
-    """Size of the GPU's L2 or the CPU's L3 cache; 32 MB where the system does not say."""
+    """Size of the GPU's L2 or the CPU's L3 cache; 32 MB where the system does not say. Of AMD's
+    GPUs at least that of the largest."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        return l2 if torch.version.hip is None else max(l2, _INFINITY_CACHE_BYTES)
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii")
         return int(text.strip().removesuffix("K")) << 10

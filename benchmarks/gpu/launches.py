@@ -17,15 +17,15 @@ from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.gpu.step import Operations
 from benchmarks.kernels.case import KSAM, Case, UnavailableError
 
-# Driver and runtime calls that wait, whoever makes them.
-_WAITS = ("Synchronize", "cudaMemcpy", "cuMemcpy")
+# Driver and runtime calls that wait, whoever makes them; hipMemcpyWithStream, too.
+_WAITS = ("Synchronize", "cudaMemcpy", "cuMemcpy", "hipMemcpy")
 _DO_NOT_WAIT = ("Async", "cudaStreamWaitEvent")
 _COPIES = ("Memcpy", "Memset")
 _WORK = "the work that is counted"
 
 
 def waits_for_device(name: str) -> bool:
-    """Whether a call of CUDA's API by this name keeps the host waiting."""
+    """Whether a call of CUDA's or HIP's API by this name keeps the host waiting."""
     return any(w in name for w in _WAITS) and not any(d in name for d in _DO_NOT_WAIT)
 
 

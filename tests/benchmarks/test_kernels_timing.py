@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,20 @@ def busy(log: list[tuple[str, int]], name: str):  # type: ignore[no-untyped-def]
         work.exp()
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("hip", "l2", "found"),
+    [(None, 50, 50), ("6.4", 4, 256), ("6.4", 300, 300)],
+    ids=["NVIDIA", "AMD", "a larger L2"],
+)
+def test_the_cache_behind_amds_l2_is_counted(
+    hip: str | None, l2: int, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(L2_cache_size=l2 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert last_level_cache_bytes(torch.device("cuda", 0)) == found << 20
 
 
 def test_contestants_alternate_in_rotated_order_on_fresh_inputs() -> None:
