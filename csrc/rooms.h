@@ -1,4 +1,4 @@
-// Each room's functions for Python, defined in <room>/<room>_python.cpp.
+// Each room's functions for Python, defined in <room>/<room>_python.cpp (the last in perturb/).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,5 +9,6 @@ void bind_loss(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
 void bind_compact(pybind11::module_& m);
 void bind_perturb(pybind11::module_& m);
+void bind_look(pybind11::module_& m);
 
 }  // namespace ksam

@@ -8,7 +8,7 @@ alike for every backend, so ``torch.compile``, ``torch.export`` and ``opcheck`` 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -146,10 +146,10 @@ def wants_grad(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.requires_grad
 
 
-def _is_subclass(arg: Any) -> bool:
+def is_subclass(arg: Any) -> bool:
     """A tensor that may have more to it than its data."""
     if isinstance(arg, (list, tuple)):
-        return any(map(_is_subclass, arg))
+        return any(map(is_subclass, arg))
     kind = type(arg)
     return kind is not Tensor and kind is not Parameter and isinstance(arg, Tensor)
 
@@ -161,7 +161,7 @@ def call(name: str, *args: Any) -> Any:
     Where it has nothing to do (no tracing, no tensor subclass) the implementation is called without
     it, and its derivative attached.
     """
-    if is_eager() and not any(map(_is_subclass, args)):
+    if is_eager() and not any(map(is_subclass, args)):
         args = tuple(map(_resolved, args))
         if not (torch.is_grad_enabled() and any(map(wants_grad, args))):
             with backends.keeping():
@@ -183,6 +183,16 @@ def dispatch(name: str, *args: Any) -> Any:
         return op(*args)
     with backends.keeping():
         return op(*args)
+
+
+def call_in_place(name: str, written: Iterable[list[Tensor]], *args: Any) -> Any:
+    """Run ``torch.ops.ksam.<name>`` on lists of plain tensors where :func:`is_eager`, without the
+    dispatcher, which looks at each of them for some microseconds: autograd is told what is written,
+    and not shown how."""
+    for tensors in written:
+        torch.autograd.graph.increment_version(tensors)
+    with torch.no_grad(), backends.keeping():
+        return backends.call(name, _device(args), *map(_resolved, args))
 
 
 def call_backward(name: str, grad: Tensor, *args: Any) -> Any:

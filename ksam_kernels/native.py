@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:  # any other ImportError is a broken installation: let it be seen
     extension = None  # type: ignore[assignment]
 
-__all__ = ["DEVICES", "direct", "direct_in_place", "extension", "run"]
+__all__ = ["DEVICES", "direct", "direct_in_place", "extension", "looks", "run"]
 
 #: The device types that the extension has kernels for.
 DEVICES = ("cpu", "cuda") if extension is not None and extension.cuda_architectures else ("cpu",)
@@ -56,6 +56,16 @@ def direct(name: str) -> Any:
     ):
         return None
     return getattr(extension, name)
+
+
+def looks() -> bool:
+    """Whether the extension's look at a call's tensors says all that there is to know of them: any
+    backend may then run on their memory, without PyTorch's dispatcher."""
+    return (
+        extension is not None
+        and library.is_eager()  # first: the compiler cannot trace the next question
+        and not torch.is_inference_mode_enabled()  # whose tensors have no version counters
+    )
 
 
 def direct_in_place(name: str) -> Any:

@@ -26,6 +26,7 @@ __all__ = [
     "assertions",
     "device_ints",
     "double_bits",
+    "doubles_bits",
     "is_amd",
     "may_keep",
     "most_warps",
@@ -118,8 +119,12 @@ def double_bits(value: float) -> int:
     bitcast=True)``: as a float it would arrive rounded to float32. Annotate the parameter as
     ``tl.int64`` and list it in ``do_not_specialize``, or every new value compiles the kernel anew.
     """
-    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
-    return bits
+    return doubles_bits([value])[0]
+
+
+def doubles_bits(values: Sequence[float]) -> list[int]:
+    """:func:`double_bits` of each."""
+    return list(struct.unpack(f"<{len(values)}q", struct.pack(f"<{len(values)}d", *values)))
 
 
 @lru_cache(maxsize=64)  # devices

@@ -9,7 +9,7 @@
 
 namespace ksam::dlpack {
 
-enum DeviceType : int32_t { kCPU = 1, kCUDA = 2 };
+enum DeviceType : int32_t { kCPU = 1, kCUDA = 2, kROCm = 10 };
 enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct Device {

@@ -8,6 +8,7 @@ the same on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,11 @@ __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 TensorList = Sequence[Tensor]
 
 
-def _run(name: str, *args: Any) -> Any:
-    """The operator; of lists with DTensors in the first, on what this rank holds of them."""
+def _run(name: str, *args: Any, plainly_written: Sequence[list[Tensor]] | None = None) -> Any:
+    """The operator; of lists with DTensors in the first, on what this rank holds of them. Of lists
+    that native.fits() has found plain, these are written."""
+    if plainly_written is not None:
+        return library.call_in_place(name, plainly_written, *args)
     if first_dtensor(args[0]) is not None:
         from ksam_kernels.perturb import sharded
 
@@ -59,8 +63,9 @@ def _check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> N
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two of its elements are one, by a stride of 0: torch looks no further either."""
-    return any(
-        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    strides = tensor.stride()
+    return 0 in strides and any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=True)
     )
 
 
@@ -148,11 +153,22 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     quick = native.try_grad_norm(grads, params, adaptive, eta)
     if quick is not None:
         return quick
-    _check_list("grads", grads)
-    if adaptive:
-        _check_like("params", params, grads, model="grads")
-    norm: Tensor = _run("grad_norm", grads, params, adaptive, eta)
+    has_gradient = torch.is_grad_enabled() and any(map(library.wants_grad, grads))
+    plain = not has_gradient and native.fits(grads, *([params] if adaptive else []), written=0)
+    if not plain:
+        _check_list("grads", grads)
+        if adaptive:
+            _check_like("params", params, grads, model="grads")
+    arguments = (grads, params, adaptive, eta)
+    norm: Tensor = _run("grad_norm", *arguments, plainly_written=[] if plain else None)
     return norm
+
+
+def _checked_radii(radii: Sequence[Any]) -> list[float]:
+    for radius in radii:
+        if type(radius) is not float or not -math.inf < radius < math.inf:  # few of many
+            check_finite("rho", radius)
+    return [float(radius) for radius in radii]
 
 
 def perturb_(
@@ -196,20 +212,22 @@ def perturb_(
     quick = native.try_perturb_(params, grads, backup, given, adaptive, eta)
     if quick is not None:
         return quick
-    _check_list("params", params, written=True)
-    _check_like("grads", grads, params)
-    _check_like("backup", backup, params, same_dtype=True, written=True)
+    plain = native.fits(params, grads, backup, written=0b101, alike=0b100)
+    if not plain:
+        _check_list("params", params, written=True)
+        _check_like("grads", grads, params)
+        _check_like("backup", backup, params, same_dtype=True, written=True)
     radii = given if isinstance(given, list) else [given] * len(params)
     if len(radii) != len(params):
         raise ValueError(
             f"rho must be one radius or one per parameter, {len(params)}, got {len(radii)}"
         )
-    for radius in radii:
-        check_finite("rho", radius)
-    radii = [float(radius) for radius in radii]
+    radii = _checked_radii(radii)
     norm: Tensor
     with torch.no_grad():
-        norm = _run("perturb_", params, grads, backup, radii, adaptive, eta)
+        written = [params, backup] if plain else None
+        arguments = (params, grads, backup, radii, adaptive, eta)
+        norm = _run("perturb_", *arguments, plainly_written=written)
     return norm
 
 
@@ -226,10 +244,12 @@ def restore_(params: TensorList, backup: TensorList) -> None:
     params, backup = list(params), list(backup)
     if native.try_restore_(params, backup):
         return
-    _check_list("params", params, written=True)
-    _check_like("backup", backup, params, same_dtype=True)
+    plain = native.fits(params, backup, written=0b01, alike=0b10)
+    if not plain:
+        _check_list("params", params, written=True)
+        _check_like("backup", backup, params, same_dtype=True)
     with torch.no_grad():
-        _run("restore_", params, backup)
+        _run("restore_", params, backup, plainly_written=[params] if plain else None)
 
 
 def restore_sgd_(
@@ -290,17 +310,23 @@ def restore_sgd_(
     states = (buffers, counters)
     if native.try_update_("restore_sgd_", params, backup, grads, states, *options):
         return
-    _check_list("params", params, written=True)
-    _check_like("backup", backup, params, same_dtype=True)
-    _check_like("grads", grads, params)
-    if momentum != 0:
-        _check_like("momentum_buffers", buffers, params, written=True)
-    if steps is not None:
-        _check_steps(counters, params)
+    lists = [params, backup, grads, *([buffers] if momentum != 0 else [])]
+    plain = native.fits(
+        *lists, written=0b1001, alike=0b10, counters=counters, scalars=(grad_scale, found_inf)
+    )
+    if not plain:
+        _check_list("params", params, written=True)
+        _check_like("backup", backup, params, same_dtype=True)
+        _check_like("grads", grads, params)
+        if momentum != 0:
+            _check_like("momentum_buffers", buffers, params, written=True)
+        if steps is not None:
+            _check_steps(counters, params)
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
+    arguments = (params, backup, grads, *states, *options)
     with torch.no_grad():
-        _run("restore_sgd_", params, backup, grads, *states, *options)
+        _run("restore_sgd_", *arguments, plainly_written=[params, *states] if plain else None)
 
 
 def restore_adam_(
@@ -355,13 +381,20 @@ def restore_adam_(
     options = (lr, *betas, eps, weight_decay, *flags, grad_scale, found_inf)
     if native.try_update_("restore_adam_", params, backup, grads, states, *options):
         return
-    _check_list("params", params, written=True)
-    _check_like("backup", backup, params, same_dtype=True)
-    _check_like("grads", grads, params)
-    _check_like("exp_avgs", states[0], params, written=True)
-    _check_like("exp_avg_sqs", states[1], params, written=True)
-    _check_steps(states[2], params)
+    *moments, counters = states
+    lists, scalars = (params, backup, grads, *moments), (grad_scale, found_inf)
+    plain = len(counters) == len(params) and native.fits(
+        *lists, written=0b11001, alike=0b10, counters=counters, scalars=scalars
+    )
+    if not plain:
+        _check_list("params", params, written=True)
+        _check_like("backup", backup, params, same_dtype=True)
+        _check_like("grads", grads, params)
+        _check_like("exp_avgs", states[0], params, written=True)
+        _check_like("exp_avg_sqs", states[1], params, written=True)
+        _check_steps(counters, params)
     _check_scalar("grad_scale", grad_scale)
     _check_scalar("found_inf", found_inf)
+    arguments = (params, backup, grads, *states, *options)
     with torch.no_grad():
-        _run("restore_adam_", params, backup, grads, *states, *options)
+        _run("restore_adam_", *arguments, plainly_written=[params, *states] if plain else None)

@@ -15,9 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.native import extension
 from ksam_kernels.perturb import reference, triton_kernels, triton_updates
 from ksam_kernels.perturb.triton_table import CHUNK, Rows, Table
-from ksam_kernels.triton_support import EXACT, device_ints, double_bits, most_warps, on_device_of
+from ksam_kernels.triton_support import (
+    EXACT,
+    device_ints,
+    double_bits,
+    doubles_bits,
+    most_warps,
+    on_device_of,
+)
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -36,13 +44,20 @@ _FINISH_BLOCK = 2048
 _STEPS_BLOCK = 128
 
 
+def _have_one_device(args: tuple[Any, ...]) -> bool:
+    lists = [arg for arg in args if isinstance(arg, list) and arg and isinstance(arg[0], Tensor)]
+    if extension is not None and extension.on_one_device(lists):
+        return True
+    return len(reference.devices_of(lists)) == 1
+
+
 def _on_one_device(launches: Any) -> Any:
     """Run on the device of the tensors; calls without any, or with tensors of several devices, are
     left to the reference."""
 
     @functools.wraps(launches)
     def call(*args: Any) -> Any:
-        if len(reference.devices_of(args)) != 1:
+        if not _have_one_device(args):
             return getattr(reference, launches.__name__)(*args)
         with on_device_of(args[0][0]):
             return launches(*args)
@@ -107,8 +122,7 @@ def perturb_(
     """Launches: the norm's, and one for each combination of dtypes. If one of these raises, what
     was launched before is undone from the backup."""
     norm, wide = _norms(grads, params if adaptive else [], eta)
-    radii = [double_bits(radius) for radius in rho]
-    rows = Rows(params, grads, backup, written=(0, 2), values=radii)
+    rows = Rows(params, grads, backup, written=(0, 2), values=doubles_bits(rho))
     tables = rows.tables()
     done: list[Table] = []
     try:

@@ -2,6 +2,7 @@
 
 A *row* is what belongs to one parameter, an operand of each list. Its record is
 ``[numel, first chunk, aligned, value, address of operand 0, address of operand 1, ...]`` in int64.
+The extension (csrc/perturb/look_python.cpp) makes the same records of the lists.
 Work is cut into chunks of CHUNK elements, one program each; ``chunk_rows`` says whose a chunk is.
 
 Tables hold addresses and sizes only, so one is right for every call with the same ones: they are
@@ -12,6 +13,7 @@ forgotten table's memory is ordered with other streams.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels.bits import as_bits
+from ksam_kernels.native import extension
 from ksam_kernels.triton_support import may_keep, stream_of, upload
 
 __all__ = ["CHUNK", "HEAD", "Rows", "Table"]
@@ -32,13 +35,16 @@ HEAD = 4
 #: Tables that are kept, of tens of bytes a row and 4 a chunk. A step of K-SAM needs two to four.
 _KEPT = 32
 
-Record = tuple[int, ...]
+#: In the order in which the extension numbers them.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+DTypes = tuple[torch.dtype, ...]  # of a row's operands
 
 
 class Table(NamedTuple):
     """The rows of one combination of dtypes."""
 
-    dtypes: tuple[torch.dtype, ...]  # of each operand
+    dtypes: DTypes
     records: Tensor  # int64 [rows, HEAD + operands]
     chunk_rows: Tensor  # int32 [chunks]
 
@@ -47,18 +53,14 @@ class Table(NamedTuple):
         return self.chunk_rows.shape[0]
 
 
-def _new_table(
-    device: torch.device, stream: int, dtypes: tuple[torch.dtype, ...], records: tuple[Record, ...]
-) -> Table:
-    """``records`` without their first chunks."""
-    values: list[int] = []
-    chunks = 0
-    for numel, *rest in records:
-        values += (numel, chunks, *rest)
-        chunks += -(-numel // CHUNK)
-    table = upload(values, device).view(len(records), -1)
+def _new_table(device: torch.device, stream: int, dtypes: DTypes, records: bytes) -> Table:
+    values = memoryview(records).cast("q").tolist()
+    width = HEAD + len(dtypes)
+    numel, first_chunk, *_ = values[-width:]
+    table = upload(values, device).view(-1, width)
     counts = (table[:, 0] + (CHUNK - 1)) // CHUNK
-    rows = torch.arange(len(records), dtype=torch.int32, device=device)
+    rows = torch.arange(len(table), dtype=torch.int32, device=device)
+    chunks = first_chunk + -(-numel // CHUNK)
     return Table(dtypes, table, rows.repeat_interleave(counts, output_size=chunks))
 
 
@@ -78,12 +80,19 @@ def _layout(t: Tensor) -> list[tuple[int, int]] | None:
     return order
 
 
+def _are_contiguous(row: Sequence[Tensor]) -> bool:
+    for t in row:  # noqa: SIM110  # a generator takes a quarter longer
+        if t.is_neg() or not t.is_contiguous():
+            return False
+    return True
+
+
 def _are_alike(row: Sequence[Tensor]) -> bool:
     """One walk through memory meets the elements of all operands in the same order."""
+    if _are_contiguous(row):
+        return True
     if any(t.is_neg() for t in row):
         return False
-    if all(t.is_contiguous() for t in row):
-        return True
     first = _layout(row[0])
     return first is not None and all(_layout(t) == first for t in row[1:])
 
@@ -93,6 +102,17 @@ def _copy_bits(to: Tensor, source: Tensor) -> None:
         to.copy_(source)
     else:
         as_bits(to).copy_(as_bits(source))
+
+
+def _described(
+    operands: tuple[list[Tensor], ...], values: list[int] | None
+) -> dict[DTypes, bytes] | None:
+    """The records, by the extension's one look at the lists; None where it has not looked, or rows
+    must be copied."""
+    found = None if extension is None else extension.describe(operands, values, CHUNK)
+    if found is None:
+        return None
+    return {tuple([_DTYPES[kind] for kind in kinds]): records for kinds, records in found}
 
 
 class Rows:
@@ -116,19 +136,32 @@ class Rows:
         """
         self._written = written
         self._copied: list[tuple[Tensor, Tensor]] = []
-        self._tensors: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
-        self._records: dict[tuple[torch.dtype, ...], list[Record]] = {}
-        for i, row in enumerate(zip(*operands, strict=True)):
-            if row[0].numel() > 0:
-                self._add(row, 0 if values is None else values[i])
+        #: Those that the kernels work on.
+        self._rows: list[tuple[Tensor, ...]] = list(zip(*operands, strict=True))
+        described = _described(operands, values)
+        self._records = self._describe(values) if described is None else described
 
-    def _add(self, row: tuple[Tensor, ...], value: int) -> None:
-        used = row if _are_alike(row) else self._contiguous(row)
-        pointers = [t.data_ptr() for t in used]
-        aligned = int(all(pointer % 16 == 0 for pointer in pointers))
-        dtypes = tuple(t.dtype for t in used)
-        self._tensors.setdefault(dtypes, []).append(used)
-        self._records.setdefault(dtypes, []).append((used[0].numel(), aligned, value, *pointers))
+    def _describe(self, values: list[int] | None) -> dict[DTypes, bytes]:
+        """Looks at every tensor, and copies what must be."""
+        found: dict[DTypes, array[int]] = {}
+        chunks: dict[DTypes, int] = {}
+        for i, row in enumerate(self._rows):
+            numel = row[0].numel()
+            if numel == 0:
+                continue
+            if not _are_alike(row):
+                row = self._rows[i] = self._contiguous(row)
+            pointers = [t.data_ptr() for t in row]
+            every = 0
+            for pointer in pointers:
+                every |= pointer
+            dtypes = tuple([t.dtype for t in row])
+            first_chunk = chunks.get(dtypes, 0)
+            chunks[dtypes] = first_chunk - (-numel // CHUNK)
+            value = 0 if values is None else values[i]
+            record = (numel, first_chunk, every % 16 == 0, value, *pointers)
+            found.setdefault(dtypes, array("q")).extend(record)
+        return {dtypes: records.tobytes() for dtypes, records in found.items()}
 
     def _contiguous(self, row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         copies = []
@@ -144,16 +177,19 @@ class Rows:
 
     def tables(self) -> list[Table]:
         """One for each combination of dtypes. In a graph they are new, and the graph's own."""
-        made = []
-        for dtypes, records in self._records.items():
-            device = self._tensors[dtypes][0][0].device
-            make = _kept_table if may_keep(device) else _new_table
-            made.append(make(device, stream_of(device), dtypes, tuple(records)))
-        return made
+        if not self._records:
+            return []
+        device = self._rows[0][0].device
+        make, stream = (_kept_table if may_keep(device) else _new_table), stream_of(device)
+        return [make(device, stream, *item) for item in self._records.items()]
 
     def tensors(self, table: Table) -> list[tuple[Tensor, ...]]:
         """The rows of a table: the tensors that the kernels work on."""
-        return self._tensors[table.dtypes]
+        return [
+            row
+            for row in self._rows
+            if row[0].numel() > 0 and tuple([t.dtype for t in row]) == table.dtypes
+        ]
 
     def finish(self) -> None:
         """What was written to copies, back to where it belongs."""

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import ksam_kernels
-from ksam_kernels import backends, triton_support, use_backend
+from ksam_kernels import backends, native, triton_support, use_backend
+from ksam_kernels.perturb import triton as launches
 from ksam_kernels.perturb import triton_table
 from ksam_kernels.perturb.triton_table import CHUNK, HEAD, Rows, Table
 from tests.helpers import sliced, transposed
@@ -50,6 +51,72 @@ def test_records_say_where_everything_is() -> None:
 def test_one_combination_of_dtypes_is_one_table() -> None:
     params = [torch.zeros(3, dtype=d) for d in (torch.float32, torch.float16, torch.float32)]
     assert len(tables(params, [torch.zeros(3) for _ in params])) == 2
+
+
+LISTS = {
+    "one dtype": lambda: [[torch.zeros(5), torch.zeros(2, 3)] for _ in range(3)],
+    "chunks": lambda: [[torch.zeros(n) for n in (CHUNK, 1, 0, 2 * CHUNK + 1)] for _ in range(2)],
+    "dtypes in turns": lambda: [
+        [torch.zeros(3, dtype=d) for d in triton_table._DTYPES * 2],
+        [torch.zeros(3) for _ in range(8)],
+    ],
+    "addresses": lambda: [[torch.zeros(9)[i:8] for i in range(8)] for _ in range(5)],
+    "layouts": lambda: [
+        [
+            torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last),
+            transposed(torch.zeros(3, 4)),
+        ]
+        for _ in range(2)
+    ],
+    "dimensions of one element": lambda: [[torch.zeros(4, 9)[:, :1].t()[:, :1]] for _ in range(2)],
+    "nothing": lambda: [[], []],
+}
+
+
+@pytest.mark.skipif(native.extension is None, reason="there is no extension")
+@pytest.mark.parametrize("make", LISTS.values(), ids=LISTS)
+def test_the_extension_makes_the_same_records(
+    make: Callable[[], list[list[Tensor]]],
+) -> None:
+    operands = make()
+    for values in (None, [(-1) ** i * (2**62 + i) for i in range(len(operands[0]))]):
+        assert triton_table._described(tuple(operands), values) is not None
+        ours = Rows(*operands, values=values)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_table, "extension", None)
+            pythons = Rows(*operands, values=values)
+        assert list(ours._records.items()) == list(pythons._records.items())
+        for one, other in zip(ours.tables(), pythons.tables(), strict=True):
+            assert torch.equal(one.records, other.records)
+            assert torch.equal(one.chunk_rows, other.chunk_rows)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: sliced(torch.zeros(4, 6)),
+        lambda: transposed(torch.zeros(4, 6)),
+        lambda: torch.zeros(1, 1).expand(4, 6),
+        lambda: torch._neg_view(torch.zeros(4, 6, dtype=torch.complex64).real),
+        lambda: torch.zeros(4, 6).as_subclass(type("Other", (Tensor,), {})),
+    ],
+    ids=["gaps", "another order", "one element", "a negative view", "a subclass"],
+)
+def test_the_extension_leaves_what_must_be_copied(other: Callable[[], Tensor]) -> None:
+    plain = torch.zeros(4, 6)
+    assert triton_table._described(([plain, plain], [plain, other()]), None) is None
+    assert len(tables([plain, plain], [plain, other()])) == 1
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["extension", "Python"])
+def test_one_device_or_several(looked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not looked:
+        monkeypatch.setattr(launches, "extension", None)
+    here, there = torch.zeros(2), torch.zeros(2, device="meta")
+    assert launches._have_one_device(([here, here], [here], [0.1, 0.1], True, None))
+    assert not launches._have_one_device(([here], [here, there], 0.1))
+    assert not launches._have_one_device(([here, here], [there], [], 0.1))
+    assert not launches._have_one_device(([], [], 0.1))
 
 
 @pytest.mark.usefixtures("eager")
