@@ -17,8 +17,10 @@ from ksam_kernels.topk import reference as topk_reference
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """[..., C] -> [N, C] in the dtype of the arithmetic."""
-    return logits.reshape(-1, logits.shape[-1]).to(opmath_dtype(logits.dtype))
+    """[..., C] -> [N, C] in the dtype of the arithmetic, side by side: what is apart torch adds up
+    in another order."""
+    rows = logits.reshape(-1, logits.shape[-1]).to(opmath_dtype(logits.dtype))
+    return rows.contiguous()
 
 
 def _hard_targets(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
