@@ -8,7 +8,7 @@ alike for every backend, so ``torch.compile``, ``torch.export`` and ``opcheck`` 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -185,12 +185,17 @@ def dispatch(name: str, *args: Any) -> Any:
         return op(*args)
 
 
+def mark_written(*lists: Sequence[Tensor]) -> None:
+    """What declared mutations do: autograd then knows of the writing."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)
+
+
 def call_in_place(name: str, written: Iterable[list[Tensor]], *args: Any) -> Any:
     """Run ``torch.ops.ksam.<name>`` on lists of plain tensors where :func:`is_eager`, without the
     dispatcher, which looks at each of them for some microseconds: autograd is told what is written,
     and not shown how."""
-    for tensors in written:
-        torch.autograd.graph.increment_version(tensors)
+    mark_written(*written)
     with torch.no_grad(), backends.keeping():
         return backends.call(name, _device(args), *map(_resolved, args))
 

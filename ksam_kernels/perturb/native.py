@@ -38,12 +38,6 @@ def fits(
     return extension.fits(lists, written, alike, counters)
 
 
-def _mark_written(*lists: TensorList) -> None:
-    """What declared mutations do: autograd then knows of the writing."""
-    for tensors in lists:
-        torch.autograd.graph.increment_version(tensors)
-
-
 def _scalar_for(tensors: TensorList) -> Tensor:
     """A norm to be written where the list's kernels run; anywhere for what these decline."""
     if not tensors:
@@ -77,7 +71,7 @@ def try_perturb_(
     norm = _scalar_for(params)
     if not kernel(params, grads, backup, rho, adaptive, eta, norm):
         return None
-    _mark_written(params, backup)
+    library.mark_written(params, backup)
     return norm
 
 
@@ -85,7 +79,7 @@ def try_restore_(params: list[Tensor], backup: list[Tensor]) -> bool:
     kernel = direct_in_place("restore_")
     if kernel is None or not kernel(params, backup):
         return False
-    _mark_written(params)
+    library.mark_written(params)
     return True
 
 
@@ -101,7 +95,7 @@ def try_update_(
     kernel = direct_in_place(name)
     if kernel is None or not kernel(params, backup, grads, *states, *options):
         return False
-    _mark_written(params, *states)
+    library.mark_written(params, *states)
     return True
 
 

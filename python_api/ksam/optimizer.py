@@ -275,10 +275,11 @@ class SharpnessAware(Composed):
         for sampler in self._samplers():
             sampler.check(batch, samples)
         self._adopt_groups()
+        params = self._parameters()
         cost = self.cost(samples)
         sharp = self._is_sharp(cost)
         if sharp and isinstance(self.ascent, Sampler):
-            check_synchronizes(self.model, self._parameters())
+            check_synchronizes(self.model, params)
         norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._kept)
         passes = self._passes(per_sample_loss, batch, samples, sharp, norms)
         self._schedule_rho()
@@ -299,7 +300,7 @@ class SharpnessAware(Composed):
                     ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
                 done = True
                 self._has_grad = weight is not None
-                gather_anew(self.model, self._parameters())
+                gather_anew(self.model, params)
                 self._finish(passes, cost if sharp else 1.0, probe)
         except BaseException:
             with interrupts.deferred():
@@ -307,7 +308,7 @@ class SharpnessAware(Composed):
                 if not done:
                     ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
                     self._snapshot.put_back()
-            begin_anew(self.model, self._parameters())
+            begin_anew(self.model, params)
             raise
         finally:
             copies.forget()  # of the perturbed weights
