@@ -170,6 +170,16 @@ KSAM_INLINE V masked(const V& x, const V& keep) {
   }
 }
 
+// x in the lanes where it is not -infinity, 0 in the others.
+template <class V>
+KSAM_INLINE V origins(const V& x) {
+  if constexpr (LaneTraits<V>::kIsPair) {
+    return {origins(x.low), origins(x.high)};
+  } else {
+    return x == broadcast<V>(-__builtin_huge_valf()) ? V{} : x;
+  }
+}
+
 // a in the lanes where x < 0, b in the others.
 template <class V>
 KSAM_INLINE V where_negative(const V& x, const V& a, const V& b) {
@@ -177,6 +187,16 @@ KSAM_INLINE V where_negative(const V& x, const V& a, const V& b) {
     return {where_negative(x.low, a.low, b.low), where_negative(x.high, a.high, b.high)};
   } else {
     return x < 0 ? a : b;
+  }
+}
+
+// The same where x == 0.
+template <class V>
+KSAM_INLINE V where_zero(const V& x, const V& a, const V& b) {
+  if constexpr (LaneTraits<V>::kIsPair) {
+    return {where_zero(x.low, a.low, b.low), where_zero(x.high, a.high, b.high)};
+  } else {
+    return x == 0 ? a : b;
   }
 }
 

@@ -20,6 +20,8 @@ struct Names {
 };
 const Names* names = nullptr;
 
+PyObject* torch_empty_like = nullptr;
+
 struct TorchDTypes {
   PyObject *f32, *f64, *i64;
 };
@@ -63,6 +65,15 @@ bool says(py::handle tensor, PyObject* question) {
   return answer.ptr() == Py_True;
 }
 
+// What a function of torch has returned, as an owned reference or an error.
+NewTensor as_new(PyObject* returned) {
+  NewTensor made;
+  made.object = py::reinterpret_steal<py::object>(returned);
+  if (!made.object) throw py::error_already_set();
+  if (!read_tensor(made.object, &made.view)) made.object = {};
+  return made;
+}
+
 }  // namespace
 
 void load_torch_types() {
@@ -80,10 +91,9 @@ void load_torch_types() {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   names = new Names;
-  const auto dtype = [&](const char* name) {
-    return py::object(torch.attr(name)).release().ptr();
-  };
-  torch_dtypes = {dtype("float32"), dtype("float64"), dtype("int64")};
+  const auto kept = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
+  torch_dtypes = {kept("float32"), kept("float64"), kept("int64")};
+  torch_empty_like = kept("empty_like");
 }
 
 const dlpack::ExchangeApi& torch_api() { return *api; }
@@ -156,12 +166,12 @@ NewTensor new_empty(py::handle like, const Tensor& t, DType dtype,
   const size_t positional = arguments.size();
   const bool converts = dtype != t.dtype;
   if (converts) arguments.push_back(torch_dtype(dtype));
-  NewTensor made;
-  made.object = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(
-      names->new_empty, arguments.data(), positional, converts ? names->dtype : nullptr));
-  if (!made.object) throw py::error_already_set();
-  if (!read_tensor(made.object, &made.view)) made.object = {};
-  return made;
+  return as_new(PyObject_VectorcallMethod(names->new_empty, arguments.data(), positional,
+                                          converts ? names->dtype : nullptr));
+}
+
+NewTensor empty_like(py::handle tensor) {
+  return as_new(PyObject_CallOneArg(torch_empty_like, tensor.ptr()));
 }
 
 }  // namespace ksam

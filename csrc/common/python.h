@@ -46,4 +46,7 @@ struct NewTensor {
 NewTensor new_empty(pybind11::handle like, const Tensor& t, DType dtype,
                     const std::vector<int64_t>& sizes);
 
+// As torch.empty_like: a dense tensor keeps the order of its dimensions in memory.
+NewTensor empty_like(pybind11::handle tensor);
+
 }  // namespace ksam

@@ -4,10 +4,9 @@
 //
 // Bytes moved: each logit once, and each probability where the target has them; per row a class,
 // 4 for the loss and 12 for the statistics, if they are wanted. Selection: topk/select.cuh; the
-// losses it reads lie in the cache. Launches: 1; for more than kSelectedByBlock rows selection is
-// one more.
-#include "loss/loss_row.h"
-#include "loss/target.cuh"
+// losses it reads lie in the cache. Launches: 1; for more than kSelectedByBlock rows, and of rows
+// in planes, selection is one more.
+#include "loss/cross_entropy.cuh"
 #include "topk/select.cuh"
 #include "topk/topk.h"
 
@@ -23,62 +22,29 @@ constexpr int64_t kSelectedByBlock = 2048;
 constexpr int kHeld = 8;
 #endif
 
-// exp(z) for z <= 0, to 2 |z| + 4 units of rounding: a multiplication and the processor's power of
-// two, where expf takes 8 instructions, with which 16-bit logits would wait for arithmetic instead
-// of memory. The sum's terms are exp(z), so that |z| counts as |z| exp(z) <= 1 / e of them.
-__device__ __forceinline__ float quick_exponential(float z) {
-#if defined(KSAM_SIMT)
-  return ::expf(z);
-#else
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * 1.4426950408889634f));
-  return power;
-#endif
-}
-__device__ __forceinline__ double quick_exponential(double z) { return ::exp(z); }
-
-__device__ __forceinline__ float larger(float a, float b) { return ::fmaxf(a, b); }
-__device__ __forceinline__ double larger(double a, double b) { return ::fmax(a, b); }
-
 template <class T, class Q, Kind kKind>
-struct RowLosses {
-  using A = Opmath<T>;
-  using Sums = RowSums<A>;
-  using TargetOf = Target<T, Q, kKind>;
+struct RowLosses : Losses<T, Q, kKind> {
+  using Base = Losses<T, Q, kKind>;
+  using typename Base::A;
+  using typename Base::Row;
+  using typename Base::Sums;
+  using typename Base::TargetOf;
+  using Base::target;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = resident_blocks(kKind, sizeof(T));
   static constexpr bool kHasSpread = TargetOf::kHasSpread;
 
   const T* logits;  // [rows, classes]
   int64_t stride;   // between rows
-  TargetOf target;
-  float* losses;  // [rows]
-  A* stats;       // [rows, 3], or null
 
   explicit RowLosses(const CrossEntropy& args)
-      : logits(reinterpret_cast<const T*>(args.logits.data)),
-        stride(args.logits.stride),
-        target(args),
-        losses(args.losses),
-        stats(static_cast<A*>(args.stats)) {}
-
-  struct Row {
-    int64_t i;
-    int64_t y;  // until it is settled what the target says, then the class or kIgnored
-    A x_y;      // the logit of class y
-    bool is_settled;
-  };
+      : Base(args),
+        logits(reinterpret_cast<const T*>(args.logits.data)),
+        stride(args.logits.stride) {}
 
   __device__ __forceinline__ Row row(int64_t i) const { return {i, target.read(i), 0, false}; }
 
-  // Looks at the class, which nothing waits for before the first logits are asked for as well.
   __device__ __forceinline__ void settle(Row* row) const {
-    if (row->is_settled) return;
-    row->is_settled = true;
-    row->y = target.class_of(row->y);
-    if (TargetOf::kHasHot && row->y != kIgnored) {
-      row->x_y = to<A>(logits[row->i * stride + row->y]);
-    }
+    Base::settle(row, logits + row->i * stride, 1);
   }
 
   struct Item {
@@ -168,10 +134,6 @@ struct RowLosses {
     }
   }
 
-  static __device__ __forceinline__ void merge(Sums* sums, const Sums& other) {
-    ksam::merge(sums, other);
-  }
-
   // The maximum first: each lane then takes its sums there once, and the rest is additions.
   static __device__ __forceinline__ void merge_lanes(int shift, Sums* sums) {
     const A max = over_lanes(shift, sums->max, [](A a, A b) { return larger(a, b); });
@@ -189,19 +151,7 @@ struct RowLosses {
 
   __device__ __forceinline__ void finish(Row row, const Sums& sums) const {
     settle(&row);
-    RowStats<A> result{0, 0, 0};
-    A loss = 0;
-    if (row.y != kIgnored) {
-      const A hot = target.hot(row.y);
-      result = stats_of(sums, hot);
-      loss = loss_of(sums, result.log_s, hot, TargetOf::kHasHot ? row.x_y - sums.max : A(0));
-    }
-    losses[row.i] = static_cast<float>(loss);
-    if (stats == nullptr) return;
-    A* to = stats + 3 * row.i;
-    to[0] = result.max;
-    to[1] = result.log_s;
-    to[2] = result.mass;
+    Base::write(row, sums);
   }
 };
 
@@ -235,9 +185,14 @@ void run(const CrossEntropy& args, const Selection& selection, void* scratch, St
 }
 
 int64_t scratch_bytes(const CrossEntropy& args, bool selects) {
-  if (args.logits.rows == 0) return 0;
+  if (args.logits.rows == 0 || args.logits.in_planes()) return 0;
   using Largest = RowLosses<double, double, Kind::probabilities>;
   return reduction_scratch_bytes<Largest>(args.logits.rows, plan_of(args), selects);
+}
+
+// Whether the last block selects, in the launch that writes the losses.
+bool is_fused(const CrossEntropy& args) {
+  return args.logits.rows <= kSelectedByBlock && !args.logits.in_planes();
 }
 
 int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -248,19 +203,19 @@ int64_t cross_entropy_scratch_bytes(const CrossEntropy& args) { return scratch_b
 
 void cross_entropy(const CrossEntropy& args, void* scratch, Stream stream) {
   if (args.logits.rows == 0) return;
+  if (args.logits.in_planes()) return cross_entropy_in_planes(args, stream);
   run(args, Selection{nullptr, nullptr, 0, 0, nullptr}, scratch, stream);
 }
 
 int64_t select_cross_entropy_scratch_bytes(const CrossEntropy& args) {
-  const int64_t rows = args.logits.rows;
-  if (rows <= kSelectedByBlock) return scratch_bytes(args, true);
-  return round_up(scratch_bytes(args, false)) + topk_scratch_bytes(rows);
+  if (is_fused(args)) return scratch_bytes(args, true);
+  return round_up(scratch_bytes(args, false)) + topk_scratch_bytes(args.logits.rows);
 }
 
 void select_cross_entropy(const CrossEntropy& args, int64_t k, void* scratch, int64_t* indices,
                           Stream stream) {
   const int64_t rows = args.logits.rows;
-  if (rows <= kSelectedByBlock) {
+  if (is_fused(args)) {
     run(args, Selection{nullptr, args.losses, rows, k, indices}, scratch, stream);
     return;
   }

@@ -3,8 +3,7 @@
 //
 // Bytes moved: each logit once, each element of the gradient once, and each probability where the
 // target has them; per row a class, 4 for g and 12 for the statistics. Launches: 1.
-#include "loss/loss_row.h"
-#include "loss/target.cuh"
+#include "loss/cross_entropy.cuh"
 
 namespace ksam::gpu {
 namespace {
@@ -31,7 +30,7 @@ struct RowGradients {
         stats(static_cast<const A*>(args.forward.stats)),
         grad(reinterpret_cast<const float*>(args.grad.data)),
         grad_stride(args.grad.stride),
-        out(reinterpret_cast<T*>(args.out)) {}
+        out(reinterpret_cast<T*>(args.out.data)) {}
 
   struct Item {
     Packed<T, N> x;
@@ -44,8 +43,8 @@ struct RowGradients {
     const int lead = offset_of(to);
     const int64_t y = target.class_of(target.read(i));
     if (y == kIgnored) return clear(to, lead, team);
-    const Slope slope{stats[3 * i], stats[3 * i + 1], stats[3 * i + 2],
-                      static_cast<A>(grad[i * grad_stride]), target.hot(y)};
+    const Slope<A> slope{stats[3 * i], stats[3 * i + 1], stats[3 * i + 2],
+                         static_cast<A>(grad[i * grad_stride]), target.hot(y)};
     const T* x = logits + i * stride;
     const Q* t = target.row(TargetOf::kHasHot ? 0 : i);
     const int offset = offset_of(x, lead);
@@ -69,11 +68,7 @@ struct RowGradients {
         });
   }
 
-  struct Slope {
-    A max, log_s, mass, grad, hot;
-  };
-
-  __device__ __forceinline__ Elements<A, N> gradient(const Slope& slope, const Piece& piece,
+  __device__ __forceinline__ Elements<A, N> gradient(const Slope<A>& slope, const Piece& piece,
                                                      const Item& item, int64_t y,
                                                      bool w_aligned) const {
     Elements<A, N> q{};
@@ -84,8 +79,7 @@ struct RowGradients {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const A of_class = j == hot_at ? q.at[j] + slope.hot : q.at[j];
-      const A p = exponential(element(item.x, j) - slope.max - slope.log_s);
-      dx.at[j] = slope.grad * ::fma(slope.mass, p, -of_class);
+      dx.at[j] = slope.at(element(item.x, j), of_class);
     }
     return dx;
   }
@@ -109,6 +103,7 @@ struct RowGradients {
 
 void cross_entropy_backward(const CrossEntropyGradient& args, Stream stream) {
   if (args.forward.logits.rows == 0) return;
+  if (args.forward.logits.in_planes()) return cross_entropy_backward_in_planes(args, stream);
   on_target(args.forward, [&](auto type) {
     using Types = decltype(type);
     using Rows = RowGradients<typename Types::Logit, typename Types::Probability, Types::kind>;

@@ -28,6 +28,20 @@ KSAM_INLINE Slope<A> slope_of(const CrossEntropyGradient& args, int64_t row) {
   return {stats[0], stats[1], stats[2], static_cast<A>(*row_of<float>(args.grad, row))};
 }
 
+template <class A>
+KSAM_INLINE void put_slope(const Slope<A>& row, int64_t lane, A (*rows)[kLanes]) {
+  rows[0][lane] = row.max;
+  rows[1][lane] = row.log_s;
+  rows[2][lane] = row.mass;
+  rows[3][lane] = row.grad;
+}
+
+template <class V, class A>
+KSAM_INLINE Slope<V> slope_of_lanes(const A (*rows)[kLanes]) {
+  return {load_lanes<V>(rows[0]), load_lanes<V>(rows[1]), load_lanes<V>(rows[2]),
+          load_lanes<V>(rows[3])};
+}
+
 // One row of at least kLanes classes.
 template <class T, class A>
 KSAM_INLINE void wide_row(const CrossEntropyGradient& args, const Target<A>& target, int64_t row,
@@ -37,7 +51,7 @@ KSAM_INLINE void wide_row(const CrossEntropyGradient& args, const Target<A>& tar
   const Slope<V> slope = {all_lanes<V>(of_row.max), all_lanes<V>(of_row.log_s),
                           all_lanes<V>(of_row.mass), all_lanes<V>(of_row.grad)};
   const T* logits = row_of<T>(args.forward.logits, row);
-  T* out = reinterpret_cast<T*>(args.out) + row * args.forward.logits.columns;
+  T* out = row_of<T>(args.out, row);
   for_each_block(args.forward.logits.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const A* q = target.spread(row, begin, n, room);
     const bool has_class = target.has_hot() && y >= begin && y < begin + n;
@@ -65,20 +79,50 @@ KSAM_INLINE void narrow_rows(const CrossEntropyGradient& args, const Target<A>& 
     put_row(row_of<T>(args.forward.logits, begin + i), classes, i, &x);
     put_row(target.spread(begin + i, 0, classes, room), classes, i, &q);
     if (target.has_hot()) q.at[y[i]][i] += target.hot(y[i]);
-    const Slope<A> row = slope_of<A>(args, begin + i);
-    rows[0][i] = row.max;
-    rows[1][i] = row.log_s;
-    rows[2][i] = row.mass;
-    rows[3][i] = row.grad;
+    put_slope(slope_of<A>(args, begin + i), i, rows);
   }
-  const Slope<V> slope = {load_lanes<V>(rows[0]), load_lanes<V>(rows[1]), load_lanes<V>(rows[2]),
-                          load_lanes<V>(rows[3])};
+  const Slope<V> slope = slope_of_lanes<V>(rows);
   for (int64_t c = 0; c < classes; ++c) {
     T* at = x.at[c];
     store_lanes(at, slope.at(load_lanes<V>(at), load_lanes<V>(q.at[c])));
   }
   for (int64_t i = 0; i < count; ++i) {
-    take_row(x, classes, i, reinterpret_cast<T*>(args.out) + (begin + i) * classes);
+    take_row(x, classes, i, row_of<T>(args.out, begin + i));
+  }
+}
+
+// Up to sixteen rows in planes, a lane each. Lanes of ignored rows are 0.
+template <class T, class A>
+KSAM_INLINE void plane_rows(const CrossEntropyGradient& args, const Target<A>& target,
+                            int64_t begin, int64_t count, const int64_t* y, A* room) {
+  using V = Lanes<T>;
+  const Matrix& logits = args.forward.logits;
+  A rows[4][kLanes] = {}, hot[kLanes] = {}, ahead[kLanes], kept[kLanes] = {};
+  for (int64_t i = 0; i < kLanes; ++i) ahead[i] = -1;  // of a class that is not hot
+  for (int64_t i = 0; i < count; ++i) {
+    if (y[i] == kIgnored) continue;
+    if (target.has_hot()) {
+      hot[i] = target.hot(y[i]);
+      ahead[i] = static_cast<A>(y[i]);  // exactly: the bindings decline as many classes as are not
+    }
+    kept[i] = 1;
+    put_slope(slope_of<A>(args, begin + i), i, rows);
+  }
+  const Slope<V> slope = slope_of_lanes<V>(rows);
+  const V hot_lanes = load_lanes<V>(hot), kept_lanes = load_lanes<V>(kept);
+  V ahead_lanes = load_lanes<V>(ahead);
+  const T* x = plane_of<T>(logits, begin, 0);
+  T* out = plane_of<T>(args.out, begin, 0);
+  for (int64_t c = 0; c < logits.columns; ++c) {
+    __builtin_prefetch(x + kAhead);
+    __builtin_prefetch(out + kAhead, 1);
+    target.spread_plane(begin, c, count, room);
+    const V spread = load_lanes<V>(room);
+    const V q = where_zero(ahead_lanes, spread + hot_lanes, spread);
+    store_some(out, count, masked(slope.at(load_some<V>(x, count), q), kept_lanes));
+    ahead_lanes = ahead_lanes - all_lanes<V>(1);
+    x += logits.plane_stride;
+    out += args.out.plane_stride;
   }
 }
 
@@ -88,13 +132,17 @@ void backward_rows(const CrossEntropyGradient& args, int64_t begin, int64_t end)
   const Target<A> target(args.forward);
   const int64_t classes = args.forward.logits.columns;
   alignas(64) A room[kBlockRoom];
-  target.fill_constant(room, classes < kBlockRoom ? classes : kBlockRoom);
-  for (int64_t row = begin; row < end; row += kLanes) {
-    const int64_t count = end - row < kLanes ? end - row : kLanes;
+  target.fill_constant(room);
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = rows_at_once(args.forward.logits, row, end);
     int64_t y[kLanes];
     for (int64_t i = 0; i < count; ++i) {
       y[i] = target.class_of(row + i);
       if (y[i] == kOutOfRange) return note_bad(row + i, args.forward.first_bad);
+    }
+    if (args.forward.logits.in_planes()) {
+      plane_rows<T>(args, target, row, count, y, room);
+      continue;
     }
     if (classes < kNarrow) {
       narrow_rows<T>(args, target, row, count, y, room);
@@ -102,8 +150,7 @@ void backward_rows(const CrossEntropyGradient& args, int64_t begin, int64_t end)
     }
     for (int64_t i = 0; i < count; ++i) {
       if (y[i] == kIgnored) {
-        T* out = reinterpret_cast<T*>(args.out) + (row + i) * classes;
-        std::memset(out, 0, classes * sizeof(T));
+        std::memset(row_of<T>(args.out, row + i), 0, classes * sizeof(T));
       } else {
         wide_row<T>(args, target, row + i, y[i], room);
       }

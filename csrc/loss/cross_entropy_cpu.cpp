@@ -13,6 +13,32 @@ namespace {
 // Rows of fewer classes are narrow: up to here sums across lanes cost more than the transposition.
 constexpr int64_t kNarrow = 2 * kLanes;
 
+// RowSums of sixteen rows, a lane each.
+template <class A>
+struct LaneSums {
+  A max[kLanes] = {}, exp[kLanes] = {}, mass[kLanes] = {}, dot[kLanes] = {};
+
+  KSAM_INLINE void put(int64_t lane, const RowSums<A>& row) {
+    max[lane] = row.max;
+    exp[lane] = row.exp;
+    mass[lane] = row.mass;
+    dot[lane] = row.dot;
+  }
+
+  template <class V>
+  KSAM_INLINE void store(const V& max_, const V& exp_, const V& mass_, const V& dot_) {
+    store_lanes(max, max_);
+    store_lanes(exp, exp_);
+    store_lanes(mass, mass_);
+    store_lanes(dot, dot_);
+  }
+
+  template <class V>
+  KSAM_INLINE RowSums<V> load() const {
+    return {load_lanes<V>(max), load_lanes<V>(exp), load_lanes<V>(mass), load_lanes<V>(dot)};
+  }
+};
+
 template <class T>
 KSAM_INLINE opmath_t<T> largest(const T* x, int64_t n) {
   using V = Lanes<T>;
@@ -58,7 +84,7 @@ KSAM_INLINE RowSums<A> wide_row(const CrossEntropy& args, const Target<A>& targe
 // Up to sixteen rows of fewer than kNarrow classes, a lane each.
 template <bool kSpread, class T, class A>
 KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, int64_t begin,
-                             int64_t count, A* room, RowSums<A>* sums) {
+                             int64_t count, A* room, LaneSums<A>* sums) {
   using V = Lanes<T>;
   const int64_t classes = args.logits.columns;
   Tile<T, kNarrow> x(classes);
@@ -79,30 +105,83 @@ KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, 
       dot = dot + q * z;
     }
   }
-  A lanes[4][kLanes];
-  store_lanes(lanes[0], max);
-  store_lanes(lanes[1], exp);
-  store_lanes(lanes[2], mass);
-  store_lanes(lanes[3], dot);
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] = {lanes[0][i], lanes[1][i], lanes[2][i], lanes[3][i]};
-  }
+  sums->store(max, exp, mass, dot);
 }
 
-template <class T, class A>
-KSAM_INLINE void write_row(const CrossEntropy& args, const Target<A>& target, int64_t row,
-                           int64_t y, const RowSums<A>& sums) {
-  RowStats<A> stats{0, 0, 0};
-  A loss = 0;
-  if (y != kIgnored) {
-    const A hot = target.hot(y);
-    const A z_y = target.has_hot() ? load_one(row_of<T>(args.logits, row) + y) - sums.max : 0;
-    stats = stats_of(sums, hot);
-    loss = loss_of(sums, stats.log_s, hot, z_y);
+// As raise_maximum(), in every lane.
+template <class V>
+KSAM_INLINE void raise_maxima(const V& high, V* max, V* exp, V* mass, V* dot) {
+  *exp = masked(*exp * exp_term(*max - high), *exp);
+  *dot = *dot + masked(*mass * (origins(*max) - origins(high)), *mass);
+  *max = high;
+}
+
+// Up to sixteen rows in planes, a lane each. A block of classes is staged: planes may be as far apart
+// as the addresses that share a place in the caches, where a second look would not find them.
+template <bool kSpread, class T, class A>
+KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, int64_t begin,
+                            int64_t count, A* room, LaneSums<A>* sums) {
+  using V = Lanes<T>;
+  const int64_t classes = args.logits.columns;
+  const T* plane = plane_of<T>(args.logits, begin, 0);
+  alignas(64) A x[kPlanes][kLanes];
+  V max = all_lanes<V>(-HUGE_VALF), exp{}, mass{}, dot{};
+  for (int64_t first = 0; first < classes; first += kPlanes) {
+    const int64_t n = classes - first < kPlanes ? classes - first : kPlanes;
+    V high = max;
+    for (int64_t c = 0; c < n; ++c, plane += args.logits.plane_stride) {
+      __builtin_prefetch(plane + kAhead);
+      const V at = load_some<V>(plane, count);
+      store_lanes(x[c], at);
+      high = larger(at, high);
+    }
+    raise_maxima(high, &max, &exp, &mass, &dot);
+    const V from = origins(max);
+    for (int64_t c = 0; c < n; ++c) {
+      const V z = load_lanes<V>(x[c]) - from;
+      exp = exp + exp_term(z);
+      if constexpr (kSpread) {
+        target.spread_plane(begin, first + c, count, room);
+        const V q = load_lanes<V>(room);
+        mass = mass + q;
+        dot = dot + q * z;
+      }
+    }
   }
-  args.losses[row] = static_cast<float>(loss);
-  if (args.stats != nullptr) {
-    std::memcpy(static_cast<A*>(args.stats) + 3 * row, &stats, sizeof(stats));
+  sums->store(max, exp, mass, dot);
+}
+
+// Losses and statistics of up to sixteen rows, y their classes.
+template <class T, class A>
+KSAM_INLINE void write_rows(const CrossEntropy& args, const Target<A>& target, int64_t begin,
+                            int64_t count, const int64_t* y, const LaneSums<A>& sums) {
+  using V = Lanes<T>;
+  A x_y[kLanes] = {}, hot[kLanes] = {}, kept[kLanes] = {};
+  const Matrix& m = args.logits;
+  const T* x = m.in_planes() ? plane_of<T>(m, begin, 0) : row_of<T>(m, begin);
+  const int64_t row = m.in_planes() ? 1 : m.stride, column = m.in_planes() ? m.plane_stride : 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (y[i] == kIgnored) continue;
+    kept[i] = 1;
+    if (target.has_hot()) x_y[i] = load_one(x + i * row + y[i] * column);
+    hot[i] = target.hot(y[i]);
+  }
+  const RowSums<V> row_sums = sums.template load<V>();
+  const V hot_lanes = load_lanes<V>(hot), kept_lanes = load_lanes<V>(kept);
+  // Nothing but -inf adds up to 0.
+  const V log_s = where_zero(row_sums.exp, all_lanes<V>(NAN), log(row_sums.exp));
+  const V z_y = load_lanes<V>(x_y) - row_sums.max;
+  const V loss = loss_of(row_sums, log_s, hot_lanes, target.has_hot() ? z_y : V{});
+  A lanes[4][kLanes];
+  store_lanes(lanes[0], masked(loss, kept_lanes));
+  store_lanes(lanes[1], masked(row_sums.max, kept_lanes));
+  store_lanes(lanes[2], masked(log_s, kept_lanes));
+  store_lanes(lanes[3], masked(hot_lanes + row_sums.mass, kept_lanes));
+  for (int64_t i = 0; i < count; ++i) args.losses[begin + i] = static_cast<float>(lanes[0][i]);
+  if (args.stats == nullptr) return;
+  A* stats = static_cast<A*>(args.stats) + 3 * begin;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int j = 0; j < 3; ++j) stats[3 * i + j] = lanes[1 + j][i];
   }
 }
 
@@ -112,22 +191,25 @@ void forward_rows(const CrossEntropy& args, int64_t begin, int64_t end) {
   const Target<A> target(args);
   const int64_t classes = args.logits.columns;
   alignas(64) A room[kBlockRoom];
-  if constexpr (kSpread) target.fill_constant(room, classes < kBlockRoom ? classes : kBlockRoom);
-  for (int64_t row = begin; row < end; row += kLanes) {
-    const int64_t count = end - row < kLanes ? end - row : kLanes;
+  if constexpr (kSpread) target.fill_constant(room);
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = rows_at_once(args.logits, row, end);
     int64_t y[kLanes];
     for (int64_t i = 0; i < count; ++i) {
       y[i] = target.class_of(row + i);
       if (y[i] == kOutOfRange) return note_bad(row + i, args.first_bad);
     }
-    RowSums<A> sums[kLanes];
-    if (classes < kNarrow) narrow_rows<kSpread, T>(args, target, row, count, room, sums);
-    for (int64_t i = 0; i < count; ++i) {
-      if (classes >= kNarrow && y[i] != kIgnored) {
-        sums[i] = wide_row<kSpread, T>(args, target, row + i, room);
+    LaneSums<A> sums;
+    if (args.logits.in_planes()) {
+      plane_rows<kSpread, T>(args, target, row, count, room, &sums);
+    } else if (classes < kNarrow) {
+      narrow_rows<kSpread, T>(args, target, row, count, room, &sums);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        if (y[i] != kIgnored) sums.put(i, wide_row<kSpread, T>(args, target, row + i, room));
       }
-      write_row<T>(args, target, row + i, y[i], sums[i]);
     }
+    write_rows<T>(args, target, row, count, y, sums);
   }
 }
 

@@ -1,4 +1,4 @@
-// exp and log1p of sixteen lanes. float32 by polynomials, minimax in the relative error; float64
+// exp, log1p and log of sixteen lanes. float32 by polynomials, minimax in the relative error; float64
 // calls the C library, lane by lane.
 #pragma once
 
@@ -72,7 +72,18 @@ KSAM_INLINE V exp_accurate(const V& x) {
   }
 }
 
-// log(1 + x) for x in [0, 1], within 3 ulp: 2 atanh(s) with s = x / (2 + x).
+// 2 atanh(x / (2 + x)) = log(1 + x) for x in [-0.3, 1], within 3 ulp.
+template <class V>
+KSAM_INLINE V log1p_near_0(V x) {
+  const V s = x / (x + 2.0f);
+  const V square = s * s;
+  V p = fma(broadcast<V>(0.28012666f), square, broadcast<V>(0.28001678f));
+  p = fma(p, square, broadcast<V>(0.40021533f));
+  p = fma(p, square, broadcast<V>(0.6666642f));
+  return fma(p * square, s, s + s);
+}
+
+// log(1 + x) for x in [0, 1], within 3 ulp.
 template <class V>
 KSAM_INLINE V log1p(const V& x) {
   if constexpr (LaneTraits<V>::kIsPair) {
@@ -80,12 +91,27 @@ KSAM_INLINE V log1p(const V& x) {
   } else if constexpr (sizeof(Element<V>) == 8) {
     return lane_by_lane(x, [](double lane) { return __builtin_log1p(lane); });
   } else {
-    const V s = x / (x + 2.0f);
-    const V square = s * s;
-    V p = fma(broadcast<V>(0.28012666f), square, broadcast<V>(0.28001678f));
-    p = fma(p, square, broadcast<V>(0.40021533f));
-    p = fma(p, square, broadcast<V>(0.6666642f));
-    return fma(p * square, s, s + s);
+    return log1p_near_0(x);
+  }
+}
+
+// log(x) for normal numbers x within 4 ulp; NaN for NaN. As n log 2 + log(y) with x = 2^n y and y in
+// [1 / sqrt 2, sqrt 2).
+template <class V>
+KSAM_INLINE V log(const V& x) {
+  if constexpr (LaneTraits<V>::kIsPair) {
+    return {log(x.low), log(x.high)};
+  } else if constexpr (sizeof(Element<V>) == 8) {
+    return lane_by_lane(x, [](double lane) { return __builtin_log(lane); });
+  } else {
+    using i32 = typename LikeOf<V>::i32;
+    constexpr int kRootHalf = 0x3f3504f3;
+    const i32 above = bit_cast<i32>(x) - kRootHalf;
+    const i32 n = above >> 23;
+    const V y = bit_cast<V>(above - (n << 23) + kRootHalf);
+    const V power = __builtin_convertvector(n, V);
+    const V low = fma(power, broadcast<V>(-0x1.bd0106p-13f), log1p_near_0(y - 1.0f));
+    return x == x ? fma(power, broadcast<V>(0x1.63p-1f), low) : x;
   }
 }
 

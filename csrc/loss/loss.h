@@ -11,18 +11,26 @@
 
 namespace ksam {
 
-// A matrix whose rows have unit stride inside.
+// A matrix whose rows have unit stride inside, or lie side by side in planes: column c of the rows of
+// a group is a plane of unit stride. So have [B, C, H, W] its pixels, with C as the columns.
 struct Matrix {
   char* data = nullptr;
   int64_t rows = 0;
   int64_t columns = 0;
   int64_t stride = 0;  // between rows, in elements; 0 where one row stands for all
   DType dtype = DType::other;
+
+  int64_t group = 0;  // rows of a group; 0: no planes, and the two below mean nothing
+  int64_t group_stride = 0;
+  int64_t plane_stride = 0;
+
+  bool in_planes() const { return group > 0; }
 };
 
 struct CrossEntropy {
   Matrix logits;       // [N, C] floating
-  Matrix target;       // [N, 1] i32 or i64: classes; [N, C] floating: probabilities
+  Matrix target;       // [N, 1] i32 or i64: classes; [N, C] floating: probabilities, in planes where
+                       // the logits are, of as large groups
   const void* weight;  // [C] A, or null
   int64_t ignore_index;
   double label_smoothing;
@@ -34,7 +42,7 @@ struct CrossEntropy {
 struct CrossEntropyGradient {
   CrossEntropy forward;
   Matrix grad;  // [N, 1] f32
-  char* out;    // [N, C] of the logits' dtype, contiguous
+  Matrix out;   // [N, C] of the logits' dtype, contiguous or in planes where they are
 };
 
 struct Elementwise {

@@ -53,6 +53,38 @@ bool as_rows(const Tensor& t, Matrix* rows) {
   return flatten(t, last, &rows->rows, &rows->stride);
 }
 
+// [..., columns] as rows in planes, if groups of at least as many rows as a vector has lanes lie side
+// by side: fewer are sooner copied.
+bool as_planes(const Tensor& t, Matrix* rows) {
+  constexpr int64_t kWorthIt = 16;
+  constexpr int64_t kCounted = int64_t{1} << 24;  // columns whose numbers float32 has
+  if (!has_kernels(t) || t.ndim < 2) return false;
+  const int last = t.ndim - 1;
+  int outer = last;  // dimensions in front of those of a group
+  int64_t group = 1;
+  for (; outer > 0; --outer) {
+    const int i = outer - 1;
+    if (t.shape[i] != 1 && t.strides[i] != group) break;
+    group *= t.shape[i];
+  }
+  rows->data = t.data;
+  rows->dtype = t.dtype;
+  rows->columns = t.shape[last];
+  rows->group = group;
+  rows->plane_stride = t.strides[last];
+  if (group < kWorthIt || rows->columns >= kCounted) return false;
+  int64_t groups;
+  if (!flatten(t, outer, &groups, &rows->group_stride)) return false;
+  rows->rows = groups * group;
+  return true;
+}
+
+bool as_matrix(const Tensor& t, Matrix* rows) {
+  if (as_rows(t, rows)) return true;
+  *rows = {};
+  return as_planes(t, rows);
+}
+
 // [...] as rows of one element, any stride between them.
 bool as_column(const Tensor& t, Matrix* rows) {
   rows->data = t.data;
@@ -61,8 +93,8 @@ bool as_column(const Tensor& t, Matrix* rows) {
   return flatten(t, t.ndim, &rows->rows, &rows->stride);
 }
 
-// Classes [...] or probabilities [..., C] for logits [..., C].
-bool read_target(py::handle object, const Tensor& logits, Matrix* target) {
+// Classes [...] or probabilities [..., C] for logits [..., C], which are read as `rows`.
+bool read_target(py::handle object, const Tensor& logits, const Matrix& rows, Matrix* target) {
   Tensor t;
   if (!read_tensor(object, &t) || !same_device(t, logits)) return false;
   if (is_index(t.dtype)) {
@@ -73,7 +105,7 @@ bool read_target(py::handle object, const Tensor& logits, Matrix* target) {
     return true;
   }
   if (!is_floating(t.dtype) || !takes_target(t.dtype, logits)) return false;
-  return same_shape(t, logits) && as_rows(t, target);
+  return same_shape(t, logits) && as_matrix(t, target) && target->group == rows.group;
 }
 
 // numel weights of the dtype of the arithmetic on another tensor, or None.
@@ -85,19 +117,16 @@ bool read_weight(py::handle object, const Tensor& like, int64_t numel, Tensor* t
          (is_plain(*t, like, opmath_of(like.dtype), numel) && !is_negative(object));
 }
 
-// The upstream gradient, and memory for that of the input, which has the input's shape; without an
-// object where an argument is not taken.
-template <class Gradient>
-NewTensor read_gradient(py::handle grad, py::handle input_, const Tensor& input,
-                        const Matrix& rows, Gradient* args) {
+// The upstream gradient [...] of rows.
+bool read_upstream(py::handle object, const Tensor& input, const Matrix& rows, Matrix* grad) {
   Tensor t;
-  if (!read_tensor(grad, &t) || !same_device(t, input) || is_negative(grad)) return {};
-  if (!as_column(t, &args->grad)) return {};
-  if (args->grad.rows != rows.rows || args->grad.dtype != DType::f32) return {};
-  const std::vector<int64_t> sizes(input.shape, input.shape + input.ndim);
-  NewTensor out = new_empty(input_, input, input.dtype, sizes);
-  args->out = out.view.data;
-  return out;
+  return read_tensor(object, &t) && same_device(t, input) && !is_negative(object) &&
+         as_column(t, grad) && grad->rows == rows.rows && grad->dtype == DType::f32;
+}
+
+// Memory for a gradient: contiguous.
+NewTensor new_like(py::handle object, const Tensor& t) {
+  return new_empty(object, t, t.dtype, std::vector<int64_t>(t.shape, t.shape + t.ndim));
 }
 
 // The options of a call, which the public functions check where a kernel is not tried first.
@@ -112,9 +141,9 @@ bool read_options(py::handle ignore_index, py::handle label_smoothing, CrossEntr
 bool read_cross_entropy(py::handle object, py::handle target, py::handle weight,
                         py::handle ignore_index, py::handle label_smoothing, Tensor* logits,
                         CrossEntropy* args) {
-  if (!read_tensor(object, logits) || !as_rows(*logits, &args->logits)) return false;
-  if (!is_floating(logits->dtype)) return false;
-  if (!read_target(target, *logits, &args->target)) return false;
+  if (!read_tensor(object, logits) || !is_floating(logits->dtype)) return false;
+  if (!as_matrix(*logits, &args->logits)) return false;
+  if (!read_target(target, *logits, args->logits, &args->target)) return false;
   if (is_negative(object) || is_negative(target)) return false;
   Tensor w;
   if (!read_weight(weight, *logits, args->logits.columns, &w, &args->weight)) return false;
@@ -240,8 +269,11 @@ py::object cross_entropy_backward(py::handle grad, py::handle logits, py::handle
   }
   if (!is_plain(stats, x, opmath_of(x.dtype), 3 * forward.logits.rows)) return py::none();
   forward.stats = stats.data;
-  const NewTensor out = read_gradient(grad, logits, x, forward.logits, &args);
-  if (!out.object) return py::none();
+  if (!read_upstream(grad, x, forward.logits, &args.grad)) return py::none();
+  const bool in_planes = forward.logits.in_planes();
+  const NewTensor out = in_planes ? empty_like(logits) : new_like(logits, x);
+  if (!out.object || !as_matrix(out.view, &args.out)) return py::none();
+  if (args.out.group != forward.logits.group) return py::none();
   if (on_gpu(x)) {
     GpuCall call(x);
     py::gil_scoped_release release;
@@ -317,8 +349,10 @@ py::object elementwise_backward(py::handle grad, py::handle input, py::handle ta
   ElementwiseGradient args;
   Tensor x;
   if (!read_elementwise(input, target, pos_weight, &x, &args.forward)) return py::none();
-  const NewTensor out = read_gradient(grad, input, x, args.forward.input, &args);
+  if (!read_upstream(grad, x, args.forward.input, &args.grad)) return py::none();
+  const NewTensor out = new_like(input, x);
   if (!out.object) return py::none();
+  args.out = out.view.data;
   if (on_gpu(x)) {
     GpuCall call(x);
     py::gil_scoped_release release;

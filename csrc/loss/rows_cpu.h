@@ -3,8 +3,9 @@
 // Wide rows, of at least sixteen elements, go block by block: a block fits the first-level cache,
 // so that a second look at it reads no memory. The last vector of a block overlaps the one before.
 // Narrow rows of logits go sixteen at a time, transposed into a tile: a lane is a row then, and
-// nothing is added up across lanes. (elementwise_cpu.cpp has those of elementwise losses.) Either
-// way a row's result does not depend on its neighbours.
+// nothing is added up across lanes. (elementwise_cpu.cpp has those of elementwise losses.) Rows in
+// planes are sixteen at a time by nature. Whichever way, a row's result does not depend on its
+// neighbours.
 #pragma once
 
 #include "common/dispatch.h"
@@ -16,6 +17,8 @@ namespace ksam::KSAM_ISA {
 
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kBlockRoom = kBlock + kLanes;  // a block takes a remainder below kLanes along
+constexpr int64_t kPlanes = 128;  // at once: 8 KB of float32
+constexpr int64_t kAhead = 4 * kLanes;  // elements of a plane to ask for before their turn comes
 
 // Rows for which a thread more is worth waking: that takes as long as some 32,000 elements. No rows
 // may have no columns.
@@ -27,6 +30,25 @@ KSAM_INLINE int64_t row_grain(int64_t columns) {
 template <class T>
 KSAM_INLINE T* row_of(const Matrix& m, int64_t row) {
   return reinterpret_cast<T*>(m.data) + row * m.stride;
+}
+
+// A column of a row in a plane, with those of the rows behind it.
+template <class T>
+KSAM_INLINE T* plane_of(const Matrix& m, int64_t row, int64_t column) {
+  return reinterpret_cast<T*>(m.data) + row / m.group * m.group_stride + row % m.group +
+         column * m.plane_stride;
+}
+
+template <class T>
+KSAM_INLINE T* element_of(const Matrix& m, int64_t row, int64_t column) {
+  return m.in_planes() ? plane_of<T>(m, row, column) : row_of<T>(m, row) + column;
+}
+
+// Rows from `row` on to be taken at once, of those that end at `end`.
+KSAM_INLINE int64_t rows_at_once(const Matrix& m, int64_t row, int64_t end) {
+  int64_t count = end - row < kLanes ? end - row : kLanes;
+  if (m.in_planes() && m.group - row % m.group < count) count = m.group - row % m.group;
+  return count;
 }
 
 // body(begin, count) over the blocks of [0, n), n >= kLanes; every count is at least kLanes.
@@ -71,6 +93,23 @@ const A* staged(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* room)
     }
   });
   return place;
+}
+
+// Sixteen elements in the arithmetic's type, of which `count` are read; the others are 0.
+template <class V, class T>
+KSAM_INLINE V load_some(const T* from, int64_t count) {
+  if (count == kLanes) return load_lanes<V>(from);
+  T some[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
+  return load_lanes<V>(some);
+}
+
+template <class V, class T>
+KSAM_INLINE void store_some(T* to, int64_t count, const V& x) {
+  if (count == kLanes) return store_lanes(to, x);
+  T some[kLanes];
+  store_lanes(some, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = some[i];
 }
 
 // Sixteen narrow rows, of `columns` <= kColumns elements, transposed: element [c][lane]. Lanes that

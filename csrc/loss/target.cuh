@@ -76,6 +76,12 @@ struct Target {
     return weight == nullptr ? kept : kept * weight[y];
   }
 
+  // spread_c of one class; t: its probability, of a target that has them.
+  __device__ __forceinline__ A spread_of(int64_t c, A t) const {
+    const A q = kKind == Kind::probabilities ? ::fma(kept, t, share) : share;
+    return weight == nullptr ? q : q * weight[c];
+  }
+
   __device__ __forceinline__ const Q* row(int64_t i) const {
     return static_cast<const Q*>(data) + i * stride;
   }

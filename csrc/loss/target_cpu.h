@@ -58,8 +58,33 @@ class Target {
     return room;
   }
 
-  void fill_constant(A* room, int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) room[i] = share_;
+  // spread_c of one class in sixteen rows that lie in planes, from the first of them on; those behind
+  // `count` get any numbers. In `room`, or as above there already.
+  KSAM_INLINE void spread_plane(int64_t row, int64_t c, int64_t count, A* room) const {
+    if (soft_) {
+      on_floating(args_.target.dtype, [&](auto type) KSAM_INLINE_LAMBDA {
+        using T = typename decltype(type)::type;
+        const T* t = plane_of<T>(args_.target, row, c);
+        if constexpr (sizeof(opmath_t<T>) == sizeof(A)) {
+          store_lanes(room, load_some<Lanes<T>>(t, count));
+        } else {
+          for (int64_t i = 0; i < count; ++i) room[i] = static_cast<A>(load_one(t + i));
+        }
+      });
+      if (args_.label_smoothing == 0 && weight_ == nullptr) return;
+      for (int i = 0; i < kLanes; ++i) {
+        const A q = kept_ * room[i] + share_;
+        room[i] = weight_ == nullptr ? q : weight_[c] * q;
+      }
+    } else if (weight_ != nullptr && has_spread()) {
+      for (int i = 0; i < kLanes; ++i) room[i] = share_ * weight_[c];
+    }
+  }
+
+  // As much of it as spread() and spread_plane() may leave as it is.
+  void fill_constant(A* room) const {
+    const int64_t classes = args_.logits.columns < kLanes ? kLanes : args_.logits.columns;
+    for (int64_t i = 0; i < classes && i < kBlockRoom; ++i) room[i] = share_;
   }
 
  private:

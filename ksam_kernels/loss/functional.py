@@ -17,6 +17,7 @@ from ksam_kernels.checks import (
     check_tensor,
 )
 from ksam_kernels.loss import native
+from ksam_kernels.loss.layout import classes_apart
 from ksam_kernels.topk.functional import check_k
 
 __all__ = [
@@ -60,11 +61,12 @@ def _check_cross_entropy(
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
 
 
-def _rows_side_by_side(logits: Tensor) -> Tensor:
-    """Logits whose classes are apart, as ``movedim`` leaves them, are copied before autograd keeps
-    them: the backward pass would copy them once more."""
-    apart = logits.shape[-1] > 1 and logits.stride(-1) != 1
-    return logits.contiguous() if apart and library.wants_grad(logits) else logits
+def _copied_once(logits: Tensor) -> Tensor:
+    """Logits that no kernel takes as they are, neither classes nor rows side by side, are copied
+    before autograd keeps them: the backward pass would copy them once more."""
+    rows_apart = logits.dim() == 1 or logits.stride(-2) != 1
+    copied = classes_apart(logits) and rows_apart and library.wants_grad(logits)
+    return logits.contiguous() if copied else logits
 
 
 def cross_entropy(
@@ -113,7 +115,7 @@ def cross_entropy(
     if quick is not None:
         return quick
     _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
-    logits = _rows_side_by_side(logits)
+    logits = _copied_once(logits)
     losses: Tensor
     losses, _ = library.call("cross_entropy", logits, target, weight, ignore_index, label_smoothing)
     return losses
@@ -150,7 +152,7 @@ def select_cross_entropy(
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
     check_k(k, logits.shape[0])
-    logits = _rows_side_by_side(logits)
+    logits = _copied_once(logits)
     losses, _, indices = library.call("select_cross_entropy", logits, target, k, *options)
     return losses, indices
 

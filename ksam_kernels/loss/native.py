@@ -1,8 +1,8 @@
 """Per-sample losses by the compiled extension.
 
-The kernels take logits whose rows have unit stride inside, and weights in the dtype of the
-arithmetic. That is what almost every call has, so it is tried first; only where the kernel declines
-are the arguments rearranged.
+The kernels take logits whose rows have unit stride inside or lie side by side, and weights in the
+dtype of the arithmetic. That is what almost every call has, so it is tried first; only where the
+kernel declines are the arguments rearranged, the logits last.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from ksam_kernels.backends import implements
 from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.library import attach, wants_grad
+from ksam_kernels.loss.layout import as_gradient
 from ksam_kernels.native import DEVICES, direct, extension, run
 
 
@@ -110,9 +111,10 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         outputs: tuple[Tensor, Tensor] | None
         outputs = kernels.cross_entropy(logits, target, weight, *options)
         if outputs is None:
-            logits, target = logits.contiguous(), _target(target, logits)
-            args = logits, target, _weight(weight, logits)
-            outputs = run(kernels, "cross_entropy", *args, *options)
+            args = _target(target, logits), _weight(weight, logits), *options
+            outputs = kernels.cross_entropy(logits, *args)
+        if outputs is None:
+            outputs = run(kernels, "cross_entropy", logits.contiguous(), *args)
         return outputs
 
     @implements(backend, "select_cross_entropy", devices=devices)
@@ -129,9 +131,10 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         outputs: tuple[Tensor, Tensor, Tensor] | None
         outputs = kernels.select_cross_entropy(logits, target, k, weight, *options)
         if outputs is None:
-            logits, target = logits.contiguous(), _target(target, logits)
-            args = logits, target, k, _weight(weight, logits)
-            outputs = run(kernels, "select_cross_entropy", *args, *options)
+            args = _target(target, logits), k, _weight(weight, logits), *options
+            outputs = kernels.select_cross_entropy(logits, *args)
+        if outputs is None:
+            outputs = run(kernels, "select_cross_entropy", logits.contiguous(), *args)
         return outputs
 
     @implements(backend, "cross_entropy_backward", devices=devices)
@@ -150,9 +153,11 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         dx = kernels.cross_entropy_backward(grad, logits, target, stats, weight, *options)
         if dx is None:
             grad, stats = grad.float().contiguous(), stats.contiguous()
-            logits, target = logits.contiguous(), _target(target, logits)
-            args = grad, logits, target, stats, _weight(weight, logits)
-            dx = run(kernels, "cross_entropy_backward", *args, *options)
+            args = _target(target, logits), stats, _weight(weight, logits), *options
+            dx = kernels.cross_entropy_backward(grad, logits, *args)
+        if dx is None:
+            dx = run(kernels, "cross_entropy_backward", grad, logits.contiguous(), *args)
+            dx = as_gradient(dx, logits)
         return dx
 
     def _pos_weight(pos_weight: Tensor | None, logits: Tensor) -> Tensor | None:

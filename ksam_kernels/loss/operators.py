@@ -13,6 +13,7 @@ from torch import Tensor
 from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.library import call_backward, operator
 from ksam_kernels.loss import native
+from ksam_kernels.loss.layout import gradient_like
 
 
 def _gradient(name: str, grad: Tensor, *args: Any) -> Tensor:
@@ -65,7 +66,7 @@ def cross_entropy(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tens
     " float label_smoothing) -> Tensor"
 )
 def cross_entropy_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return gradient_like(logits)
 
 
 @operator(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ksam_kernels.backends import implements
 from ksam_kernels.checks import opmath_dtype
+from ksam_kernels.loss.layout import as_gradient
 from ksam_kernels.topk import reference as topk_reference
 
 
@@ -112,7 +113,7 @@ def cross_entropy_backward(
         w_y = torch.ones_like(mass) if w is None else w[y]
         q.scatter_add_(1, y, (1 - label_smoothing) * w_y)
         dx = (g * (mass * p - q)).masked_fill(ignored.unsqueeze(1), 0)
-    return dx.to(logits.dtype).reshape(logits.shape)
+    return as_gradient(dx, logits)
 
 
 @implements("reference", "select_cross_entropy")

@@ -266,10 +266,10 @@ def test_arguments_are_checked_where_a_gradient_is_wanted(backend: str) -> None:
         mse(x, torch.rand(3, C, requires_grad=True))
 
 
-def test_logits_with_classes_apart_are_copied_once(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the forward pass, and not in the backward pass again."""
+def copied_by(
+    backward: bool, logits: Tensor, target: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, ...]]:
+    """Shapes of what is made contiguous by the losses of logits, and by their gradient."""
     copies = []
     contiguous = Tensor.contiguous
 
@@ -278,8 +278,29 @@ def test_logits_with_classes_apart_are_copied_once(
             copies.append(tuple(x.shape))
         return contiguous(x)
 
-    x = torch.randn(3, 7, 4, 5, requires_grad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "contiguous", spy)
+        losses = cross_entropy(logits.requires_grad_(backward), target)
+        if backward:
+            losses.sum().backward()
+    return copies
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_pixels_are_not_copied(
+    backend: str, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "reference":
+        pytest.skip("the reference has one way to add up, and copies for it")
     target = torch.randint(7, (3, 4, 5))
-    monkeypatch.setattr(Tensor, "contiguous", spy)
-    cross_entropy(x.movedim(1, -1), target).sum().backward()
-    assert copies == [(3, 4, 5, 7)]
+    x = torch.randn(3, 7, 4, 5)
+    assert copied_by(backward, x.movedim(1, -1), target, monkeypatch) == []
+
+
+def test_logits_with_classes_and_rows_apart_are_copied_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the forward pass, and not in the backward pass again."""
+    target = torch.randint(7, (3, 4, 5))
+    x = torch.randn(3, 7, 4, 10)[..., ::2].movedim(1, -1)
+    assert copied_by(True, x, target, monkeypatch) == [(3, 4, 5, 7)]

@@ -1,0 +1,94 @@
+// What a row of cross-entropy is to its kernels, wherever its logits lie, and what becomes of the
+// row's sums.
+#pragma once
+
+#include "loss/loss_row.h"
+#include "loss/target.cuh"
+
+namespace ksam::gpu {
+
+// Rows in planes: cross_entropy_planes.cu.
+void cross_entropy_in_planes(const CrossEntropy& args, Stream stream);
+void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream);
+
+// exp(z) for z <= 0, to 2 |z| + 4 units of rounding: a multiplication and the processor's power of
+// two, where expf takes 8 instructions, with which 16-bit logits would wait for arithmetic instead
+// of memory. The sum's terms are exp(z), so that |z| counts as |z| exp(z) <= 1 / e of them.
+__device__ __forceinline__ float quick_exponential(float z) {
+#if defined(KSAM_SIMT)
+  return ::expf(z);
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * 1.4426950408889634f));
+  return power;
+#endif
+}
+__device__ __forceinline__ double quick_exponential(double z) { return ::exp(z); }
+
+__device__ __forceinline__ float larger(float a, float b) { return ::fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return ::fmax(a, b); }
+
+template <class T, class Q, Kind kKind>
+struct Losses {
+  using A = Opmath<T>;
+  using Sums = RowSums<A>;
+  using TargetOf = Target<T, Q, kKind>;
+  static constexpr int kResident = resident_blocks(kKind, sizeof(T));
+
+  TargetOf target;
+  float* losses;  // [rows]
+  A* stats;       // [rows, 3], or null
+
+  explicit Losses(const CrossEntropy& args)
+      : target(args), losses(args.losses), stats(static_cast<A*>(args.stats)) {}
+
+  struct Row {
+    int64_t i;
+    int64_t y;  // until it is settled what the target says, then the class or kIgnored
+    A x_y;      // the logit of class y
+    bool is_settled;
+  };
+
+  // Looks at the class, which nothing waits for before the first logits are asked for as well. x:
+  // the row's logits, `step` apart.
+  __device__ __forceinline__ void settle(Row* row, const T* x, int64_t step) const {
+    if (row->is_settled) return;
+    row->is_settled = true;
+    row->y = target.class_of(row->y);
+    if (TargetOf::kHasHot && row->y != kIgnored) row->x_y = to<A>(x[row->y * step]);
+  }
+
+  static __device__ __forceinline__ void merge(Sums* sums, const Sums& other) {
+    ksam::merge(sums, other);
+  }
+
+  // The result of a settled row.
+  __device__ __forceinline__ void write(const Row& row, const Sums& sums) const {
+    RowStats<A> result{0, 0, 0};
+    A loss = 0;
+    if (row.y != kIgnored) {
+      const A hot = target.hot(row.y);
+      result = stats_of(sums, hot);
+      loss = loss_of(sums, result.log_s, hot, TargetOf::kHasHot ? row.x_y - sums.max : A(0));
+    }
+    losses[row.i] = static_cast<float>(loss);
+    if (stats == nullptr) return;
+    A* to = stats + 3 * row.i;
+    to[0] = result.max;
+    to[1] = result.log_s;
+    to[2] = result.mass;
+  }
+};
+
+// What the gradient of a row is made of.
+template <class A>
+struct Slope {
+  A max, log_s, mass, grad, hot;
+
+  // dx_c of a logit x, q being what the target has on its class.
+  __device__ __forceinline__ A at(A x, A q) const {
+    return grad * ::fma(mass, exponential(x - max - log_s), -q);
+  }
+};
+
+}  // namespace ksam::gpu

@@ -1,0 +1,241 @@
+// Cross-entropy of rows that lie side by side, as pixels of [B, C, H, W] do, and its gradient. A
+// thread has a row, so that a warp reads 32 rows of a class side by side; where that are too few
+// threads to keep the device busy, several share a row's classes.
+//
+// Bytes moved: as those of rows with their classes side by side (cross_entropy.cu and
+// cross_entropy_backward.cu), whose formulas these are. Launches: 1 each.
+#include "loss/cross_entropy.cuh"
+
+namespace ksam::gpu {
+namespace {
+
+// Classes that a thread asks for before it uses the first.
+#if defined(KSAM_SIMT)
+constexpr int kClasses = 4;
+#else
+constexpr int kClasses = 8;
+#endif
+
+// Threads of a block that share a row are those of different warps.
+constexpr int kMostShares = kRowThreads / kWarp;
+
+// Where rows of type T lie in planes.
+template <class T>
+struct Planes {
+  T* data;
+  int64_t group, group_stride, stride;
+
+  explicit Planes(const Matrix& m)
+      : data(reinterpret_cast<T*>(m.data)),
+        group(m.group),
+        group_stride(m.group_stride),
+        stride(m.plane_stride) {}
+
+  // Class 0 of a row.
+  __device__ __forceinline__ T* row(int64_t i) const {
+    return data + i / group * group_stride + i % group;
+  }
+};
+
+// kClasses logits of a row from `first` on, and its probabilities if the target has them; `none` and
+// 0 behind the last.
+template <class T, class Q, Kind kKind>
+struct Batch {
+  T x[kClasses];
+  Q t[kClasses];
+
+  __device__ __forceinline__ Batch(const T* x_, int64_t x_step, const Q* t_, int64_t t_step,
+                                   int64_t first, int64_t classes, T none) {
+    const bool whole = first + kClasses <= classes;
+#pragma unroll
+    for (int u = 0; u < kClasses; ++u) {
+      const bool is_there = whole || first + u < classes;
+      x[u] = is_there ? x_[(first + u) * x_step] : none;
+      if constexpr (kKind == Kind::probabilities) {
+        t[u] = is_there ? t_[(first + u) * t_step] : Rounded<Q>::from(0.0f);
+      }
+    }
+  }
+
+  template <class A>
+  __device__ __forceinline__ A probability(int u) const {
+    if constexpr (kKind == Kind::probabilities) return to<A>(t[u]);
+    return 0;
+  }
+};
+
+template <class T, class Q, Kind kKind>
+struct PlaneLosses : Losses<T, Q, kKind> {
+  using Base = Losses<T, Q, kKind>;
+  using typename Base::A;
+  using typename Base::Sums;
+  using typename Base::TargetOf;
+  using Base::target;
+
+  Planes<const T> logits;
+  Planes<const Q> probabilities;  // for classes nothing
+
+  explicit PlaneLosses(const CrossEntropy& args)
+      : Base(args), logits(args.logits), probabilities(args.target) {}
+
+  // The share of a thread of a row's classes.
+  __device__ __forceinline__ void add(typename Base::Row* row, const T* x, const Team& team,
+                                      Sums* sums) const {
+    const Q* t = TargetOf::kHasHot ? nullptr : probabilities.row(row->i);
+    const T none = Rounded<T>::from(-HUGE_VALF);  // adds exp(-inf)
+    for (int64_t first = team.thread * kClasses; first < target.classes;
+         first += team.threads * kClasses) {
+      const Batch<T, Q, kKind> batch(x, logits.stride, t, probabilities.stride, first,
+                                     target.classes, none);
+      Base::settle(row, x, logits.stride);
+      if (row->y == kIgnored) return;
+      A high = to<A>(batch.x[0]);
+#pragma unroll
+      for (int u = 1; u < kClasses; ++u) high = larger(high, to<A>(batch.x[u]));
+      if (high > sums->max) raise_maximum(sums, high);
+      const A max = origin(sums->max);
+#pragma unroll
+      for (int u = 0; u < kClasses; ++u) {
+        const A z = to<A>(batch.x[u]) - max;
+        sums->exp += quick_exponential(z);
+        if constexpr (TargetOf::kHasSpread) {
+          if (first + u >= target.classes) continue;
+          const A q = target.spread_of(first + u, batch.template probability<A>(u));
+          sums->mass += q;
+          sums->dot = ::fma(q, z, sums->dot);
+        }
+      }
+    }
+  }
+};
+
+// 2^shift threads of a block share a row, a warp having 32 rows.
+template <class L>
+__global__ void __launch_bounds__(kRowThreads, L::kResident)
+    plane_losses_kernel(KSAM_PARAMETER(L) losses, int64_t rows, int shift) {
+  __shared__ typename L::Sums shares[kRowThreads];
+  const int per_block = kRowThreads >> shift;
+  const Team team{threadIdx.x / per_block, 1 << shift};
+  const int lane = static_cast<int>(threadIdx.x) % per_block;
+  for (int64_t base = int64_t{blockIdx.x} * per_block; base < rows;
+       base += int64_t{gridDim.x} * per_block) {
+    const int64_t i = base + lane;
+    typename L::Sums sums{};
+    typename L::Base::Row row{};
+    const auto* x = losses.logits.row(i < rows ? i : 0);
+    if (i < rows) {
+      row = {i, losses.target.read(i), 0, false};
+      losses.add(&row, x, team, &sums);
+    }
+    if (shift > 0) {
+      __syncthreads();  // the shares of the rows before these have been read
+      shares[threadIdx.x] = sums;
+      __syncthreads();
+      if (team.thread > 0) continue;
+      for (int64_t share = 1; share < team.threads; ++share) {
+        L::merge(&sums, shares[share * per_block + lane]);
+      }
+    }
+    if (i < rows) {
+      losses.settle(&row, x, losses.logits.stride);
+      losses.write(row, sums);
+    }
+  }
+}
+
+template <class T, class Q, Kind kKind>
+struct PlaneGradients {
+  using A = Opmath<T>;
+  using TargetOf = Target<T, Q, kKind>;
+  static constexpr int kResident = resident_blocks(kKind, sizeof(T));
+
+  Planes<const T> logits;
+  Planes<const Q> probabilities;  // for classes nothing
+  Planes<T> out;
+  TargetOf target;
+  const A* stats;       // [rows, 3]
+  const float* grad;    // [rows]
+  int64_t grad_stride;  // between rows
+
+  explicit PlaneGradients(const CrossEntropyGradient& args)
+      : logits(args.forward.logits),
+        probabilities(args.forward.target),
+        out(args.out),
+        target(args.forward),
+        stats(static_cast<const A*>(args.forward.stats)),
+        grad(reinterpret_cast<const float*>(args.grad.data)),
+        grad_stride(args.grad.stride) {}
+
+  // A thread's share of a row.
+  __device__ __forceinline__ void write(int64_t i, const Team& team) const {
+    T* to_ = out.row(i);
+    const int64_t y = target.class_of(target.read(i));
+    if (y == kIgnored) return clear(to_, team);
+    const Slope<A> slope{stats[3 * i], stats[3 * i + 1], stats[3 * i + 2],
+                         static_cast<A>(grad[i * grad_stride]), target.hot(y)};
+    const T* x = logits.row(i);
+    const Q* t = TargetOf::kHasHot ? nullptr : probabilities.row(i);
+    const T none = Rounded<T>::from(0.0f);
+    for (int64_t first = team.thread * kClasses; first < target.classes;
+         first += team.threads * kClasses) {
+      const Batch<T, Q, kKind> batch(x, logits.stride, t, probabilities.stride, first,
+                                     target.classes, none);
+#pragma unroll
+      for (int u = 0; u < kClasses; ++u) {
+        const int64_t c = first + u;
+        if (c >= target.classes) break;
+        A q = 0;
+        if constexpr (TargetOf::kHasSpread) {
+          q = target.spread_of(c, batch.template probability<A>(u));
+        }
+        if (TargetOf::kHasHot && c == y) q += slope.hot;
+        to_[c * out.stride] = Rounded<T>::from(slope.at(to<A>(batch.x[u]), q));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void clear(T* to_, const Team& team) const {
+    const T zero = Rounded<T>::from(0.0f);
+    for (int64_t c = team.thread; c < target.classes; c += team.threads) to_[c * out.stride] = zero;
+  }
+};
+
+// Threads that share a row: twice as many as long as the device has room for them and each has
+// batches of its own.
+int log2_shares(const CrossEntropy& args, int resident, int most) {
+  const int64_t room = int64_t{resident} * multiprocessors() * kRowThreads;
+  const int64_t batches = (args.logits.columns + kClasses - 1) / kClasses;
+  int shift = 0;
+  while (2 << shift <= most && 2 << shift <= batches && args.logits.rows << (shift + 1) <= room) {
+    ++shift;
+  }
+  return shift;
+}
+
+}  // namespace
+
+void cross_entropy_in_planes(const CrossEntropy& args, Stream stream) {
+  on_target(args, [&](auto type) {
+    using Types = decltype(type);
+    using Rows = PlaneLosses<typename Types::Logit, typename Types::Probability, Types::kind>;
+    const int shift = log2_shares(args, Rows::kResident, kMostShares);
+    const int per_block = kRowThreads >> shift;
+    const int64_t needed = (args.logits.rows + per_block - 1) / per_block;
+    launch(plane_losses_kernel<Rows>, dim3(row_blocks(needed, Rows::kResident)), kRowThreads,
+           stream, Rows(args), args.logits.rows, shift);
+  });
+}
+
+void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream) {
+  on_target(args.forward, [&](auto type) {
+    using Types = decltype(type);
+    using Rows = PlaneGradients<typename Types::Logit, typename Types::Probability, Types::kind>;
+    const int64_t rows = args.forward.logits.rows;
+    const unsigned shares = 1u << log2_shares(args.forward, Rows::kResident, 64);
+    const int64_t needed = (rows + kRowThreads - 1) / kRowThreads;
+    launch(gradient_kernel<Rows>, dim3(row_blocks(needed, Rows::kResident), shares), kRowThreads,
+           stream, Rows(args), rows, 0);
+  });
+}
+
+}  // namespace ksam::gpu

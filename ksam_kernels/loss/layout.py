@@ -1,0 +1,23 @@
+"""Where the classes of logits lie: side by side, or apart as in planes of ``[B, C, H, W]``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def classes_apart(logits: Tensor) -> bool:
+    """Whether logits ``[..., C]`` have their classes apart, as ``movedim(1, -1)`` leaves them."""
+    return logits.shape[-1] > 1 and logits.stride(-1) != 1
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    """Memory for the gradient of logits ``[..., C]``: contiguous, or where the classes lie apart in
+    the layout of the logits, so that whoever made them finds it as it left them."""
+    return torch.empty_like(logits) if classes_apart(logits) else logits.new_empty(logits.shape)
+
+
+def as_gradient(dx: Tensor, logits: Tensor) -> Tensor:
+    """Contiguous gradients ``[N, C]`` or ``[..., C]``, in the dtype and layout they shall have."""
+    dx = dx.to(logits.dtype).reshape(logits.shape)
+    return gradient_like(logits).copy_(dx) if classes_apart(logits) else dx
