@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,22 @@ def gradient_like(logits: Tensor) -> Tensor:
     """Memory for the gradient of logits ``[..., C]``: contiguous, or where the classes lie apart in
     the layout of the logits, so that whoever made them finds it as it left them."""
     return torch.empty_like(logits) if classes_apart(logits) else logits.new_empty(logits.shape)
+
+
+def planes_of(x: Tensor) -> Tensor | None:
+    """``[..., C]`` as ``[groups, C, group]``, a view whose last two dimensions are contiguous: rows
+    that lie side by side in planes. None where they do not, or where so few do that a copy is
+    sooner made."""
+    outer, group = x.dim() - 1, 1
+    while outer > 0 and (x.shape[outer - 1] == 1 or x.stride(outer - 1) == group):
+        outer, group = outer - 1, group * x.shape[outer - 1]
+    if group < 16 or x.stride(-1) != group:
+        return None
+    groups = math.prod(x.shape[:outer])
+    try:
+        return x.movedim(-1, outer).view(groups, x.shape[-1], group)
+    except RuntimeError:  # no common stride
+        return None
 
 
 def as_gradient(dx: Tensor, logits: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.loss import triton_elementwise as elementwise
 from ksam_kernels.loss import triton_kernels as kernels
+from ksam_kernels.loss.layout import gradient_like, planes_of
 from ksam_kernels.topk import triton as topk
 from ksam_kernels.triton_support import assertions, double_bits, is_amd, on_device_of
 
@@ -53,52 +54,61 @@ def index_of(columns: int) -> tl.dtype:
     return tl.int32 if columns + 2 * TILE < 2**31 else tl.int64
 
 
-def matrix_of(x: Tensor, columns: int) -> Tensor:
-    """[N, columns] with unit stride in rows that :func:`vector_of` is right about; a copy where
-    the layout does not have it. What Triton knows of an address decides how it adds up."""
-    x = x.reshape(-1, columns)
-    vector = vector_of(columns, x.itemsize)
-    if (
-        (columns > 1 and x.stride(1) != 1)
-        or x.stride(0) % vector != 0
-        or x.data_ptr() % (vector * x.itemsize) != 0
-    ):
+def aligned(x: Tensor, vector: int) -> Tensor:
+    """x [N, ...], or where not all of the N begin at a vector's boundary, a copy."""
+    if x.stride(0) % vector != 0 or x.data_ptr() % (vector * x.itemsize) != 0:
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
 
-def _matrices(
-    name: str,  # what the kernel calls x
-    x: Tensor,  # [N, columns]
-    target: Tensor,  # [N, columns] or [N]
-    weight: Tensor | None,  # [columns]
-    columns: int,
-) -> dict[str, Any]:
-    """What all kernels take, by name."""
+def matrix_of(x: Tensor, columns: int) -> Tensor:
+    """[N, columns] with unit stride in rows that :func:`vector_of` is right about; a copy where
+    the layout does not have it. What Triton knows of an address decides how it adds up."""
+    x = x.reshape(-1, columns)
+    if columns > 1 and x.stride(1) != 1:
+        return x.clone(memory_format=torch.contiguous_format)
+    return aligned(x, vector_of(columns, x.itemsize))
+
+
+def _rows(name: str, x: Tensor, target: Tensor, columns: int) -> dict[str, Any]:
+    """Arguments that say where x [..., columns] and its target lie, which kernels call `name`."""
     x = matrix_of(x, columns)
-    vector, target_vector, weight_vector = vector_of(columns, x.itemsize), 1, 1
+    vector, target_vector = vector_of(columns, x.itemsize), 1
     if target.is_floating_point():
         target_vector = vector_of(columns, target.itemsize)
         target = matrix_of(target, columns)
     else:
         target = target.reshape(-1)
-    if weight is not None:
-        weight_vector = vector_of(columns, weight.itemsize)
-        weight = matrix_of(weight, columns)
     return {
         name: x,
         f"{name}_stride": x.stride(0),
         "target": target,
         "target_stride": target.stride(0),
-        "weight": weight,
         "rows": x.shape[0],
-        "columns": columns,
-        "INDEX": index_of(columns),
-        "A": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "VECTOR": vector,
         "TARGET_VECTOR": target_vector,
         "INPUT_BYTES": vector * x.itemsize,
         "TARGET_BYTES": target_vector * target.itemsize,
+    }
+
+
+def _matrices(
+    layout: dict[str, Any],
+    dtype: torch.dtype,  # of the input
+    weight: Tensor | None,  # [columns]
+    columns: int,
+) -> dict[str, Any]:
+    """What all kernels take, by name."""
+    weight_vector = 1
+    if weight is not None:
+        weight_vector = vector_of(columns, weight.itemsize)
+        weight = matrix_of(weight, columns)
+    return {
+        **layout,
+        "weight": weight,
+        "columns": columns,
+        "INDEX": index_of(columns),
+        "A": tl.float64 if dtype == torch.float64 else tl.float32,
         "WEIGHT_BYTES": 0 if weight is None else weight_vector * weight.itemsize,
         **OPTIONS,
     }
@@ -122,19 +132,75 @@ def _parts_of_rows(arguments: dict[str, Any], tile: int, grad: Tensor) -> tuple[
 # --- Cross-entropy ------------------------------------------------------------------------------
 
 
+def _side_by_side(logits: Tensor, target: Tensor) -> dict[str, Any]:
+    """:func:`_rows` of rows with their classes side by side, copied where they are not."""
+    rows = _rows("logits", logits, target, logits.shape[-1])
+    return {**rows, "group": 0, "PLANES": False}
+
+
+def _planes(logits: Tensor, target: Tensor, *gradient: Tensor) -> dict[str, Any] | None:
+    """:func:`_rows` of rows in planes, if so are those of probabilities and of the gradient."""
+    x, soft = planes_of(logits), target.is_floating_point()
+    t = planes_of(target) if soft else target.reshape(-1)
+    if x is None or t is None or (soft and t.shape != x.shape):
+        return None
+    if any(getattr(planes_of(out), "shape", None) != x.shape for out in gradient):
+        return None
+    group = x.shape[2]
+    vector, target_vector = vector_of(group, x.itemsize), 1
+    x = aligned(x, vector)
+    if soft:
+        target_vector = vector_of(group, t.itemsize)
+        t = aligned(t, target_vector)
+    return {
+        "logits": x,
+        "logits_stride": x.stride(0),
+        "target": t,
+        "target_stride": t.stride(0),
+        "rows": x.shape[0] * group,
+        "group": group,
+        "PLANES": True,
+        "VECTOR": vector,
+        "TARGET_VECTOR": target_vector,
+        "INPUT_BYTES": vector * x.itemsize,
+        "TARGET_BYTES": target_vector * t.itemsize,
+    }
+
+
+def tile_of_planes(group: int, columns: int, tile: int) -> tuple[int, int, int]:
+    """:func:`tile_of` where rows lie side by side: a warp's at least, as far as there are."""
+    block = min(triton.next_power_of_2(columns), tile // 32)
+    return min(tile // block, triton.next_power_of_2(group)), block, 4
+
+
+def _rows_of_planes(arguments: dict[str, Any], tile: int) -> tuple[int]:
+    """The grid of a sum over rows, those of a program all of one group."""
+    group, groups = arguments["group"], arguments["logits"].shape[0]
+    rows, block, warps = tile_of_planes(group, arguments["columns"], tile)
+    arguments.update(ROWS=rows, BLOCK=block, num_warps=warps)
+    return (groups * triton.cdiv(group, rows),)
+
+
+def _parts_of_planes(arguments: dict[str, Any], tile: int, grad: Tensor) -> tuple[int]:
+    """The grid of a gradient."""
+    (programs,), g = _rows_of_planes(arguments, tile), grad.reshape(-1)
+    arguments.update(grad=g, grad_stride=g.stride(0))
+    return (programs * triton.cdiv(arguments["columns"], arguments["BLOCK"]),)
+
+
 def _cross_entropy_arguments(
-    logits: Tensor,  # [..., C]
-    target: Tensor,  # [...] or [..., C]
+    layout: dict[str, Any],
     weight: Tensor | None,  # [C]
+    columns: int,
     ignore_index: int,
     label_smoothing: float,
 ) -> dict[str, Any]:
-    columns = logits.shape[-1]
+    logits = layout["logits"]
     kind = kernels.SMOOTHED if label_smoothing > 0 else kernels.CLASSES
-    if target.is_floating_point():
+    if layout["target"].is_floating_point():
         kind = kernels.PROBABILITIES
     return {
-        **_matrices("logits", logits, target, weight, columns),
+        **_matrices(layout, logits.dtype, weight, columns),
         "ignore_index": ignore_index,
         "kept": double_bits(1 - label_smoothing),
         "share": double_bits(label_smoothing / columns),
@@ -155,8 +221,11 @@ def cross_entropy(
     losses = logits.new_empty(shape, dtype=torch.float32)
     stats = logits.new_empty((*shape, 3), dtype=opmath_dtype(logits.dtype))
     if losses.numel() > 0:
-        arguments = _cross_entropy_arguments(logits, target, weight, ignore_index, label_smoothing)
-        grid = _whole_rows(arguments, tile_for(logits, arguments["KIND"] == 0))
+        layout = _planes(logits, target) or _side_by_side(logits, target)
+        options = weight, columns, ignore_index, label_smoothing
+        arguments = _cross_entropy_arguments(layout, *options)
+        tile = tile_for(logits, arguments["KIND"] == 0)
+        grid = (_rows_of_planes if layout["PLANES"] else _whole_rows)(arguments, tile)
         loops = columns > arguments["BLOCK"]
         with on_device_of(logits):
             kernels.cross_entropy_kernel[grid](**arguments, losses=losses, stats=stats, LOOPS=loops)
@@ -173,15 +242,20 @@ def cross_entropy_backward(
     label_smoothing: float,
 ) -> Tensor:
     """Gradient [..., C] of the logits, in their dtype."""
-    out = logits.new_empty(logits.shape)
-    if out.numel() > 0:
-        arguments = _cross_entropy_arguments(logits, target, weight, ignore_index, label_smoothing)
-        grid = _parts_of_rows(arguments, tile_for(logits, arguments["KIND"] == 0), grad)
-        with on_device_of(logits):
-            kernels.cross_entropy_backward_kernel[grid](
-                **arguments, stats=stats.contiguous(), out=out
-            )
-    return out
+    out = gradient_like(logits)
+    if out.numel() == 0:
+        return out
+    layout = _planes(logits, target, out) or _side_by_side(logits, target)
+    options = weight, logits.shape[-1], ignore_index, label_smoothing
+    arguments = _cross_entropy_arguments(layout, *options)
+    tile, stats = tile_for(logits, arguments["KIND"] == 0), stats.contiguous()
+    planes = layout["PLANES"]
+    grid = (_parts_of_planes if planes else _parts_of_rows)(arguments, tile, grad)
+    # Contiguous as the kernel sees it, and for good or to be copied.
+    dx = out if planes or out.is_contiguous() else logits.new_empty(logits.shape)
+    with on_device_of(logits):
+        kernels.cross_entropy_backward_kernel[grid](**arguments, stats=stats, out=dx)
+    return out if dx is out else out.copy_(dx)
 
 
 def select_cross_entropy(
@@ -209,7 +283,8 @@ def _sample_arguments(input: Tensor, target: Tensor, weight: Tensor | None) -> d
     per_sample = math.prod(input.shape[1:])
     if weight is not None:
         weight = weight.expand(input.shape[1:])
-    return _matrices("input", input, target, weight, per_sample)
+    layout = _rows("input", input, target, per_sample)
+    return _matrices(layout, input.dtype, weight, per_sample)
 
 
 def _means(input: Tensor, target: Tensor, weight: Tensor | None, binary: bool) -> Tensor:

@@ -19,7 +19,7 @@ from ksam_kernels.triton_assert import check
 #: A class without spread; a class with smoothing; probabilities (target.cuh has the same).
 CLASSES, SMOOTHED, PROBABILITIES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-_ROWS = ["logits", "logits_stride", "target", "target_stride", "weight", "rows", "columns"]
+_ROWS = ["logits", "logits_stride", "target", "target_stride", "weight", "rows", "columns", "group"]
 _CLASSES = ["ignore_index", "kept", "share"]
 
 
@@ -43,6 +43,31 @@ def elements_of(pointer, stride, row, column, VECTOR: tl.constexpr, BYTES: tl.co
 
 
 @triton.jit
+def plane_elements_of(pointer, stride, row, column, VECTOR: tl.constexpr, BYTES: tl.constexpr):
+    """The same of planes `stride` apart, in which the rows lie side by side."""
+    at = pointer + row[:, None] + column[None, :] * multiple(stride, VECTOR)
+    return tl.multiple_of(at, [BYTES, BYTES // VECTOR])
+
+
+@triton.jit
+def columns_of(
+    pointer,
+    stride,
+    row,
+    column,
+    VECTOR: tl.constexpr,
+    BYTES: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """Addresses [ROWS, BLOCK] of logits or probabilities, wherever they lie."""
+    if PLANES:
+        at = plane_elements_of(pointer, stride, row, column, VECTOR, BYTES)
+    else:
+        at = elements_of(pointer, stride, row, column, VECTOR, BYTES)
+    return at
+
+
+@triton.jit
 def weights_of(weight, column, columns, A: tl.constexpr, BYTES: tl.constexpr):
     """Weights [BLOCK] of columns; 0 outside."""
     at = tl.multiple_of(weight + column, BYTES)
@@ -58,6 +83,23 @@ def part_of(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = (program // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (program % parts) * BLOCK + tl.arange(0, BLOCK)
     return row, column, (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def rows_of_group(program, group, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+    """Rows [ROWS] of a program, all of one group of planes, which of them there are [ROWS], and the
+    number of the group."""
+    group = multiple(group, VECTOR)
+    parts = tl.cdiv(group, ROWS)
+    number = (program // parts).to(tl.int64)
+    at = (program % parts) * ROWS + tl.arange(0, ROWS)
+    return number * group + at, at < group, number
+
+
+@triton.jit
+def first_plane(pointer, number, group_stride, group, VECTOR: tl.constexpr):
+    """Where row 0 would be, if all groups lay as the one of this number does."""
+    return pointer + number * (multiple(group_stride, VECTOR) - multiple(group, VECTOR))
 
 
 @triton.jit
@@ -108,10 +150,11 @@ def spread_of(
     VECTOR: tl.constexpr,  # of the target
     BYTES: tl.constexpr,
     WEIGHT_BYTES: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
     """q_c = w_c ((1 - e) t_c + e / C), without the first term for classes; 0 outside."""
     if KIND == PROBABILITIES:
-        t = elements_of(target, target_stride, row, column, VECTOR, BYTES)
+        t = columns_of(target, target_stride, row, column, VECTOR, BYTES, PLANES)
         t = tl.load(t, mask=inside).to(share.dtype)
         q = tl.where(inside, kept * t + share, 0.0)
     else:
@@ -132,12 +175,14 @@ def cross_entropy_kernel(
     stats,  # [rows, 3]: m, log s, mass
     rows: tl.int64,
     columns,
+    group: tl.int64,  # rows of a group of planes, which are as far apart
     ignore_index: tl.int64,
     kept: tl.int64,  # 1 - e, the bits of a double
     share: tl.int64,  # e / C, likewise
     A: tl.constexpr,  # dtype of the arithmetic
     INDEX: tl.constexpr,  # and of columns
     KIND: tl.constexpr,
+    PLANES: tl.constexpr,  # logits and probabilities are [groups, columns, group]
     TRAPS: tl.constexpr,  # how a class out of range fails
     VECTOR: tl.constexpr,  # vector_of the logits
     TARGET_VECTOR: tl.constexpr,  # and of probabilities
@@ -155,10 +200,19 @@ def cross_entropy_kernel(
     them; per row a class, 4 for the loss, 12 for the statistics.
     """
     SPREADS: tl.constexpr = KIND != CLASSES
-    columns = multiple(columns, VECTOR).to(INDEX)
     kept, share = double(kept).to(A), double(share).to(A)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_inside = row < rows
+    if PLANES:
+        columns = columns.to(INDEX)
+        row, row_inside, number = rows_of_group(tl.program_id(0), group, ROWS, VECTOR)
+        logits = first_plane(logits, number, logits_stride, group, VECTOR)
+        logits_stride = group
+        if KIND == PROBABILITIES:
+            target = first_plane(target, number, target_stride, group, TARGET_VECTOR)
+            target_stride = group
+    else:
+        columns = multiple(columns, VECTOR).to(INDEX)
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row_inside = row < rows
     end = columns
     if KIND == PROBABILITIES:
         counts = row_inside
@@ -169,21 +223,21 @@ def cross_entropy_kernel(
 
     column = tl.arange(0, BLOCK).to(INDEX)
     inside = row_inside[:, None] & (column < columns)[None, :]
-    x = elements_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES)
+    x = columns_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES, PLANES)
     x = tl.load(x, mask=inside).to(A)
     m = tl.where(inside, x, float("-inf"))
     s = tl.where(m == float("-inf"), 0.0, m - m + 1.0)  # NaN for NaN and inf
     if SPREADS:
         mass = spread_of(
             *(target, target_stride, weight, row, column, columns, inside, kept, share),
-            *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES),
+            *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES, PLANES),
         )
         dot = tl.where(inside, mass * (m - origin(m)), 0.0)
     if LOOPS:
         for start in range(BLOCK, end, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = row_inside[:, None] & (column < columns)[None, :]
-            x = elements_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES)
+            x = columns_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES, PLANES)
             x = tl.load(x, mask=inside).to(A)
             x = tl.where(inside, x, float("-inf"))
             # exp(x - m) or, where x is the new maximum, exp(m - x): one exponential for both.
@@ -193,7 +247,7 @@ def cross_entropy_kernel(
             if SPREADS:
                 q = spread_of(
                     *(target, target_stride, weight, row, column, columns, inside, kept, share),
-                    *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES),
+                    *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES, PLANES),
                 )
                 dot += tl.where(rises, mass * (origin(m) - x), 0.0)
                 z = tl.where(rises, 0.0, x - origin(m))
@@ -211,7 +265,11 @@ def cross_entropy_kernel(
         loss = total * log_s - tl.sum(dot, 1)
     if KIND != PROBABILITIES:
         hot = hot_of(weight, y, counts, kept)
-        x_y = tl.load(logits + row * logits_stride + y, mask=counts, other=0).to(A)
+        if PLANES:
+            at = logits + row + y * logits_stride
+        else:
+            at = logits + row * logits_stride + y
+        x_y = tl.load(at, mask=counts, other=0).to(A)
         loss += hot * (log_s - (x_y - top))
         total += hot
     tl.store(losses + row, tl.where(counts, loss, 0.0), mask=row_inside)
@@ -230,15 +288,17 @@ def cross_entropy_backward_kernel(
     target_stride: tl.int64,
     stats,  # [rows, 3]
     weight,  # [columns], or None
-    out,  # [rows, columns], contiguous
+    out,  # [rows, columns] or [groups, columns, group], contiguous
     rows: tl.int64,
     columns,
+    group: tl.int64,  # rows of a group of planes, which are as far apart
     ignore_index: tl.int64,
     kept: tl.int64,  # 1 - e, the bits of a double
     share: tl.int64,  # e / C, likewise
     A: tl.constexpr,
     INDEX: tl.constexpr,
     KIND: tl.constexpr,
+    PLANES: tl.constexpr,
     TRAPS: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET_VECTOR: tl.constexpr,
@@ -253,10 +313,24 @@ def cross_entropy_backward_kernel(
     Bytes moved: each logit once, each element of the gradient once, each probability where the
     target has them; per row a class, 4 for g, 12 for the statistics.
     """
-    columns = multiple(columns, VECTOR).to(INDEX)
     kept, share = double(kept).to(A), double(share).to(A)
-    row, column, inside = part_of(rows, columns, ROWS, BLOCK)
-    row_inside = row < rows
+    if PLANES:
+        columns = columns.to(INDEX)
+        parts = tl.cdiv(columns, BLOCK)
+        program = tl.program_id(0)
+        column = (program % parts) * BLOCK + tl.arange(0, BLOCK)
+        row, row_inside, number = rows_of_group(program // parts, group, ROWS, VECTOR)
+        inside = row_inside[:, None] & (column < columns)[None, :]
+        logits = first_plane(logits, number, logits_stride, group, VECTOR)
+        out = first_plane(out, number, columns * group, group, VECTOR)
+        logits_stride = group
+        if KIND == PROBABILITIES:
+            target = first_plane(target, number, target_stride, group, TARGET_VECTOR)
+            target_stride = group
+    else:
+        columns = multiple(columns, VECTOR).to(INDEX)
+        row, column, inside = part_of(rows, columns, ROWS, BLOCK)
+        row_inside = row < rows
     if KIND == PROBABILITIES:
         counts = row_inside
     else:
@@ -265,16 +339,20 @@ def cross_entropy_backward_kernel(
     m = tl.load(stats + 3 * row, mask=row_inside)
     log_s = tl.load(stats + 3 * row + 1, mask=row_inside)
     mass = tl.load(stats + 3 * row + 2, mask=row_inside)
-    x = elements_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES)
+    x = columns_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES, PLANES)
     x = tl.load(x, mask=inside).to(A)
     dx = mass[:, None] * tl.exp(x - m[:, None] - log_s[:, None])
     if KIND != CLASSES:
         dx -= spread_of(
             *(target, target_stride, weight, row, column, columns, inside, kept, share),
-            *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES),
+            *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES, PLANES),
         )
     if KIND != PROBABILITIES:
         hot = hot_of(weight, y, counts, kept)
         dx -= tl.where(column[None, :] == y[:, None], hot[:, None], 0.0)
     dx = tl.where(counts[:, None], g[:, None] * dx, 0.0)
-    tl.store(out + row[:, None] * columns + column[None, :], dx, mask=inside)
+    if PLANES:
+        at = plane_elements_of(out, group, row, column, VECTOR, INPUT_BYTES)
+    else:
+        at = out + row[:, None] * columns + column[None, :]
+    tl.store(at, dx, mask=inside)

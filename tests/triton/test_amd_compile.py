@@ -100,6 +100,27 @@ def test_cross_entropy(kind: tuple[int, bool], dtype: torch.dtype, architecture:
 
 @ON
 @DTYPES
+@pytest.mark.parametrize("kind", loss_compile.TARGETS, ids=str)
+def test_planes(kind: tuple[int, bool], dtype: torch.dtype, architecture: str) -> None:
+    wide = dtype.itemsize * 4
+    for kernel, more in (
+        (kernels.cross_entropy_kernel, {"LOOPS": False}),
+        (kernels.cross_entropy_backward_kernel, {}),
+    ):
+        size = loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0)
+        made = loss_compile.build(
+            *(kernel, "logits", dtype, 21, architecture, loss.tile_of_planes(16384, 21, size)),
+            target="*i64" if kind[0] != 2 else "",
+            weighted=kind[1],
+            group=16384,
+            KIND=kind[0],
+            **more,
+        )
+        check(made, wide, None if more else wide)
+
+
+@ON
+@DTYPES
 @pytest.mark.parametrize("binary", [False, True], ids=["mse", "bce"])
 def test_means(binary: bool, dtype: torch.dtype, architecture: str) -> None:
     wide = dtype.itemsize * 4
