@@ -40,6 +40,11 @@ def cross_entropy() -> Samples:
         (rand(5), classes(), None, -100, 0.0),
         (rand(0, 5), classes(0), None, -100, 0.0),
         (grad(6, 5, dtype=torch.float64), classes(6), None, -100, 0.0),
+        (grad(2, 5, 4, 4).movedim(1, -1), classes(2, 4, 4), torch.rand(5), -100, 0.1),
+        (rand(2, 5, 16).movedim(1, -1), rand(2, 16, 5).softmax(2), None, -100, 0.0),
+        (rand(1, 5, 16).expand(3, 5, 16).movedim(1, -1), classes(3, 16), None, -100, 0.0),
+        (rand(6, 5, 9)[..., ::2].movedim(1, -1), classes(6, 5), None, -100, 0.0),
+        (rand(5, 16).t(), classes(16), None, 2, 0.0),
     ]
 
 
@@ -270,6 +275,21 @@ def test_a_compiled_loss_has_the_eager_gradient(backend: str, select: bool) -> N
     assert one.grad is not None
     assert two.grad is not None
     assert torch.equal(one.grad, two.grad)
+
+
+def test_compiled_losses_of_pixels_share_a_program(backend: str) -> None:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return ksam_kernels.cross_entropy(x.movedim(1, -1), y).flatten(1).mean(1).max()
+
+    programs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=programs)
+    for size in range(4, 9):
+        x, y = grad(size, 5, size, 7), classes(size, size, 7)
+        (found,) = torch.autograd.grad(compiled(x, y), x)
+        (expected,) = torch.autograd.grad(loss(x, y), x)
+        assert torch.equal(found, expected)
+        assert found.stride() == x.stride()
+    assert programs.frame_count <= 2
 
 
 def test_a_compiled_restore_and_update_equals_the_eager_one(backend: str) -> None:

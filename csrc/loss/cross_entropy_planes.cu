@@ -128,10 +128,9 @@ __global__ void __launch_bounds__(kRowThreads, L::kResident)
       losses.add(&row, x, team, &sums);
     }
     if (shift > 0) {
-      __syncthreads();  // the shares of the rows before these have been read
-      shares[threadIdx.x] = sums;
+      shares[threadIdx.x] = sums;  // once: log2_shares() sees that there is a block for all rows
       __syncthreads();
-      if (team.thread > 0) continue;
+      if (team.thread > 0) return;
       for (int64_t share = 1; share < team.threads; ++share) {
         L::merge(&sums, shares[share * per_block + lane]);
       }
@@ -200,8 +199,8 @@ struct PlaneGradients {
   }
 };
 
-// Threads that share a row: twice as many as long as the device has room for them and each has
-// batches of its own.
+// Threads that share a row: twice as many as long as the device has room for those of all rows and
+// each has batches of its own.
 int log2_shares(const CrossEntropy& args, int resident, int most) {
   const int64_t room = int64_t{resident} * multiprocessors() * kRowThreads;
   const int64_t batches = (args.logits.columns + kClasses - 1) / kClasses;

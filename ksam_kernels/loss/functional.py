@@ -80,7 +80,8 @@ def cross_entropy(
     r"""Cross-entropy of every sample, ``F.cross_entropy(..., reduction="none")`` in float32.
 
     The classes are the **last** dimension, always: of torch's ``[B, C, ...]`` take
-    ``logits.movedim(1, -1)``, and so of probabilities as their target.
+    ``logits.movedim(1, -1)``, and so of probabilities as their target. That copies nothing: rows
+    that lie side by side are read as they lie, and the gradient has the layout of the logits.
 
     With :math:`z_c = x_c - \max_j x_j` and :math:`\ell_c = \log \sum_j e^{z_j} - z_c`,
 

@@ -185,6 +185,27 @@ _LOSS = (
         "tests/loss/test_cross_entropy_backward.py",
     ),
     Mutation(
+        "no barrier before the shares of a row are read",
+        "loss/cross_entropy_planes.cu",
+        "      __syncthreads();\n      if (team.thread > 0) return;",
+        "      if (team.thread > 0) return;",
+        "tests/loss/test_planes.py",
+    ),
+    Mutation(
+        "a row's class taken for one of the first group",
+        "loss/cross_entropy_planes.cu",
+        "i / group * group_stride + i % group",
+        "i % group",
+        "tests/loss/test_planes.py",
+    ),
+    Mutation(
+        "classes read past the last",
+        "loss/cross_entropy_planes.cu",
+        "const bool is_there = whole || first + u < classes;",
+        "const bool is_there = true;",
+        sanitize="address,undefined",
+    ),
+    Mutation(
         "a ticket that is not reset",
         "common/block.cuh",
         "atomicInc(ticket, blocks - 1)",

@@ -83,6 +83,8 @@ def main() -> int:
         if (not options.names or mutation.name.startswith(tuple(options.names)))
         and not (options.plain and mutation.sanitize)
     ]
+    if not chosen:
+        parser.error(f"no fault's name begins with any of {options.names}")
     for sanitize in sorted({mutation.sanitize for mutation in chosen}):
         build.build(sanitize, program=bool(sanitize))
     _copy()

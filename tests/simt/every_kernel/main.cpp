@@ -86,7 +86,13 @@ void compact() {
   }
 }
 
-void cross_entropy(int64_t rows, int64_t classes, double label_smoothing) {
+// As many rows in planes instead, all of one group.
+void lay_in_planes(Matrix* m) {
+  m->group = m->rows;
+  m->plane_stride = m->rows;
+}
+
+void cross_entropy(int64_t rows, int64_t classes, double label_smoothing, bool planes = false) {
   std::vector<float> logits = numbers(rows * classes), weight = numbers(classes);
   std::vector<float> upstream = numbers(rows);
   std::vector<int64_t> target(rows);
@@ -102,13 +108,15 @@ void cross_entropy(int64_t rows, int64_t classes, double label_smoothing) {
   args.label_smoothing = label_smoothing;
   args.losses = losses.data();
   args.stats = stats.data();
+  if (planes) lay_in_planes(&args.logits);
   Fresh<char> scratch(gpu::select_cross_entropy_scratch_bytes(args));
   gpu::select_cross_entropy(args, k, scratch.data(), indices.data(), nullptr);
   losses.check();
   stats.check();
   indices.check();
   CrossEntropyGradient backward{args, {bytes_of(upstream), rows, 1, 1, DType::f32},
-                                gradient.bytes()};
+                                {gradient.bytes(), rows, classes, classes, DType::f32}};
+  if (planes) lay_in_planes(&backward.out);
   gpu::cross_entropy_backward(backward, nullptr);
   gradient.check();
 }
@@ -197,7 +205,10 @@ int main() {
   ksam::topk();
   ksam::compact();
   for (const int64_t classes : {1, 10, 1000, 5001}) {
-    for (const double smoothing : {0.0, 0.1}) ksam::cross_entropy(13, classes, smoothing);
+    for (const double smoothing : {0.0, 0.1}) {
+      ksam::cross_entropy(13, classes, smoothing);
+      ksam::cross_entropy(150, classes < 1000 ? classes : 50, smoothing, true);
+    }
   }
   ksam::cross_entropy(2, 40000, 0.0);  // a row over several blocks
   for (const int64_t n : {1, 10, 4097}) ksam::elementwise(5, n);
