@@ -12,6 +12,7 @@ from benchmarks.kernels import compact, perturb, topk
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.cross_entropy import CrossEntropy
 from benchmarks.kernels.parameters import MODELS, Shape
+from benchmarks.kernels.segmentation import Segmentation
 
 _BF16 = torch.bfloat16
 
@@ -104,8 +105,11 @@ def _shrunk(case: CrossEntropy) -> CrossEntropy:
 
 def _as_case(loss: CrossEntropy, device: torch.device, *, tiny: bool) -> Case:
     case = (_shrunk(loss) if tiny else loss).case(device)
-    if loss in _COMPILED and not tiny:
-        return case
+    return case if loss in _COMPILED and not tiny else _quickly(case)
+
+
+def _quickly(case: Case) -> Case:
+    """Without contestants that take seconds to start."""
     contestants = [c for c in case.contestants if not c.starts_slowly]
     return dataclasses.replace(case, contestants=contestants)
 
@@ -121,6 +125,9 @@ def kernel_cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
         yield topk.case("normal", size, device)
     yield topk.case("all equal", 60 if tiny else 65536, device)
     yield from (case for case in losses if case not in plain)
+    for images, classes, size in ((1, 3, 4),) if tiny else ((64, 2, 768), (8, 21, 640)):
+        for backward in (False, True):
+            yield _quickly(Segmentation(images, classes, size, backward).case(device))
 
 
 def launch_cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:

@@ -26,8 +26,8 @@ from benchmarks.kernels.case import (
 
 # Most gradients are below 1e-3. Eager's bfloat16 ones are exponentials of log-probabilities with
 # eight bits, some per cent off.
-_FLOAT32_GRADIENT = Tolerance(rtol=1e-4, atol=1e-8)
-_BFLOAT16_GRADIENT = Tolerance(rtol=1e-1, atol=1e-6)
+FLOAT32_GRADIENT = Tolerance(rtol=1e-4, atol=1e-8)
+BFLOAT16_GRADIENT = Tolerance(rtol=1e-1, atol=1e-6)
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class CrossEntropy:
 
     def case(self, device: torch.device, *, quick: bool = False) -> Case:
         """The case with all contestants."""
-        finish = _gradient if self.backward else _unchanged
+        finish = gradient_of if self.backward else unchanged
         contestants = [stateless(KSAM, finish(self.ksam))]
         exact, rounded = FLOAT32, BFLOAT16
         if self.backward:
             # A gradient is rounded to the dtype of the logits, whoever computes it.
-            rounded = _BFLOAT16_GRADIENT
-            exact = _FLOAT32_GRADIENT if self.dtype == torch.float32 else rounded
+            rounded = BFLOAT16_GRADIENT
+            exact = FLOAT32_GRADIENT if self.dtype == torch.float32 else rounded
         if self.dtype == torch.float32:
             contestants.append(stateless("eager", finish(self.eager), exact))
         else:
@@ -139,11 +139,12 @@ class CrossEntropy:
         return case if self.k is None else _comparing_selected_losses(case)
 
 
-def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
+def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward alone."""
     return function
 
 
-def _gradient(losses: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def gradient_of(losses: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Forward and backward: the gradient of the summed losses with respect to the logits.
 
     The sum, because the mean of thousands leaves gradients too small to compare.

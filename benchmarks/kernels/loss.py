@@ -54,7 +54,8 @@ def _cross_entropies(device: torch.device) -> Iterator[Case]:
     for shape in ((128, 10), (128, 1000), _IMAGES, _TOKENS):
         yield CrossEntropy(*shape, k=shape[0] // 3).case(device, quick=shape in _SMALL)
     for images, classes, size in ((4, 2, 256), (8, 21, 128)):
-        yield Segmentation(images, classes, size).case(device)
+        for backward in (False, True):
+            yield Segmentation(images, classes, size, backward).case(device)
     for shape in ((128, 1000), _IMAGES, _TOKENS):
         yield CrossEntropy(*shape, backward=True).case(device, quick=shape == (128, 1000))
     for shape in (_IMAGES, _TOKENS):

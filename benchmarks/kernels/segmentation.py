@@ -10,6 +10,7 @@ from torch import Tensor
 
 import ksam_kernels as kk
 from benchmarks.kernels.case import FLOAT32, KSAM, Case, compiled, stateless
+from benchmarks.kernels.cross_entropy import FLOAT32_GRADIENT, gradient_of, unchanged
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,24 @@ class Segmentation:
     images: int
     classes: int
     size: int
+    backward: bool = False
 
     @property
     def floor_bytes(self) -> int:
-        """Logits and int64 classes read once, float32 losses written once."""
-        return self.images * self.size**2 * (4 * self.classes + 8 + 4)
+        """Logits and int64 classes read once, float32 losses written once.
+
+        The backward pass reads logits, target and upstream gradient, and writes the gradient.
+        """
+        of_pixel = 4 * self.classes + 8 + 4
+        if self.backward:
+            of_pixel += 2 * 4 * self.classes + 8 + 4
+        return self.images * self.size**2 * of_pixel
 
     def make_input(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Logits and target."""
         shape = (self.images, self.size, self.size)
         logits = torch.randn(self.images, self.classes, self.size, self.size, device=device)
+        logits.requires_grad_(self.backward)
         return logits, torch.randint(self.classes, shape, device=device)
 
     def ksam(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -41,19 +50,26 @@ class Segmentation:
 
     def case(self, device: torch.device, *, quick: bool = False) -> Case:
         """The case with all contestants."""
+        finish, tolerance = unchanged, FLOAT32
+        extra, operators = "classes in dimension 1", ["cross_entropy"]
+        if self.backward:
+            finish, tolerance = gradient_of, FLOAT32_GRADIENT
+            extra += ", forward + backward"
+            operators.append("cross_entropy_backward")
         return Case(
             room="loss",
             operation="cross_entropy",
-            extra="classes in dimension 1",
+            extra=extra,
             shape=f"{self.images}x{self.classes}x{self.size}x{self.size}",
             dtype="float32",
             floor_bytes=self.floor_bytes,
-            operators=("cross_entropy",),
+            operators=tuple(operators),
             make_input=lambda: self.make_input(device),
             contestants=[
-                stateless(KSAM, self.ksam),
-                stateless("eager", self.eager, FLOAT32),
-                compiled("compile", self.eager, FLOAT32),
+                stateless(KSAM, finish(self.ksam)),
+                stateless("eager", finish(self.eager), tolerance),
+                compiled("compile", self.eager, tolerance, finish),
             ],
+            needs_grad=self.backward,
             quick=quick,
         )

@@ -1,9 +1,9 @@
 """Per-sample losses by Triton kernels.
 
 How the elements of a row are added up, and in which order, depends on the number of columns and on
-dtypes alone (:func:`tile_of`, :func:`vector_of`): a row has the same bits in a slice as in a copy,
-in any batch, with or without a selection after it. (Of rows in planes, on their number as well.) A program has whole rows, however few and long
-they are: 16 rows of 128,000 logits occupy 16 multiprocessors.
+dtypes alone (:func:`tile_of`, :func:`vector_of`), of rows in planes on their number as well: a row
+has the same bits in a slice as in a copy, with or without a selection after it. A program has whole
+rows, however few and long they are: 16 rows of 128,000 logits occupy 16 multiprocessors.
 """
 
 from __future__ import annotations

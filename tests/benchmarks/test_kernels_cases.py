@@ -48,6 +48,7 @@ def measure(case: Case, *, quick: bool = True) -> list[Row]:
         (Elementwise("binary_cross_entropy_with_logits", 10, 10, pos_weight=True), 800 + 40 + 40),
         # 36 pixels of 5 logits of 4 bytes; a class of 8 and a loss of 4 of each.
         (Segmentation(1, 5, 6), 720 + 288 + 144),
+        (Segmentation(1, 5, 6, backward=True), 1152 + 720 + 288 + 144 + 720),
     ],
 )
 def test_floor_bytes_of_losses(
