@@ -17,7 +17,7 @@ from ksam_kernels.checks import (
     check_tensor,
 )
 from ksam_kernels.loss import native
-from ksam_kernels.loss.layout import classes_apart
+from ksam_kernels.loss.layout import classes_apart, in_memory_order
 from ksam_kernels.topk.functional import check_k
 
 __all__ = [
@@ -180,7 +180,8 @@ def binary_cross_entropy_with_logits(
                     + \left(1 + (p_j - 1)\, t_{bj}\right) \log(1 + e^{-x_{bj}})
 
     as ``F.binary_cross_entropy_with_logits(..., reduction="none").flatten(1).mean(1)``. Floor of
-    bytes moved: logits and target once, 4 per sample.
+    bytes moved: logits and target once, 4 per sample. Samples of any memory format are read as they
+    lie, and so is the gradient written; the target is copied if its own is another.
 
     Args:
         logits: ``[B, ...]``, float32, bfloat16, float16 or float64.
@@ -213,6 +214,11 @@ def binary_cross_entropy_with_logits(
                 f"pos_weight must broadcast to the trailing dimensions {tuple(trailing)}, "
                 f"got shape {tuple(pos_weight.shape)}"
             )
+        of_all = pos_weight.expand(1, *trailing)
+        logits, target, of_all = in_memory_order(logits, target, of_all)
+        pos_weight = of_all[0]
+    else:
+        logits, target = in_memory_order(logits, target)
     losses: Tensor = library.call("binary_cross_entropy_with_logits", logits, target, pos_weight)
     return losses
 
@@ -223,7 +229,8 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
     .. math:: L_b = \tfrac{1}{n} \sum_j (x_{bj} - t_{bj})^2
 
     as ``F.mse_loss(..., reduction="none").flatten(1).mean(1)``. Floor of bytes moved: both inputs
-    once, 4 per sample.
+    once, 4 per sample. Samples of any memory format are read as they lie, and so is the gradient
+    written; the target is copied if its own is another.
 
     Args:
         pred: ``[B, ...]``, float32, bfloat16, float16 or float64.
@@ -241,5 +248,5 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
     if quick is not None:
         return quick
     _check_elementwise("pred", pred, target)
-    losses: Tensor = library.call("mse", pred, target)
+    losses: Tensor = library.call("mse", *in_memory_order(pred, target))
     return losses

@@ -1,4 +1,5 @@
-"""Where the classes of logits lie: side by side, or apart as in planes of ``[B, C, H, W]``."""
+"""How inputs of the losses lie in memory: classes side by side, or apart as in planes of
+``[B, C, H, W]``; elements of samples in another order, as ``channels_last`` has them."""
 
 from __future__ import annotations
 
@@ -17,6 +18,17 @@ def gradient_like(logits: Tensor) -> Tensor:
     """Memory for the gradient of logits ``[..., C]``: contiguous, or where the classes lie apart in
     the layout of the logits, so that whoever made them finds it as it left them."""
     return torch.empty_like(logits) if classes_apart(logits) else logits.new_empty(logits.shape)
+
+
+def in_memory_order(samples: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Tensors ``[B, ...]`` with their trailing dimensions in the order that those of the first have
+    in memory: as views, the first contiguous. As they are where no order makes it so."""
+    if samples.is_contiguous():
+        return samples, *others
+    order = 0, *sorted(range(1, samples.dim()), key=samples.stride, reverse=True)
+    if not samples.permute(order).is_contiguous():
+        return samples, *others
+    return tuple(x.permute(order) for x in (samples, *others))
 
 
 def planes_of(x: Tensor) -> Tensor | None:

@@ -178,6 +178,58 @@ def test_strided_inputs(backend: str, layout: Callable[[Tensor], Tensor]) -> Non
     check_mse(x[:, ::2], t[:, :1].expand(4, 3, 6))
 
 
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def rows_last(x: Tensor) -> Tensor:
+    """[B, C, H, W] whose memory is [B, W, C, H]."""
+    return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("layout", [channels_last, rows_last])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_samples_in_another_memory_format(
+    backend: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """They are not copied, and their gradient has their layout."""
+    x, t = torch.randn(3, 2, 5, 4).to(dtype), torch.rand(3, 2, 5, 4).to(dtype)
+    for target in (t, layout(t), rows_last(t)):
+        check_mse(layout(x), target)
+        for shape in ((), (4,), (5, 1), (2, 1, 1), (2, 5, 4)):
+            check_bce(layout(x), target, torch.rand(shape) * 4)
+        for loss in (mse, bce):
+            z = layout(x).requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(z, target).sum(), z)
+            assert gradient.stride() == z.stride()
+
+
+@pytest.mark.parametrize("loss", [mse, bce])
+def test_samples_in_another_memory_format_are_not_copied(
+    backend: str, loss: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, t = channels_last(torch.randn(3, 2, 5, 4)), channels_last(torch.rand(3, 2, 5, 4))
+    contiguous = Tensor.contiguous
+
+    def spy(x: Tensor) -> Tensor:
+        assert x.is_contiguous()
+        return contiguous(x)
+
+    monkeypatch.setattr(Tensor, "contiguous", spy)
+    loss(x.requires_grad_(), t).sum().backward()
+    assert x.grad is not None
+    assert x.grad.stride() == x.stride()
+
+
+def test_a_compiled_loss_in_another_memory_format(backend: str) -> None:
+    x, t = channels_last(torch.randn(3, 2, 5, 4)).requires_grad_(), torch.rand(3, 2, 5, 4)
+    compiled = torch.compile(lambda x: mse(x, t).sum(), fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(x), x)
+    (expected,) = torch.autograd.grad(mse(x, t).sum(), x)
+    assert same_bits(gradient, expected)
+    assert gradient.stride() == x.stride()
+
+
 @pytest.mark.parametrize("target_dtype", FLOATS, ids=str)
 def test_targets_of_another_dtype(backend: str, target_dtype: torch.dtype) -> None:
     x, t = torch.randn(4, 9), torch.rand(4, 9).to(target_dtype)
