@@ -21,14 +21,15 @@ def gradient_like(logits: Tensor) -> Tensor:
 
 
 def in_memory_order(samples: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Tensors ``[B, ...]`` with their trailing dimensions in the order that those of the first have
-    in memory: as views, the first contiguous. As they are where no order makes it so."""
+    """Tensors ``[B, ...]``, contiguous, their trailing dimensions in the order that those of the
+    first have in memory: of which this is a view, and of others a copy if they need one, so that
+    the backward pass need not make it again. All as they are where the first would need one."""
     if samples.is_contiguous():
-        return samples, *others
+        return samples, *(x.contiguous() for x in others)
     order = 0, *sorted(range(1, samples.dim()), key=samples.stride, reverse=True)
     if not samples.permute(order).is_contiguous():
         return samples, *others
-    return tuple(x.permute(order) for x in (samples, *others))
+    return tuple(x.permute(order).contiguous() for x in (samples, *others))
 
 
 def planes_of(x: Tensor) -> Tensor | None:
