@@ -111,14 +111,15 @@ KSAM_INLINE void plane_rows(const CrossEntropyGradient& args, const Target<A>& t
   const Slope<V> slope = slope_of_lanes<V>(rows);
   const V hot_lanes = load_lanes<V>(hot), kept_lanes = load_lanes<V>(kept);
   V ahead_lanes = load_lanes<V>(ahead);
-  const T* x = plane_of<T>(logits, begin, 0);
-  T* out = plane_of<T>(args.out, begin, 0);
+  const T* x = plane_of<T>(logits, begin);
+  T* out = plane_of<T>(args.out, begin);
+  const char* spread = target.first_plane(begin);
   for (int64_t c = 0; c < logits.columns; ++c) {
     __builtin_prefetch(x + kAhead);
     __builtin_prefetch(out + kAhead, 1);
-    target.spread_plane(begin, c, count, room);
-    const V spread = load_lanes<V>(room);
-    const V q = where_zero(ahead_lanes, spread + hot_lanes, spread);
+    target.spread_plane(spread, c, count, room);
+    const V rest = load_lanes<V>(room);
+    const V q = where_zero(ahead_lanes, rest + hot_lanes, rest);
     store_some(out, count, masked(slope.at(load_some<V>(x, count), q), kept_lanes));
     ahead_lanes = ahead_lanes - all_lanes<V>(1);
     x += logits.plane_stride;

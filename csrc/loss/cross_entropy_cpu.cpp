@@ -123,7 +123,8 @@ KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, i
                             int64_t count, A* room, LaneSums<A>* sums) {
   using V = Lanes<T>;
   const int64_t classes = args.logits.columns;
-  const T* plane = plane_of<T>(args.logits, begin, 0);
+  const T* plane = plane_of<T>(args.logits, begin);
+  const char* spread = target.first_plane(begin);
   alignas(64) A x[kPlanes][kLanes];
   V max = all_lanes<V>(-HUGE_VALF), exp{}, mass{}, dot{};
   for (int64_t first = 0; first < classes; first += kPlanes) {
@@ -141,7 +142,7 @@ KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, i
       const V z = load_lanes<V>(x[c]) - from;
       exp = exp + exp_term(z);
       if constexpr (kSpread) {
-        target.spread_plane(begin, first + c, count, room);
+        target.spread_plane(spread, first + c, count, room);
         const V q = load_lanes<V>(room);
         mass = mass + q;
         dot = dot + q * z;
@@ -158,7 +159,7 @@ KSAM_INLINE void write_rows(const CrossEntropy& args, const Target<A>& target, i
   using V = Lanes<T>;
   A x_y[kLanes] = {}, hot[kLanes] = {}, kept[kLanes] = {};
   const Matrix& m = args.logits;
-  const T* x = m.in_planes() ? plane_of<T>(m, begin, 0) : row_of<T>(m, begin);
+  const T* x = m.in_planes() ? plane_of<T>(m, begin) : row_of<T>(m, begin);
   const int64_t row = m.in_planes() ? 1 : m.stride, column = m.in_planes() ? m.plane_stride : 1;
   for (int64_t i = 0; i < count; ++i) {
     if (y[i] == kIgnored) continue;

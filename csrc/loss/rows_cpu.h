@@ -32,16 +32,10 @@ KSAM_INLINE T* row_of(const Matrix& m, int64_t row) {
   return reinterpret_cast<T*>(m.data) + row * m.stride;
 }
 
-// A column of a row in a plane, with those of the rows behind it.
+// Column 0 of a row in planes, and of the rows behind it.
 template <class T>
-KSAM_INLINE T* plane_of(const Matrix& m, int64_t row, int64_t column) {
-  return reinterpret_cast<T*>(m.data) + row / m.group * m.group_stride + row % m.group +
-         column * m.plane_stride;
-}
-
-template <class T>
-KSAM_INLINE T* element_of(const Matrix& m, int64_t row, int64_t column) {
-  return m.in_planes() ? plane_of<T>(m, row, column) : row_of<T>(m, row) + column;
+KSAM_INLINE T* plane_of(const Matrix& m, int64_t row) {
+  return reinterpret_cast<T*>(m.data) + row / m.group * m.group_stride + row % m.group;
 }
 
 // Rows from `row` on to be taken at once, of those that end at `end`.

@@ -58,13 +58,13 @@ class Target {
     return room;
   }
 
-  // spread_c of one class in sixteen rows that lie in planes, from the first of them on; those behind
-  // `count` get any numbers. In `room`, or as above there already.
-  KSAM_INLINE void spread_plane(int64_t row, int64_t c, int64_t count, A* room) const {
+  // spread_c of class c in sixteen rows that lie in planes, as above; `first` is what first_plane()
+  // gives for the first of them. Rows behind `count` get any numbers.
+  KSAM_INLINE void spread_plane(const char* first, int64_t c, int64_t count, A* room) const {
     if (soft_) {
       on_floating(args_.target.dtype, [&](auto type) KSAM_INLINE_LAMBDA {
         using T = typename decltype(type)::type;
-        const T* t = plane_of<T>(args_.target, row, c);
+        const T* t = reinterpret_cast<const T*>(first) + c * args_.target.plane_stride;
         if constexpr (sizeof(opmath_t<T>) == sizeof(A)) {
           store_lanes(room, load_some<Lanes<T>>(t, count));
         } else {
@@ -79,6 +79,17 @@ class Target {
     } else if (weight_ != nullptr && has_spread()) {
       for (int i = 0; i < kLanes; ++i) room[i] = share_ * weight_[c];
     }
+  }
+
+  // Of probabilities in planes: where those of a row begin.
+  KSAM_INLINE const char* first_plane(int64_t row) const {
+    const char* first = nullptr;
+    if (!soft_) return first;
+    on_floating(args_.target.dtype, [&](auto type) KSAM_INLINE_LAMBDA {
+      using T = typename decltype(type)::type;
+      first = reinterpret_cast<const char*>(plane_of<T>(args_.target, row));
+    });
+    return first;
   }
 
   // As much of it as spread() and spread_plane() may leave as it is.
