@@ -91,36 +91,43 @@ KSAM_INLINE void narrow_rows(const CrossEntropyGradient& args, const Target<A>& 
   }
 }
 
-// Up to sixteen rows in planes, a lane each. Lanes of ignored rows are 0.
+// Sixteen rows in planes, a lane each. Lanes of ignored rows are 0.
 template <class T, class A>
 KSAM_INLINE void plane_rows(const CrossEntropyGradient& args, const Target<A>& target,
-                            int64_t begin, int64_t count, const int64_t* y, A* room) {
+                            const Sixteen& of, const int64_t* y, A* room) {
   using V = Lanes<T>;
   const Matrix& logits = args.forward.logits;
   A rows[4][kLanes] = {}, hot[kLanes] = {}, ahead[kLanes], kept[kLanes] = {};
-  for (int64_t i = 0; i < kLanes; ++i) ahead[i] = -1;  // of a class that is not hot
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < kLanes; ++i) {
+    ahead[i] = -1;  // no class is hot
     if (y[i] == kIgnored) continue;
     if (target.has_hot()) {
       hot[i] = target.hot(y[i]);
       ahead[i] = static_cast<A>(y[i]);  // exactly: the bindings decline as many classes as are not
     }
     kept[i] = 1;
-    put_slope(slope_of<A>(args, begin + i), i, rows);
+    put_slope(slope_of<A>(args, of.first + i), i, rows);
   }
   const Slope<V> slope = slope_of_lanes<V>(rows);
   const V hot_lanes = load_lanes<V>(hot), kept_lanes = load_lanes<V>(kept);
   V ahead_lanes = load_lanes<V>(ahead);
-  const T* x = plane_of<T>(logits, begin);
-  T* out = plane_of<T>(args.out, begin);
-  const char* spread = target.first_plane(begin);
+  const T* x = plane_of<T>(logits, of.first);
+  T* out = plane_of<T>(args.out, of.first);
+  const char* spread = target.first_plane(of.first);
   for (int64_t c = 0; c < logits.columns; ++c) {
     __builtin_prefetch(x + kAhead);
     __builtin_prefetch(out + kAhead, 1);
-    target.spread_plane(spread, c, count, room);
+    target.spread_plane(spread, c, room);
     const V rest = load_lanes<V>(room);
     const V q = where_zero(ahead_lanes, rest + hot_lanes, rest);
-    store_some(out, count, masked(slope.at(load_some<V>(x, count), q), kept_lanes));
+    const V dx = masked(slope.at(load_lanes<V>(x), q), kept_lanes);
+    if (of.count == kLanes) {
+      store_lanes(out, dx);
+    } else {
+      T some[kLanes];
+      store_lanes(some, dx);
+      std::memcpy(out + of.lane, some + of.lane, of.count * sizeof(T));
+    }
     ahead_lanes = ahead_lanes - all_lanes<V>(1);
     x += logits.plane_stride;
     out += args.out.plane_stride;
@@ -134,22 +141,20 @@ void backward_rows(const CrossEntropyGradient& args, int64_t begin, int64_t end)
   const int64_t classes = args.forward.logits.columns;
   alignas(64) A room[kBlockRoom];
   target.fill_constant(room);
-  for (int64_t row = begin, count; row < end; row += count) {
-    count = rows_at_once(args.forward.logits, row, end);
+  Sixteen rows;
+  for (int64_t row = begin; row < end; row += rows.count) {
+    rows = sixteen_rows(args.forward.logits, row, end);
     int64_t y[kLanes];
-    for (int64_t i = 0; i < count; ++i) {
-      y[i] = target.class_of(row + i);
-      if (y[i] == kOutOfRange) return note_bad(row + i, args.forward.first_bad);
-    }
+    if (!classes_of(target, rows, args.forward.first_bad, y)) return;
     if (args.forward.logits.in_planes()) {
-      plane_rows<T>(args, target, row, count, y, room);
+      plane_rows<T>(args, target, rows, y, room);
       continue;
     }
     if (classes < kNarrow) {
-      narrow_rows<T>(args, target, row, count, y, room);
+      narrow_rows<T>(args, target, row, rows.count, y, room);
       continue;
     }
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < rows.count; ++i) {
       if (y[i] == kIgnored) {
         std::memset(row_of<T>(args.out, row + i), 0, classes * sizeof(T));
       } else {

@@ -116,11 +116,11 @@ KSAM_INLINE void raise_maxima(const V& high, V* max, V* exp, V* mass, V* dot) {
   *max = high;
 }
 
-// Up to sixteen rows in planes, a lane each. A block of classes is staged: planes may be as far apart
+// Sixteen rows in planes, a lane each. A block of classes is staged: planes may be as far apart
 // as the addresses that share a place in the caches, where a second look would not find them.
 template <bool kSpread, class T, class A>
 KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, int64_t begin,
-                            int64_t count, A* room, LaneSums<A>* sums) {
+                            A* room, LaneSums<A>* sums) {
   using V = Lanes<T>;
   const int64_t classes = args.logits.columns;
   const T* plane = plane_of<T>(args.logits, begin);
@@ -132,7 +132,7 @@ KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, i
     V high = max;
     for (int64_t c = 0; c < n; ++c, plane += args.logits.plane_stride) {
       __builtin_prefetch(plane + kAhead);
-      const V at = load_some<V>(plane, count);
+      const V at = load_lanes<V>(plane);
       store_lanes(x[c], at);
       high = larger(at, high);
     }
@@ -142,7 +142,7 @@ KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, i
       const V z = load_lanes<V>(x[c]) - from;
       exp = exp + exp_term(z);
       if constexpr (kSpread) {
-        target.spread_plane(spread, first + c, count, room);
+        target.spread_plane(spread, first + c, room);
         const V q = load_lanes<V>(room);
         mass = mass + q;
         dot = dot + q * z;
@@ -152,16 +152,16 @@ KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, i
   sums->store(max, exp, mass, dot);
 }
 
-// Losses and statistics of up to sixteen rows, y their classes.
+// Losses and statistics of sixteen rows, as far as they count; y: their classes.
 template <class T, class A>
-KSAM_INLINE void write_rows(const CrossEntropy& args, const Target<A>& target, int64_t begin,
-                            int64_t count, const int64_t* y, const LaneSums<A>& sums) {
+KSAM_INLINE void write_rows(const CrossEntropy& args, const Target<A>& target, const Sixteen& rows,
+                            const int64_t* y, const LaneSums<A>& sums) {
   using V = Lanes<T>;
   A x_y[kLanes] = {}, hot[kLanes] = {}, kept[kLanes] = {};
   const Matrix& m = args.logits;
-  const T* x = m.in_planes() ? plane_of<T>(m, begin) : row_of<T>(m, begin);
+  const T* x = m.in_planes() ? plane_of<T>(m, rows.first) : row_of<T>(m, rows.first);
   const int64_t row = m.in_planes() ? 1 : m.stride, column = m.in_planes() ? m.plane_stride : 1;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < kLanes; ++i) {
     if (y[i] == kIgnored) continue;
     kept[i] = 1;
     if (target.has_hot()) x_y[i] = load_one(x + i * row + y[i] * column);
@@ -178,10 +178,13 @@ KSAM_INLINE void write_rows(const CrossEntropy& args, const Target<A>& target, i
   store_lanes(lanes[1], masked(row_sums.max, kept_lanes));
   store_lanes(lanes[2], masked(log_s, kept_lanes));
   store_lanes(lanes[3], masked(hot_lanes + row_sums.mass, kept_lanes));
-  for (int64_t i = 0; i < count; ++i) args.losses[begin + i] = static_cast<float>(lanes[0][i]);
+  const int64_t end = rows.lane + rows.count;
+  for (int64_t i = rows.lane; i < end; ++i) {
+    args.losses[rows.first + i] = static_cast<float>(lanes[0][i]);
+  }
   if (args.stats == nullptr) return;
-  A* stats = static_cast<A*>(args.stats) + 3 * begin;
-  for (int64_t i = 0; i < count; ++i) {
+  A* stats = static_cast<A*>(args.stats) + 3 * rows.first;
+  for (int64_t i = rows.lane; i < end; ++i) {
     for (int j = 0; j < 3; ++j) stats[3 * i + j] = lanes[1 + j][i];
   }
 }
@@ -193,24 +196,22 @@ void forward_rows(const CrossEntropy& args, int64_t begin, int64_t end) {
   const int64_t classes = args.logits.columns;
   alignas(64) A room[kBlockRoom];
   if constexpr (kSpread) target.fill_constant(room);
-  for (int64_t row = begin, count; row < end; row += count) {
-    count = rows_at_once(args.logits, row, end);
+  Sixteen rows;
+  for (int64_t row = begin; row < end; row += rows.count) {
+    rows = sixteen_rows(args.logits, row, end);
     int64_t y[kLanes];
-    for (int64_t i = 0; i < count; ++i) {
-      y[i] = target.class_of(row + i);
-      if (y[i] == kOutOfRange) return note_bad(row + i, args.first_bad);
-    }
+    if (!classes_of(target, rows, args.first_bad, y)) return;
     LaneSums<A> sums;
     if (args.logits.in_planes()) {
-      plane_rows<kSpread, T>(args, target, row, count, room, &sums);
+      plane_rows<kSpread, T>(args, target, rows.first, room, &sums);
     } else if (classes < kNarrow) {
-      narrow_rows<kSpread, T>(args, target, row, count, room, &sums);
+      narrow_rows<kSpread, T>(args, target, row, rows.count, room, &sums);
     } else {
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < rows.count; ++i) {
         if (y[i] != kIgnored) sums.put(i, wide_row<kSpread, T>(args, target, row + i, room));
       }
     }
-    write_rows<T>(args, target, row, count, y, sums);
+    write_rows<T>(args, target, rows, y, sums);
   }
 }
 

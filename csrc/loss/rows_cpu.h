@@ -38,11 +38,20 @@ KSAM_INLINE T* plane_of(const Matrix& m, int64_t row) {
   return reinterpret_cast<T*>(m.data) + row / m.group * m.group_stride + row % m.group;
 }
 
-// Rows from `row` on to be taken at once, of those that end at `end`.
-KSAM_INLINE int64_t rows_at_once(const Matrix& m, int64_t row, int64_t end) {
+// Rows that are taken at once: sixteen from `first` on, of which those that count are `count` from
+// `first + lane` on. In planes the others are there too, and are read: a vector does not leave a
+// group, and those at its end overlap.
+struct Sixteen {
+  int64_t first, lane, count;
+};
+
+KSAM_INLINE Sixteen sixteen_rows(const Matrix& m, int64_t row, int64_t end) {
   int64_t count = end - row < kLanes ? end - row : kLanes;
-  if (m.in_planes() && m.group - row % m.group < count) count = m.group - row % m.group;
-  return count;
+  if (!m.in_planes()) return {row, 0, count};
+  const int64_t left = m.group - row % m.group;  // of the group
+  if (left < count) count = left;
+  const int64_t lane = left < kLanes ? kLanes - left : 0;
+  return {row - lane, lane, count};
 }
 
 // body(begin, count) over the blocks of [0, n), n >= kLanes; every count is at least kLanes.
@@ -87,23 +96,6 @@ const A* staged(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* room)
     }
   });
   return place;
-}
-
-// Sixteen elements in the arithmetic's type, of which `count` are read; the others are 0.
-template <class V, class T>
-KSAM_INLINE V load_some(const T* from, int64_t count) {
-  if (count == kLanes) return load_lanes<V>(from);
-  T some[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) some[i] = from[i];
-  return load_lanes<V>(some);
-}
-
-template <class V, class T>
-KSAM_INLINE void store_some(T* to, int64_t count, const V& x) {
-  if (count == kLanes) return store_lanes(to, x);
-  T some[kLanes];
-  store_lanes(some, x);
-  for (int64_t i = 0; i < count; ++i) to[i] = some[i];
 }
 
 // Sixteen narrow rows, of `columns` <= kColumns elements, transposed: element [c][lane]. Lanes that

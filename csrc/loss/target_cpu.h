@@ -59,16 +59,16 @@ class Target {
   }
 
   // spread_c of class c in sixteen rows that lie in planes, as above; `first` is what first_plane()
-  // gives for the first of them. Rows behind `count` get any numbers.
-  KSAM_INLINE void spread_plane(const char* first, int64_t c, int64_t count, A* room) const {
+  // gives for the first of them.
+  KSAM_INLINE void spread_plane(const char* first, int64_t c, A* room) const {
     if (soft_) {
       on_floating(args_.target.dtype, [&](auto type) KSAM_INLINE_LAMBDA {
         using T = typename decltype(type)::type;
         const T* t = reinterpret_cast<const T*>(first) + c * args_.target.plane_stride;
         if constexpr (sizeof(opmath_t<T>) == sizeof(A)) {
-          store_lanes(room, load_some<Lanes<T>>(t, count));
+          store_lanes(room, load_lanes<Lanes<T>>(t));
         } else {
-          for (int64_t i = 0; i < count; ++i) room[i] = static_cast<A>(load_one(t + i));
+          for (int i = 0; i < kLanes; ++i) room[i] = static_cast<A>(load_one(t + i));
         }
       });
       if (args_.label_smoothing == 0 && weight_ == nullptr) return;
@@ -112,6 +112,21 @@ KSAM_INLINE void note_bad(int64_t row, int64_t* first_bad) {
   while (row < first && !__atomic_compare_exchange_n(first_bad, &first, row, true, __ATOMIC_RELAXED,
                                                      __ATOMIC_RELAXED)) {
   }
+}
+
+// The classes of sixteen rows; kIgnored of those that do not count. False where one is out of range,
+// which is then remembered.
+template <class A>
+KSAM_INLINE bool classes_of(const Target<A>& target, const Sixteen& rows, int64_t* first_bad,
+                            int64_t* y) {
+  for (int64_t i = 0; i < kLanes; ++i) y[i] = kIgnored;
+  for (int64_t i = rows.lane; i < rows.lane + rows.count; ++i) {
+    y[i] = target.class_of(rows.first + i);
+    if (y[i] != kOutOfRange) continue;
+    note_bad(rows.first + i, first_bad);
+    return false;
+  }
+  return true;
 }
 
 }  // namespace ksam::KSAM_ISA
