@@ -37,8 +37,8 @@ struct Planes {
   }
 };
 
-// kClasses logits of a row from `first` on, and its probabilities if the target has them; `none` and
-// 0 behind the last.
+// kClasses logits of a row from `first` on, and its probabilities if the target has them; `none`
+// and 0 behind the last.
 template <class T, class Q, Kind kKind>
 struct Batch {
   T x[kClasses];

@@ -1,5 +1,5 @@
-// exp, log1p and log of sixteen lanes. float32 by polynomials, minimax in the relative error; float64
-// calls the C library, lane by lane.
+// exp, log1p and log of sixteen lanes. float32 by polynomials, minimax in the relative error;
+// float64 calls the C library, lane by lane.
 #pragma once
 
 #include "common/lanes.h"
@@ -95,8 +95,8 @@ KSAM_INLINE V log1p(const V& x) {
   }
 }
 
-// log(x) for normal numbers x within 4 ulp; NaN for NaN. As n log 2 + log(y) with x = 2^n y and y in
-// [1 / sqrt 2, sqrt 2).
+// log(x) for normal numbers x within 4 ulp; NaN for NaN. As n log 2 + log(y) with x = 2^n y and y
+// in [1 / sqrt 2, sqrt 2).
 template <class V>
 KSAM_INLINE V log(const V& x) {
   if constexpr (LaneTraits<V>::kIsPair) {

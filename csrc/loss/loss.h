@@ -11,8 +11,8 @@
 
 namespace ksam {
 
-// A matrix whose rows have unit stride inside, or lie side by side in planes: column c of the rows of
-// a group is a plane of unit stride. So have [B, C, H, W] its pixels, with C as the columns.
+// A matrix whose rows have unit stride inside, or lie side by side in planes: column c of the rows
+// of a group is a plane of unit stride. So have [B, C, H, W] its pixels, with C as the columns.
 struct Matrix {
   char* data = nullptr;
   int64_t rows = 0;
@@ -29,8 +29,8 @@ struct Matrix {
 
 struct CrossEntropy {
   Matrix logits;       // [N, C] floating
-  Matrix target;       // [N, 1] i32 or i64: classes; [N, C] floating: probabilities, in planes where
-                       // the logits are, of as large groups
+  Matrix target;       // [N, 1] i32 or i64: classes; [N, C] floating: probabilities, in planes
+                       // where the logits are, of as large groups
   const void* weight;  // [C] A, or null
   int64_t ignore_index;
   double label_smoothing;

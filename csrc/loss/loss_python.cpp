@@ -53,8 +53,8 @@ bool as_rows(const Tensor& t, Matrix* rows) {
   return flatten(t, last, &rows->rows, &rows->stride);
 }
 
-// [..., columns] as rows in planes, if groups of at least as many rows as a vector has lanes lie side
-// by side: fewer are sooner copied.
+// [..., columns] as rows in planes, if groups of at least as many rows as a vector has lanes lie
+// side by side: fewer are sooner copied.
 bool as_planes(const Tensor& t, Matrix* rows) {
   constexpr int64_t kWorthIt = 16;
   constexpr int64_t kCounted = int64_t{1} << 24;  // columns whose numbers float32 has

@@ -114,8 +114,8 @@ KSAM_INLINE void note_bad(int64_t row, int64_t* first_bad) {
   }
 }
 
-// The classes of sixteen rows; kIgnored of those that do not count. False where one is out of range,
-// which is then remembered.
+// The classes of sixteen rows; kIgnored of those that do not count. False where one is out of
+// range, which is then remembered.
 template <class A>
 KSAM_INLINE bool classes_of(const Target<A>& target, const Sixteen& rows, int64_t* first_bad,
                             int64_t* y) {
