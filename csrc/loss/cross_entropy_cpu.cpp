@@ -108,11 +108,12 @@ KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, 
   sums->store(max, exp, mass, dot);
 }
 
-// As raise_maximum(), in every lane.
+// As raise_maximum(), in every lane: where nothing rises, a mass that is infinite changes nothing.
 template <class V>
 KSAM_INLINE void raise_maxima(const V& high, V* max, V* exp, V* mass, V* dot) {
   *exp = masked(*exp * exp_term(*max - high), *exp);
-  *dot = *dot + masked(*mass * (origins(*max) - origins(high)), *mass);
+  const V rise = origins(*max) - origins(high);
+  *dot = *dot + masked(masked(*mass * rise, *mass), rise);
   *max = high;
 }
 

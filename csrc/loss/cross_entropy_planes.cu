@@ -1,5 +1,5 @@
 // Cross-entropy of rows that lie side by side, as pixels of [B, C, H, W] do, and its gradient. A
-// thread has a row, so that a warp reads 32 rows of a class side by side; where that are too few
+// thread has a row, so that a warp reads 32 rows of a class side by side; where those are too few
 // threads to keep the device busy, several share a row's classes.
 //
 // Bytes moved: as those of rows with their classes side by side (cross_entropy.cu and
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kRowThreads, L::kResident)
       losses.add(&row, x, team, &sums);
     }
     if (shift > 0) {
-      shares[threadIdx.x] = sums;  // once: log2_shares() sees that there is a block for all rows
+      shares[threadIdx.x] = sums;  // a block has one turn: log2_shares()
       __syncthreads();
       if (team.thread > 0) return;
       for (int64_t share = 1; share < team.threads; ++share) {
@@ -200,7 +200,7 @@ struct PlaneGradients {
 };
 
 // Threads that share a row: twice as many as long as the device has room for those of all rows and
-// each has batches of its own.
+// each has batches of its own. In which order a row is added up depends on that.
 int log2_shares(const CrossEntropy& args, int resident, int most) {
   const int64_t room = int64_t{resident} * multiprocessors() * kRowThreads;
   const int64_t batches = (args.logits.columns + kClasses - 1) / kClasses;

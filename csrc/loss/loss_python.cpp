@@ -54,7 +54,7 @@ bool as_rows(const Tensor& t, Matrix* rows) {
 }
 
 // [..., columns] as rows in planes, if groups of at least as many rows as a vector has lanes lie
-// side by side: fewer are sooner copied.
+// side by side: fewer are sooner copied. ksam_kernels/loss/layout.py asks the same, group_of().
 bool as_planes(const Tensor& t, Matrix* rows) {
   constexpr int64_t kWorthIt = 16;
   constexpr int64_t kCounted = int64_t{1} << 24;  // columns whose numbers float32 has
@@ -72,7 +72,8 @@ bool as_planes(const Tensor& t, Matrix* rows) {
   rows->columns = t.shape[last];
   rows->group = group;
   rows->plane_stride = t.strides[last];
-  if (group < kWorthIt || rows->columns >= kCounted) return false;
+  if (group < kWorthIt || rows->columns < 2 || rows->columns >= kCounted) return false;
+  if (t.strides[last] == 1) return false;  // rows that overlap
   int64_t groups;
   if (!flatten(t, outer, &groups, &rows->group_stride)) return false;
   rows->rows = groups * group;

@@ -17,7 +17,7 @@ from ksam_kernels.checks import (
     check_tensor,
 )
 from ksam_kernels.loss import native
-from ksam_kernels.loss.layout import classes_apart, in_memory_order
+from ksam_kernels.loss.layout import classes_apart, group_of, in_memory_order, in_planes_of
 from ksam_kernels.topk.functional import check_k
 
 __all__ = [
@@ -61,12 +61,14 @@ def _check_cross_entropy(
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
 
 
-def _copied_once(logits: Tensor) -> Tensor:
-    """Logits that no kernel takes as they are, neither classes nor rows side by side, are copied
-    before autograd keeps them: the backward pass would copy them once more."""
-    rows_apart = logits.dim() == 1 or logits.stride(-2) != 1
-    copied = classes_apart(logits) and rows_apart and library.wants_grad(logits)
-    return logits.contiguous() if copied else logits
+def _as_kernels_take_them(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits that no kernel reads as they lie, and probabilities that lie otherwise than those, are
+    copied before autograd keeps them: the backward pass would copy them once more."""
+    if classes_apart(logits) and group_of(logits) == 0 and library.wants_grad(logits):
+        logits = logits.contiguous()
+    if target.is_floating_point():
+        target = in_planes_of(logits, target)
+    return logits, target
 
 
 def cross_entropy(
@@ -80,8 +82,8 @@ def cross_entropy(
     r"""Cross-entropy of every sample, ``F.cross_entropy(..., reduction="none")`` in float32.
 
     The classes are the **last** dimension, always: of torch's ``[B, C, ...]`` take
-    ``logits.movedim(1, -1)``, and so of probabilities as their target. That copies nothing: rows
-    that lie side by side are read as they lie, and the gradient has the layout of the logits.
+    ``logits.movedim(1, -1)``, and so of probabilities as their target. That copies nothing where 16
+    rows and more lie side by side: they are read as they lie. The gradient has the logits' layout.
 
     With :math:`z_c = x_c - \max_j x_j` and :math:`\ell_c = \log \sum_j e^{z_j} - z_c`,
 
@@ -116,7 +118,7 @@ def cross_entropy(
     if quick is not None:
         return quick
     _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
-    logits = _copied_once(logits)
+    logits, target = _as_kernels_take_them(logits, target)
     losses: Tensor
     losses, _ = library.call("cross_entropy", logits, target, weight, ignore_index, label_smoothing)
     return losses
@@ -153,7 +155,7 @@ def select_cross_entropy(
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
     check_k(k, logits.shape[0])
-    logits = _copied_once(logits)
+    logits, target = _as_kernels_take_them(logits, target)
     losses, _, indices = library.call("select_cross_entropy", logits, target, k, *options)
     return losses, indices
 

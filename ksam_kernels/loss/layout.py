@@ -11,7 +11,40 @@ from torch import Tensor
 
 def classes_apart(logits: Tensor) -> bool:
     """Whether logits ``[..., C]`` have their classes apart, as ``movedim(1, -1)`` leaves them."""
-    return logits.shape[-1] > 1 and logits.stride(-1) != 1
+    return logits.shape[-1] > 1 and logits.stride(-1) != 1 and logits.numel() > 0
+
+
+def _split(x: Tensor) -> tuple[int, int]:
+    """The dimensions of ``[..., C]`` before those of a group of rows in planes, and its rows."""
+    outer, group = x.dim() - 1, 1
+    while outer > 0 and (x.shape[outer - 1] == 1 or x.stride(outer - 1) == group):
+        outer, group = outer - 1, group * x.shape[outer - 1]
+    return outer, group
+
+
+def group_of(x: Tensor) -> int:
+    """How many rows of ``[..., C]`` lie side by side in planes; 0 where so few do, or groups so
+    irregularly, that a copy is sooner made. ``as_planes`` of csrc/loss/loss_python.cpp is the same
+    rule."""
+    outer, group = _split(x)
+    if group < 16 or not classes_apart(x):
+        return 0
+    expected = None  # stride of the next dimension, if those of groups are as one
+    for d in reversed(range(outer)):
+        if x.shape[d] == 1:
+            continue
+        if expected is not None and x.stride(d) != expected:
+            return 0
+        expected = x.stride(d) * x.shape[d]
+    return group
+
+
+def in_planes_of(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Probabilities ``[..., C]`` in planes where the logits are, copied if they are not."""
+    group = group_of(logits)
+    if group == 0 or group_of(probabilities) == group:
+        return probabilities
+    return torch.empty_like(logits, dtype=probabilities.dtype).copy_(probabilities)
 
 
 def gradient_like(logits: Tensor) -> Tensor:
@@ -33,19 +66,12 @@ def in_memory_order(samples: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def planes_of(x: Tensor) -> Tensor | None:
-    """``[..., C]`` as ``[groups, C, group]``, a view whose last two dimensions are contiguous: rows
-    that lie side by side in planes. None where they do not, or where so few do that a copy is
-    sooner made."""
-    outer, group = x.dim() - 1, 1
-    while outer > 0 and (x.shape[outer - 1] == 1 or x.stride(outer - 1) == group):
-        outer, group = outer - 1, group * x.shape[outer - 1]
-    if group < 16 or x.stride(-1) != group:
+    """``[..., C]`` in planes as ``[groups, C, group]``, a view whose last two dimensions are
+    contiguous; None where there is none."""
+    outer, group = _split(x)
+    if group_of(x) == 0 or x.stride(-1) != group:
         return None
-    groups = math.prod(x.shape[:outer])
-    try:
-        return x.movedim(-1, outer).view(groups, x.shape[-1], group)
-    except RuntimeError:  # no common stride
-        return None
+    return x.movedim(-1, outer).view(math.prod(x.shape[:outer]), x.shape[-1], group)
 
 
 def as_gradient(dx: Tensor, logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ksam_kernels import cross_entropy, select_cross_entropy, topk_indices
+from ksam_kernels.loss.layout import group_of
 from tests.helpers import FLOATS, assert_within, bits, same_bits, threads
 from tests.loss.oracle import (
     KINDS,
@@ -42,7 +43,7 @@ def check(case: Case) -> tuple[Tensor, Tensor]:
     assert same_bits(losses, cross_entropy(x.detach(), case.target, **case.options))
     upstream = torch.randn(losses.shape)
     (gradient,) = torch.autograd.grad(losses, x, upstream)
-    if x.numel() > 0 and x.stride(-2) == 1:  # others are copied first
+    if group_of(x) > 0:  # others are copied first
         assert gradient.stride() == torch.empty_like(x).stride()
     truth = expected_gradient(case, upstream)
     assert_within(gradient, truth, gradient_tolerance(case, upstream, truth))
@@ -103,6 +104,45 @@ def test_layouts(backend: str, name: str) -> None:
         if case.target.is_floating_point():
             case.target = LAYOUTS[name]().softmax(-1)
             check(case)
+
+
+def test_an_infinite_weight_gives_inf_and_not_nan(backend: str) -> None:
+    weight = torch.ones(300)
+    weight[3] = INF
+    logits = torch.zeros(1, 300, 16).movedim(1, -1)
+    logits[..., 7] = 5
+    options = {"weight": weight, "label_smoothing": 0.1}
+    losses = cross_entropy(logits, torch.zeros(1, 16, dtype=torch.int64), **options)  # type: ignore[arg-type]
+    assert (losses == INF).all()
+
+
+def test_rows_of_no_class_raise(backend: str) -> None:
+    with pytest.raises(ValueError, match="C >= 1"):
+        cross_entropy(torch.empty(20, 0), torch.full((20,), -100))
+
+
+def test_rows_that_overlap(backend: str) -> None:
+    """Their classes are side by side, and so are they."""
+    x, target = torch.randn(2, 49, requires_grad=True), torch.randint(30, (2, 20))
+
+    def loss(x: Tensor) -> Tensor:
+        return cross_entropy(x.unfold(1, 30, 1), target).sum()
+
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        (gradient,) = torch.autograd.grad(function(x), x)
+        rows = x.detach().unfold(1, 30, 1)
+        expected = rows.softmax(-1) - F.one_hot(target, 30)
+        summed = torch.zeros(2, 49)
+        for i in range(20):
+            summed[:, i : i + 30] += expected[:, i]
+        torch.testing.assert_close(gradient, summed)
+
+
+def test_a_dimension_of_one_says_nothing_of_the_layout(backend: str) -> None:
+    logits = torch.randn(1, 33, 3, 16).permute(2, 3, 0, 1)
+    weight = torch.rand(33, dtype=torch.float64)
+    check(Case(logits, torch.randint(33, (3, 16, 1)), weight))
+    check(Case(planes(2, 5, 20).unsqueeze(-2), torch.randint(5, (2, 20, 1)), weight[:5]))
 
 
 def test_classes_of_any_layout(backend: str) -> None:
