@@ -24,7 +24,7 @@ def _split(x: Tensor) -> tuple[int, int]:
 
 def group_of(x: Tensor) -> int:
     """How many rows of ``[..., C]`` lie side by side in planes; 0 where so few do, or groups so
-    irregularly, that a copy is sooner made. ``as_planes`` of csrc/loss/loss_python.cpp is the same
+    irregularly, that a copy is sooner made. ``as_planes`` of csrc/loss/matrix.h is the same
     rule."""
     outer, group = _split(x)
     if group < 16 or not classes_apart(x):

@@ -103,6 +103,26 @@ def first_plane(pointer, number, group_stride, group, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def inputs_of_group(
+    number,
+    group,
+    logits,
+    logits_stride,
+    target,
+    target_stride,
+    KIND: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TARGET_VECTOR: tl.constexpr,
+):
+    """Logits and target for the rows of a group of planes, and the strides that they have there."""
+    logits = first_plane(logits, number, logits_stride, group, VECTOR)
+    if KIND == PROBABILITIES:
+        target = first_plane(target, number, target_stride, group, TARGET_VECTOR)
+        target_stride = group
+    return logits, group, target, target_stride
+
+
+@triton.jit
 def origin(m):
     """What z is measured from: where all x so far are -inf, so are z from any number."""
     return tl.where(m == float("-inf"), 0.0, m)
@@ -204,11 +224,10 @@ def cross_entropy_kernel(
     if PLANES:
         columns = columns.to(INDEX)
         row, row_inside, number = rows_of_group(tl.program_id(0), group, ROWS, VECTOR)
-        logits = first_plane(logits, number, logits_stride, group, VECTOR)
-        logits_stride = group
-        if KIND == PROBABILITIES:
-            target = first_plane(target, number, target_stride, group, TARGET_VECTOR)
-            target_stride = group
+        logits, logits_stride, target, target_stride = inputs_of_group(
+            *(number, group, logits, logits_stride, target, target_stride),
+            *(KIND, VECTOR, TARGET_VECTOR),
+        )
     else:
         columns = multiple(columns, VECTOR).to(INDEX)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -321,12 +340,11 @@ def cross_entropy_backward_kernel(
         column = (program % parts) * BLOCK + tl.arange(0, BLOCK)
         row, row_inside, number = rows_of_group(program // parts, group, ROWS, VECTOR)
         inside = row_inside[:, None] & (column < columns)[None, :]
-        logits = first_plane(logits, number, logits_stride, group, VECTOR)
+        logits, logits_stride, target, target_stride = inputs_of_group(
+            *(number, group, logits, logits_stride, target, target_stride),
+            *(KIND, VECTOR, TARGET_VECTOR),
+        )
         out = first_plane(out, number, columns * group, group, VECTOR)
-        logits_stride = group
-        if KIND == PROBABILITIES:
-            target = first_plane(target, number, target_stride, group, TARGET_VECTOR)
-            target_stride = group
     else:
         columns = multiple(columns, VECTOR).to(INDEX)
         row, column, inside = part_of(rows, columns, ROWS, BLOCK)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.helpers import arithmetic_unit, smallest, unit
+from ksam_kernels import cross_entropy
+from tests.helpers import arithmetic_unit, assert_within, smallest, unit
 from tests.simt import backend as simt
 from tests.triton import interpreter as triton
 
@@ -137,3 +138,16 @@ def gradient_tolerance(case: Case, upstream: Tensor, gradient: Tensor) -> Tensor
     arithmetic = u * g * (mass * (p * relative).nan_to_num(0) + 6 * q)
     dtype = case.logits.dtype
     return arithmetic + unit(dtype) * gradient.abs() + (1 + g * (1 + mass)) * smallest(dtype)
+
+
+def check_losses_and_gradient(case: Case) -> tuple[Tensor, Tensor]:
+    """Those of ``cross_entropy`` against their oracles, for a random upstream gradient."""
+    x = case.logits.detach().requires_grad_()
+    losses = cross_entropy(x, case.target, **case.options)
+    expected = expected_losses(case)
+    assert_within(losses, expected, loss_tolerance(case, expected))
+    upstream = torch.randn(losses.shape)
+    (gradient,) = torch.autograd.grad(losses, x, upstream)
+    truth = expected_gradient(case, upstream)
+    assert_within(gradient, truth, gradient_tolerance(case, upstream, truth))
+    return losses.detach(), gradient
