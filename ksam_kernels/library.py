@@ -14,12 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
-from torch._C._functorch import (
-    get_unwrapped,
-    is_batchedtensor,
-    is_functorch_wrapped_tensor,
-    is_legacy_batchedtensor,
-)
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -117,22 +112,10 @@ def is_eager() -> bool:
     )
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode differentiation goes through it: ``torch.func.jvp`` or dual numbers."""
-    if forward_ad._current_level < 0:
-        return False
-    while is_batchedtensor(tensor):
-        tensor = get_unwrapped(tensor)
-    dual: Any = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
-    return dual.tangent is not None
-
-
-def _check_no_tangent(name: str, args: tuple[Any, ...]) -> None:
-    """PyTorch takes the forward-mode derivative of a custom operator for 0, in silence."""
-    if name not in _functions or torch.compiler.is_compiling():
-        return
-    if any(isinstance(arg, Tensor) and _has_tangent(arg) for arg in args):
-        raise NotImplementedError(f"ksam::{name} has no forward-mode derivative (jvp)")
+def is_transformed() -> bool:
+    """A transform of ``torch.func`` or forward-mode differentiation is active. PyTorch would loop
+    over custom operators, refuse them, or take their tangent for zero without a word."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _resolved(arg: Any) -> Any:
@@ -172,7 +155,6 @@ def call(name: str, *args: Any) -> Any:
             if isinstance(outputs, Tensor):
                 return attach(name, (outputs,), *args)
             return attach(name, outputs, *args), *outputs[1:]
-    _check_no_tangent(name, args)
     return dispatch(name, *args)
 
 

@@ -146,11 +146,28 @@ def two_steps_of_two_batches(names: Names) -> None:
     assert names["trainer"].state.global_step == 2
 
 
+def largest_eigenvalue(names: Names) -> None:
+    model, batch, y = names["model"], names["batch"], names["batch"]["y"].to(DEVICE)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def loss(vector: Tensor) -> Tensor:
+        parts = vector.split([shape.numel() for shape in shapes.values()])
+        weights = {n: v.view(s) for (n, s), v in zip(shapes.items(), parts, strict=True)}
+        logits = torch.func.functional_call(model, weights, (batch["x"],))
+        return nn.functional.cross_entropy(logits, y)
+
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach()
+    eigenvalues = torch.linalg.eigvalsh(torch.func.hessian(loss)(weights))
+    largest = eigenvalues[eigenvalues.abs().argmax()].item()
+    assert names["eigenvalue"].item() == pytest.approx(largest, rel=0.01)
+
+
 #: What a page's loop must have come to.
 EXPECTED: dict[str, Callable[[Names], None]] = {
     "Hugging Face Accelerate": lambda names: by_hand(names, 2),
     "Hugging Face Trainer": two_steps_of_two_batches,
     "PyTorch Lightning": lambda names: by_hand(names, 1),
+    "Curvature": largest_eigenvalue,
 }
 
 

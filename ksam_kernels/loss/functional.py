@@ -16,9 +16,9 @@ from ksam_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from ksam_kernels.loss import native
+from ksam_kernels.loss import composed, native
 from ksam_kernels.loss.layout import classes_apart, group_of, in_memory_order, in_planes_of
-from ksam_kernels.topk.functional import check_k
+from ksam_kernels.topk.functional import check_k, topk_indices
 
 __all__ = [
     "binary_cross_entropy_with_logits",
@@ -105,7 +105,8 @@ def cross_entropy(
 
     Returns:
         Losses ``[...]``, float32 whatever the dtype of the logits. A row with +inf or NaN, or only
-        -inf, gives NaN. Differentiable once, with respect to the logits.
+        -inf, gives NaN. Differentiable with respect to the logits: once by a kernel; further
+        derivatives, and the transforms of ``torch.func``, are PyTorch's own operations.
 
     Raises:
         TypeError: a dtype not named above.
@@ -118,6 +119,8 @@ def cross_entropy(
     if quick is not None:
         return quick
     _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    if library.is_transformed():
+        return composed.cross_entropy(logits, target, weight, ignore_index, label_smoothing)
     logits, target = _as_kernels_take_them(logits, target)
     losses: Tensor
     losses, _ = library.call("cross_entropy", logits, target, weight, ignore_index, label_smoothing)
@@ -155,6 +158,9 @@ def select_cross_entropy(
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
     check_k(k, logits.shape[0])
+    if library.is_transformed():
+        losses = composed.cross_entropy(logits, target, *options)
+        return losses, topk_indices(losses.detach(), k)
     logits, target = _as_kernels_take_them(logits, target)
     losses, _, indices = library.call("select_cross_entropy", logits, target, k, *options)
     return losses, indices
@@ -191,7 +197,8 @@ def binary_cross_entropy_with_logits(
         pos_weight: weight :math:`p` of the positive term, broadcast to the trailing dimensions.
 
     Returns:
-        Losses ``[B]``, float32. Differentiable once, with respect to the logits.
+        Losses ``[B]``, float32. Differentiable with respect to the logits, as
+        :func:`cross_entropy`.
 
     Raises:
         TypeError: a dtype not named above.
@@ -216,7 +223,10 @@ def binary_cross_entropy_with_logits(
                 f"pos_weight must broadcast to the trailing dimensions {tuple(trailing)}, "
                 f"got shape {tuple(pos_weight.shape)}"
             )
-        of_all = pos_weight.expand(1, *trailing)
+    if library.is_transformed():
+        return composed.binary_cross_entropy_with_logits(logits, target, pos_weight)
+    if pos_weight is not None:
+        of_all = pos_weight.expand(1, *logits.shape[1:])
         logits, target, of_all = in_memory_order(logits, target, of_all)
         pos_weight = of_all[0]
     else:
@@ -239,7 +249,8 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
         target: same shape, floating.
 
     Returns:
-        Losses ``[B]``, float32. Differentiable once, with respect to ``pred``.
+        Losses ``[B]``, float32. Differentiable with respect to ``pred``, as
+        :func:`cross_entropy`.
 
     Raises:
         TypeError: a dtype not named above.
@@ -250,5 +261,7 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
     if quick is not None:
         return quick
     _check_elementwise("pred", pred, target)
+    if library.is_transformed():
+        return composed.mse(pred, target)
     losses: Tensor = library.call("mse", *in_memory_order(pred, target))
     return losses

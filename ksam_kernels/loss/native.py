@@ -89,9 +89,7 @@ def try_elementwise(name: str, input: Tensor, *constants: Tensor | None) -> Tens
 def try_backward(name: str, grad: Tensor, *args: Any) -> Tensor | None:
     """The gradient of the first input, if the kernel takes the arguments as they are."""
     kernel = direct(name)
-    if kernel is None or torch.is_grad_enabled():  # a second derivative raises in the operator
-        return None
-    dx: Tensor | None = kernel(grad, *args)
+    dx: Tensor | None = None if kernel is None else kernel(grad, *args)
     return dx
 
 

@@ -5,6 +5,7 @@ The public functions in ``ksam_kernels.loss.functional`` check arguments; these 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.library import call_backward, operator
-from ksam_kernels.loss import native
+from ksam_kernels.loss import composed, native
 from ksam_kernels.loss.layout import gradient_like
 
 
@@ -32,21 +33,30 @@ def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _cross_entropy_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    args = *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing
-    return _gradient("cross_entropy_backward", grad, *args), *[None] * ctx.constants
+    logits, target, stats, weight = ctx.saved_tensors
+    options = weight, ctx.ignore_index, ctx.label_smoothing
+    if torch.is_grad_enabled():
+        dx = composed.gradient(composed.cross_entropy, grad, logits, target, *options)
+    else:
+        dx = _gradient("cross_entropy_backward", grad, logits, target, stats, *options)
+    return dx, *[None] * ctx.constants
 
 
 def _elementwise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _bce_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    name = "binary_cross_entropy_with_logits_backward"
-    return _gradient(name, grad, *ctx.saved_tensors), None, None
+def _elementwise_grad(loss: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    args = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        dx = composed.gradient(loss, grad, *args)
+    else:
+        dx = _gradient(f"{loss.__name__}_backward", grad, *args)
+    return dx, *[None] * (len(args) - 1)
 
 
-def _mse_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradient("mse_backward", grad, *ctx.saved_tensors), None
+_bce_grad = partial(_elementwise_grad, composed.binary_cross_entropy_with_logits)
+_mse_grad = partial(_elementwise_grad, composed.mse)
 
 
 @operator(

@@ -130,7 +130,7 @@ def select_cross_entropy(
     return losses, stats, topk_reference.topk_indices(losses, k)
 
 
-def _mean_per_sample(elements: Tensor) -> Tensor:
+def mean_per_sample(elements: Tensor) -> Tensor:
     """[B, ...] -> [B] float32."""
     per_sample = math.prod(elements.shape[1:])  # not -1, which has no value in an empty batch
     return elements.reshape(elements.shape[0], per_sample).mean(dim=1).float()
@@ -157,7 +157,7 @@ def binary_cross_entropy_with_logits(
     x, t = logits.to(dtype), target.to(dtype)
     softplus = torch.log1p(torch.exp(-x.abs())) + (-x).clamp_min(0)
     positive = 1.0 if pos_weight is None else 1 + (pos_weight.to(dtype) - 1) * t
-    return _mean_per_sample((1 - t) * x + positive * softplus)
+    return mean_per_sample((1 - t) * x + positive * softplus)
 
 
 @implements("reference", "binary_cross_entropy_with_logits_backward")
@@ -182,7 +182,7 @@ def mse(
 ) -> Tensor:
     """mean over trailing of (pred - target)^2, float32 [B]."""
     dtype = opmath_dtype(pred.dtype)
-    return _mean_per_sample((pred.to(dtype) - target.to(dtype)).square())
+    return mean_per_sample((pred.to(dtype) - target.to(dtype)).square())
 
 
 @implements("reference", "mse_backward")

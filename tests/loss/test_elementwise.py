@@ -284,14 +284,6 @@ def test_an_upstream_gradient_of_stride_0(backend: str, loss: Callable[..., Tens
     assert same_bits(y.grad, z.grad)
 
 
-@pytest.mark.parametrize("loss", [bce, mse], ids=["bce", "mse"])
-def test_a_second_derivative_raises(backend: str, loss: Callable[..., Tensor]) -> None:
-    x = torch.randn(4, 5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss(x, torch.rand(4, 5)).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="_backward"):
-        torch.autograd.grad(gradient.square().sum(), x)
-
-
 @pytest.mark.parametrize("shape", [(0,), (0, 0), (0, 5), (0, 5, 0)], ids=str)
 @pytest.mark.parametrize("loss", [bce, mse])
 def test_no_samples_give_no_losses(
