@@ -54,6 +54,13 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (float, int, numbers.Real))
 
 
+def plain_number(value: float) -> float:
+    """A number as kernels take it, of Python: NumPy's bring those that they are compared with to
+    their own type, which may be narrower."""
+    kinds = (float, int, torch.SymFloat, torch.SymInt)
+    return value if type(value) in kinds else float(value)
+
+
 def check_number(name: str, value: Any) -> None:
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -62,6 +69,8 @@ def check_number(name: str, value: Any) -> None:
 def check_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits, got {value!r}")
 
 
 def check_count(name: str, value: Any, low: int, below: int | None = None) -> None:
@@ -78,6 +87,7 @@ def check_count(name: str, value: Any, low: int, below: int | None = None) -> No
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Finite ``low <= value <= high``; NaN fails."""
     check_number(name, value)
+    value = plain_number(value)
     if not low <= value <= min(high, sys.float_info.max):
         bound = f"in [{low}, {high}]" if high < math.inf else f"finite and >= {low}"
         raise ValueError(f"{name} must be {bound}, got {value!r}")
@@ -86,6 +96,7 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
 def check_finite(name: str, value: float) -> None:
     """Any number but NaN, the infinities and ints that no float is near."""
     check_number(name, value)
+    value = plain_number(value)
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value!r}")
 

@@ -128,6 +128,17 @@ def check_dense(batch: Any, tensors: list[Tensor]) -> None:
             )
 
 
+def check_without_graph(batch: Any, tensors: list[Tensor]) -> None:
+    """No tensor was computed from what wants a gradient: the gather would cut it off."""
+    for i, tensor in enumerate(tensors):
+        if tensor.requires_grad and not tensor.is_leaf:
+            raise ValueError(
+                f"batch must hold tensors without a graph, got one with {tensor.grad_fn} at "
+                f"{_paths(batch, tensors)[i]}; compute it in the function, which is called for "
+                f"every pass, or detach it"
+            )
+
+
 def check_same_rows(batch: Any, tensors: list[Tensor]) -> None:
     """Every tensor has the same size in dimension 0."""
     # Not a set of them: sizes that torch.export leaves open cannot be hashed. Nested tensors have a

@@ -15,6 +15,7 @@ from ksam_kernels.checks import (
     check_range,
     check_shape,
     check_tensor,
+    plain_number,
 )
 from ksam_kernels.loss import composed, native
 from ksam_kernels.loss.layout import classes_apart, group_of, in_memory_order, in_planes_of
@@ -119,6 +120,7 @@ def cross_entropy(
     if quick is not None:
         return quick
     _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    label_smoothing = plain_number(label_smoothing)
     if library.is_transformed():
         return composed.cross_entropy(logits, target, weight, ignore_index, label_smoothing)
     logits, target = _as_kernels_take_them(logits, target)
@@ -155,6 +157,7 @@ def select_cross_entropy(
     if quick is not None:
         return quick
     _check_cross_entropy(logits, target, *options)
+    options = weight, ignore_index, plain_number(label_smoothing)
     if logits.dim() != 2:
         raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
     check_k(k, logits.shape[0])

@@ -8,7 +8,6 @@ the same on every rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,16 +15,18 @@ import torch
 from torch import Tensor
 
 from ksam_kernels import library
-from ksam_kernels.checks import (
-    FLOATING,
-    check_dtype,
-    check_finite,
-    check_number,
-    check_range,
-    is_number,
-)
+from ksam_kernels.checks import check_finite, check_number, check_range, is_number, plain_number
 from ksam_kernels.dtensor import first_dtensor
 from ksam_kernels.perturb import native
+from ksam_kernels.perturb.checks import (
+    check_count,
+    check_like,
+    check_list,
+    check_scalar,
+    check_steps,
+    checked_radii,
+    listed,
+)
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 
@@ -42,89 +43,6 @@ def _run(name: str, *args: Any, plainly_written: Sequence[list[Tensor]] | None =
 
         return getattr(sharded, name)(*args)
     return library.dispatch(name, *args)
-
-
-def _check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> None:
-    for i, tensor in enumerate(tensors):
-        check_dtype(f"{name}[{i}]", tensor, FLOATING)
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name}[{i}] must be a dense tensor, got layout {tensor.layout}")
-        if tensor.device.type != tensors[0].device.type:
-            raise ValueError(
-                f"{name}[{i}] must be on {tensors[0].device.type} as {name}[0] is, "
-                f"got {tensor.device}"
-            )
-        if written and _overlaps_itself(tensor):
-            raise ValueError(
-                f"{name}[{i}] is written, and {tuple(tensor.shape)} elements must not share "
-                f"memory, got strides {tensor.stride()}"
-            )
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two of its elements are one, by a stride of 0: torch looks no further either."""
-    strides = tensor.stride()
-    return 0 in strides and any(
-        stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=True)
-    )
-
-
-def _check_count(
-    name: str, tensors: list[Tensor], params: list[Tensor], model: str = "params"
-) -> None:
-    if len(tensors) != len(params):
-        raise ValueError(
-            f"{name} must hold one tensor for each of {model}, {len(params)}, got {len(tensors)}"
-        )
-
-
-def _check_like(
-    name: str,
-    tensors: list[Tensor],
-    params: list[Tensor],
-    *,
-    model: str = "params",
-    same_dtype: bool = False,
-    written: bool = False,
-) -> None:
-    """As many tensors as in the list named ``model``, with their shapes and devices (and
-    dtypes)."""
-    _check_list(name, tensors, written=written)
-    _check_count(name, tensors, params, model)
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        if tensor.shape != param.shape or tensor.device != param.device:
-            raise ValueError(
-                f"{name}[{i}] must be {tuple(param.shape)} on {param.device} as {model}[{i}] is, "
-                f"got {tuple(tensor.shape)} on {tensor.device}"
-            )
-        if same_dtype and tensor.dtype != param.dtype:
-            raise TypeError(
-                f"{name}[{i}] must be {param.dtype} as {model}[{i}] is, got {tensor.dtype}"
-            )
-
-
-def _check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
-    _check_count("steps", steps, params)
-    for i, (step, param) in enumerate(zip(steps, params, strict=True)):
-        check_dtype(f"steps[{i}]", step, (torch.float32,))
-        if step.numel() != 1 or step.device != param.device:
-            raise ValueError(
-                f"steps[{i}] must be one element on {param.device} as params[{i}] is, "
-                f"got {tuple(step.shape)} on {step.device}"
-            )
-
-
-def _listed(name: str, values: Any) -> list[float]:
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise TypeError(f"{name} must be a number or a sequence of numbers, got {values!r}")
-    return list(values)
-
-
-def _check_scalar(name: str, scalar: Tensor | None) -> None:
-    if scalar is not None:
-        check_dtype(name, scalar, (torch.float32,))
-        if scalar.numel() != 1:
-            raise ValueError(f"{name} must be one element, got shape {tuple(scalar.shape)}")
 
 
 def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 0.0) -> Tensor:
@@ -156,19 +74,12 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     has_gradient = torch.is_grad_enabled() and any(map(library.wants_grad, grads))
     plain = not has_gradient and native.fits(grads, *([params] if adaptive else []), written=0)
     if not plain:
-        _check_list("grads", grads)
+        check_list("grads", grads)
         if adaptive:
-            _check_like("params", params, grads, model="grads")
+            check_like("params", params, grads, model="grads")
     arguments = (grads, params, adaptive, eta)
     norm: Tensor = _run("grad_norm", *arguments, plainly_written=[] if plain else None)
     return norm
-
-
-def _checked_radii(radii: Sequence[Any]) -> list[float]:
-    for radius in radii:
-        if type(radius) is not float or not -math.inf < radius < math.inf:  # few of many
-            check_finite("rho", radius)
-    return [float(radius) for radius in radii]
 
 
 def perturb_(
@@ -208,21 +119,21 @@ def perturb_(
     """
     check_range("eta", eta, 0.0)
     params, grads, backup = list(params), list(grads), list(backup)
-    given: float | list[float] = rho if is_number(rho) else _listed("rho", rho)
+    given: float | list[float] = rho if is_number(rho) else listed("rho", rho)
     quick = native.try_perturb_(params, grads, backup, given, adaptive, eta)
     if quick is not None:
         return quick
     plain = native.fits(params, grads, backup, written=0b101, alike=0b100)
     if not plain:
-        _check_list("params", params, written=True)
-        _check_like("grads", grads, params)
-        _check_like("backup", backup, params, same_dtype=True, written=True)
+        check_list("params", params, written=True)
+        check_like("grads", grads, params)
+        check_like("backup", backup, params, same_dtype=True, written=True)
     radii = given if isinstance(given, list) else [given] * len(params)
     if len(radii) != len(params):
         raise ValueError(
             f"rho must be one radius or one per parameter, {len(params)}, got {len(radii)}"
         )
-    radii = _checked_radii(radii)
+    radii = checked_radii(radii)
     norm: Tensor
     with torch.no_grad():
         written = [params, backup] if plain else None
@@ -246,8 +157,8 @@ def restore_(params: TensorList, backup: TensorList) -> None:
         return
     plain = native.fits(params, backup, written=0b01, alike=0b10)
     if not plain:
-        _check_list("params", params, written=True)
-        _check_like("backup", backup, params, same_dtype=True)
+        check_list("params", params, written=True)
+        check_like("backup", backup, params, same_dtype=True)
     with torch.no_grad():
         _run("restore_", params, backup, plainly_written=[params] if plain else None)
 
@@ -284,7 +195,8 @@ def restore_sgd_(
         momentum_buffers: v, one per parameter; an empty list without momentum.
         steps: one-element float32 tensors counting the updates done. Where 0, d is the first
             momentum (no dampening), as in torch. None: the buffers are history.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: those of ``torch.optim.SGD``.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: those of ``torch.optim.SGD``. A
+            rate may be negative, as torch's schedulers end a rounding below 0.
         grad_scale: one float32 element; the gradients are divided by it first.
         found_inf: one float32 element; if not 0 the weights are restored and nothing else changes,
             neither buffers nor steps.
@@ -293,8 +205,9 @@ def restore_sgd_(
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, hyperparameters that torch refuses.
     """
-    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
+    check_finite("lr", lr)
     check_finite("dampening", dampening)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(
@@ -304,9 +217,10 @@ def restore_sgd_(
     buffers = list(momentum_buffers) if momentum != 0 else []
     counters = [] if steps is None else list(steps)
     if steps is not None:
-        _check_count("steps", counters, params)
+        check_count("steps", counters, params)
     flags = (bool(nesterov), bool(maximize))
-    options = (lr, momentum, dampening, weight_decay, *flags, grad_scale, found_inf)
+    numbers = map(plain_number, (lr, momentum, dampening, weight_decay))
+    options = (*numbers, *flags, grad_scale, found_inf)
     states = (buffers, counters)
     if native.try_update_("restore_sgd_", params, backup, grads, states, *options):
         return
@@ -315,15 +229,15 @@ def restore_sgd_(
         *lists, written=0b1001, alike=0b10, counters=counters, scalars=(grad_scale, found_inf)
     )
     if not plain:
-        _check_list("params", params, written=True)
-        _check_like("backup", backup, params, same_dtype=True)
-        _check_like("grads", grads, params)
+        check_list("params", params, written=True)
+        check_like("backup", backup, params, same_dtype=True)
+        check_like("grads", grads, params)
         if momentum != 0:
-            _check_like("momentum_buffers", buffers, params, written=True)
+            check_like("momentum_buffers", buffers, params, written=True)
         if steps is not None:
-            _check_steps(counters, params)
-    _check_scalar("grad_scale", grad_scale)
-    _check_scalar("found_inf", found_inf)
+            check_steps(counters, params)
+    check_scalar("grad_scale", grad_scale)
+    check_scalar("found_inf", found_inf)
     arguments = (params, backup, grads, *states, *options)
     with torch.no_grad():
         _run("restore_sgd_", *arguments, plainly_written=[params, *states] if plain else None)
@@ -360,15 +274,16 @@ def restore_adam_(
         params, backup, grads, grad_scale, found_inf: as in :func:`restore_sgd_`.
         exp_avgs, exp_avg_sqs: m and v, one each per parameter.
         steps: one-element float32 tensors counting the updates done; t is one more.
-        lr, betas, eps, weight_decay, maximize: those of ``torch.optim.Adam``.
+        lr, betas, eps, weight_decay, maximize: those of ``torch.optim.Adam``; lr as there.
         decoupled_weight_decay: AdamW's weight decay.
 
     Raises:
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, hyperparameters that torch refuses.
     """
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
+    check_finite("lr", lr)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
@@ -378,7 +293,8 @@ def restore_adam_(
     params, backup, grads = list(params), list(backup), list(grads)
     states = (list(exp_avgs), list(exp_avg_sqs), list(steps))
     flags = (bool(maximize), bool(decoupled_weight_decay))
-    options = (lr, *betas, eps, weight_decay, *flags, grad_scale, found_inf)
+    numbers = map(plain_number, (lr, *betas, eps, weight_decay))
+    options = (*numbers, *flags, grad_scale, found_inf)
     if native.try_update_("restore_adam_", params, backup, grads, states, *options):
         return
     *moments, counters = states
@@ -387,14 +303,14 @@ def restore_adam_(
         *lists, written=0b11001, alike=0b10, counters=counters, scalars=scalars
     )
     if not plain:
-        _check_list("params", params, written=True)
-        _check_like("backup", backup, params, same_dtype=True)
-        _check_like("grads", grads, params)
-        _check_like("exp_avgs", states[0], params, written=True)
-        _check_like("exp_avg_sqs", states[1], params, written=True)
-        _check_steps(counters, params)
-    _check_scalar("grad_scale", grad_scale)
-    _check_scalar("found_inf", found_inf)
+        check_list("params", params, written=True)
+        check_like("backup", backup, params, same_dtype=True)
+        check_like("grads", grads, params)
+        check_like("exp_avgs", states[0], params, written=True)
+        check_like("exp_avg_sqs", states[1], params, written=True)
+        check_steps(counters, params)
+    check_scalar("grad_scale", grad_scale)
+    check_scalar("found_inf", found_inf)
     arguments = (params, backup, grads, *states, *options)
     with torch.no_grad():
         _run("restore_adam_", *arguments, plainly_written=[params, *states] if plain else None)

@@ -16,6 +16,7 @@ from ksam.samplers import Importance, LossIncrease, Ordered
 from ksam.tables import SharpnessSample
 from ksam.when import Policy
 from ksam_kernels.checks import check_count
+from ksam_kernels.compact.tree import batched_tensors, check_dense, check_without_graph
 from ksam_kernels.dtensor import first_dtensor
 
 SCALES = ("mean", "batch", "share")
@@ -159,3 +160,21 @@ def check_group(
         )
     if momentum:
         Momentum.check(base, group)
+
+
+def check_batch(batch: Any, samples: int, gathers: bool) -> None:
+    """A batch that every pass of a step can be given.
+
+    Args:
+        gathers: whether some samples are gathered from it.
+
+    Raises:
+        ValueError: no samples, or tensors with a graph, which the first pass would use up.
+        TypeError: sparse and other tensors that nothing is gathered from.
+    """
+    if samples == 0:
+        raise ValueError("batch must hold at least one sample, got 0")
+    tensors = batched_tensors(batch)
+    check_without_graph(batch, tensors)
+    if gathers:
+        check_dense(batch, tensors)

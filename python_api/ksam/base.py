@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ksam_kernels.dtensor import local
@@ -88,7 +89,7 @@ def check_no_overlap(params: Sequence[Tensor]) -> None:
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + _extent(p) * p.itemsize, i)
         for i, p in enumerate(parts)
-        if p.numel() > 0 and p.data_ptr() != 0
+        if not is_lazy(p) and p.numel() > 0 and p.data_ptr() != 0
     )
     for (_, end, i), (start, _, j) in pairwise(spans):
         if start < end:

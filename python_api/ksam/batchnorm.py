@@ -11,15 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ksam import interrupts
+from ksam.identity import same
 
 
 def _updating(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
     """Those whose running statistics a forward would update."""
     norms = (module for module in modules if isinstance(module, _BatchNorm))
     return [norm for norm in norms if norm.training and norm.track_running_stats]
+
+
+def _settings(norm: _BatchNorm) -> dict[str, Any]:
+    """What :data:`SETTINGS` are now, among others."""
+    settings = vars(norm).copy()
+    settings["_buffers"] = settings["_buffers"].copy()
+    return settings
 
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance
@@ -83,17 +92,15 @@ class Norms:
         self.modules = [] if model is None else _updating(model.modules())
         self._statistics = statistics
         self._kept = Kept() if kept is None else kept
-        self._before = {
-            norm: {**vars(norm), "_buffers": dict(vars(norm)["_buffers"])} for norm in self.modules
-        }
+        self._before = {norm: _settings(norm) for norm in self.modules}
         self._of_batch: dict[_BatchNorm, Statistics] = {}
         self._has_matched = False
 
     def put_back(self, *names: str) -> None:
-        """The modules' settings of these names as they were when the step began; all: no name."""
-        for norm, before in self._before.items():
+        """The modules' settings of these names as they were when the step began."""
+        for norm, before in self._before.items() if names else ():
             settings = vars(norm)
-            for name in names or SETTINGS:
+            for name in names:
                 if name == "_buffers":
                     settings[name].update(before[name])
                 elif name in before:
@@ -184,15 +191,14 @@ class Norms:
         """A pass over a ``part`` of the batch; the running statistics are left alone."""
         statistics = self._statistics
         constant = {"running": self.modules, "full": self._of_batch}.get(statistics, [])
-        with (
-            interrupts.undone(lambda: self.put_back("training", "forward", "_buffers")),
-            self.frozen(),
-        ):
+        matches = statistics == "matched" and (self._has_matched or not perturbed)
+        changed = ("training", "forward", "_buffers") if constant or matches else ()
+        with interrupts.undone(lambda: self.put_back(*changed)), self.frozen():
             for norm in constant:
                 vars(norm)["training"] = False
                 if statistics == "full":
                     norm.running_mean, norm.running_var = self._of_batch[norm]
-            if statistics == "matched" and (self._has_matched or not perturbed):
+            if matches:
                 for norm, of_batch in self._of_batch.items():
                     if norm not in self._kept.matched:
                         self._kept.matched[norm] = Matched(norm)
@@ -287,21 +293,32 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
-        self._saved: list[Tensor] = []
+        self._by_kind: list[tuple[list[Tensor], list[Tensor]]] = []
 
     @torch.no_grad()
     def take(self, norms: Norms) -> None:
-        buffers = [b for norm in norms.modules for b in norm._buffers.values() if b is not None]
-        # .to() gives a module new buffers.
-        if list(map(id, buffers)) != list(map(id, self._buffers)):
-            self._buffers, self._saved = buffers, [torch.empty_like(b) for b in buffers]
-        if buffers:
-            torch._foreach_copy_(self._saved, self._buffers)
+        found = (b for norm in norms.modules for b in norm._buffers.values())
+        buffers = [b for b in found if b is not None and not is_lazy(b)]
+        if not same(buffers, self._buffers):  # .to() gives a module new ones
+            self._buffers, self._by_kind = buffers, _with_copies(buffers)
+        for saved, of_kind in self._by_kind:
+            torch._foreach_copy_(saved, of_kind)
 
     @torch.no_grad()
     def put_back(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._saved)
+        for saved, of_kind in self._by_kind:
+            torch._foreach_copy_(of_kind, saved)
+
+
+def _with_copies(buffers: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Memory for copies, and what they are of, by device and dtype: on a GPU torch copies lists of
+    one kind in one launch, and others, as statistics and counts together, one by one."""
+    kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for buffer in buffers:
+        saved, of_kind = kinds.setdefault((buffer.device, buffer.dtype), ([], []))
+        saved.append(torch.empty_like(buffer))
+        of_kind.append(buffer)
+    return list(kinds.values())
 
 
 @contextmanager

@@ -64,6 +64,9 @@ class Composed(OverBase):
         parts = {name: getattr(self, name) for name in _PARTS}
         return {name: part for name, part in parts.items() if isinstance(part, Part)}
 
+    def _perturbs(self) -> bool:
+        return self.ascent is not None or self.otherwise is not None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
 
@@ -153,4 +156,14 @@ class Composed(OverBase):
 
     def _parameters(self) -> list[Tensor]:
         """In every step, so without the look at each entry that ``parameters`` takes."""
-        return [p for group in self.param_groups for p in group["params"]]
+        params: list[Tensor] = []
+        for group in self.param_groups:
+            params += group["params"]
+        return params
+
+    def _of_parameters(self, values: list[float]) -> list[float]:
+        """Of the groups' values, one for each of the parameters."""
+        found: list[float] = []
+        for value, group in zip(values, self.param_groups, strict=True):
+            found += [value] * len(group["params"])
+        return found

@@ -222,7 +222,7 @@ def alignment(
     return torch.stack([d.float() for d in dots]).sum() / norms
 
 
-def _check_whole(name: str, params: Iterable[Tensor]) -> None:
+def _check_whole(name: str, params: Sequence[Tensor]) -> None:
     if first_dtensor(params) is not None:
         raise NotImplementedError(f"{name} needs whole parameters, got DTensors, as FSDP2 makes")
 

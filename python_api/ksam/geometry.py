@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -42,25 +42,23 @@ class Moving:
         cls, params: list[Tensor], directions: list[Tensor | None], radii: list[float]
     ) -> Moving:
         """Those that have a direction; without backup and names."""
-        entries = zip(params, directions, radii, strict=True)
-        known = [(p, g, radius) for p, g, radius in entries if g is not None]
-        return cls(
-            params=[p for p, _, _ in known],
-            directions=[g for _, g, _ in known],
-            backup=[],
-            radii=[radius for _, _, radius in known],
-            names=[],
-        )
+        known = [g is not None for g in directions]
+        everything = cls(params, cast("list[Tensor]", directions), [], radii, [])
+        return everything if all(known) else everything.take(known)
 
     def take(self, chosen: list[bool]) -> Moving:
         """Those that are chosen."""
 
         def kept(values: list[T]) -> list[T]:
-            return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
+            entries = zip(values, chosen, strict=True) if values else ()
+            return [value for value, is_chosen in entries if is_chosen]
 
-        names = kept(self.names) if self.names else []
         return Moving(
-            kept(self.params), kept(self.directions), kept(self.backup), kept(self.radii), names
+            kept(self.params),
+            kept(self.directions),
+            kept(self.backup),
+            kept(self.radii),
+            kept(self.names),
         )
 
 

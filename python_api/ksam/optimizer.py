@@ -12,19 +12,13 @@ from torch.optim import Optimizer
 
 import ksam_kernels
 from ksam import batchnorm, copies, interrupts
-from ksam.arguments import check_arguments
+from ksam.arguments import check_arguments, check_batch
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
 from ksam.composed import Composed
-from ksam.distributed import (
-    averaged,
-    begin_anew,
-    check_synchronizes,
-    data_parallel,
-    gather_anew,
-)
+from ksam.distributed import averaged, begin_anew, check_synchronizes, data_parallel, gather_anew
 from ksam.geometry import Geometry, Moving
-from ksam.gradients import set_aside
+from ksam.gradients import clear, set_aside
 from ksam.momentum import Momentum
 from ksam.parts import Sampler
 from ksam.passes import Passes, PerSampleLoss
@@ -59,7 +53,8 @@ class SharpnessAware(Composed):
             some.
         geometry: of the perturbation; default: Euclidean.
         rho: radius of the perturbation, >= 0, a function of the step (from 0), or
-            :class:`~ksam.radius.ByLearningRate`. It stands in ``param_groups``; the norm is one
+            :class:`~ksam.radius.ByLearningRate`. It stands in ``param_groups``, where a group's own
+            wins, also one that another method over the same base has put there; the norm is one
             over all groups.
         model: the module whose BatchNorm statistics a step updates exactly once, in the pass over
             the whole batch. Without it every pass updates them. In data-parallel training the
@@ -270,8 +265,9 @@ class SharpnessAware(Composed):
                 "outside of that"
             )
         samples = ksam_kernels.batch_size(batch)
-        if samples == 0:
-            raise ValueError("batch must hold at least one sample, got 0")
+        # Also in a step that selects none: not in the tenth epoch.
+        gathers = samples > 0 and self.selected(samples) < samples
+        check_batch(batch, samples, gathers or self.micro_batch_size is not None)
         for sampler in self._samplers():
             sampler.check(batch, samples)
         self._adopt_groups()
@@ -284,7 +280,7 @@ class SharpnessAware(Composed):
         passes = self._passes(per_sample_loss, batch, samples, sharp, norms)
         self._schedule_rho()
         if weight is None:
-            self.zero_grad()
+            clear(params)
             self._has_grad = False
         self._snapshot.take(norms)
         perturbed: dict[Tensor, Tensor] = {}
@@ -304,7 +300,7 @@ class SharpnessAware(Composed):
                 self._finish(passes, cost if sharp else 1.0, probe)
         except BaseException:
             with interrupts.deferred():
-                norms.put_back()
+                norms.put_back(*batchnorm.SETTINGS)
                 if not done:
                     ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
                     self._snapshot.put_back()
@@ -389,9 +385,7 @@ class SharpnessAware(Composed):
         else:
             along = [p.grad for p in params]
             radii = [group["rho"] for group in self.param_groups]
-        pairs = zip(radii, self.param_groups, strict=True)
-        of_params = [radius for radius, group in pairs for _ in group["params"]]
-        moving = Moving.along(params, along, of_params)
+        moving = Moving.along(params, along, self._of_parameters(radii))
         if not moving.params:
             return None
         moving.backup = self._backups.of(moving.params, self._parameters)

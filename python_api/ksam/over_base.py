@@ -84,6 +84,10 @@ class OverBase(Optimizer):
         """Those that may have state."""
         raise NotImplementedError
 
+    def _perturbs(self) -> bool:
+        """Whether some steps do: groups have a radius."""
+        raise NotImplementedError
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise for one that the method cannot take."""
         raise NotImplementedError
@@ -133,8 +137,13 @@ class OverBase(Optimizer):
             radius = _Radius(None if is_number(given) else given, rho)
             self._radii.update(dict.fromkeys(group["params"], radius))
             group["rho"] = rho
+        if not self._perturbs():  # no radius of its own, and none to leave to others
+            for group in self.param_groups:
+                del group["rho"]
 
     def _schedule_rho(self) -> None:
+        if not self._perturbs():
+            return
         values = []
         for group in self.param_groups:
             known = self._known(group)

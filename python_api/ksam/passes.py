@@ -159,8 +159,16 @@ class Passes:
 
     def forward(self, k: int | None = None) -> Tensor:
         """Losses of the whole batch ``[M]`` without gradients; with k also :attr:`top`."""
-        with torch.no_grad():
-            return self._pass(self.everything(keep=k))
+        try:
+            with torch.no_grad():
+                return self._pass(self.everything(keep=k))
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise RuntimeError(
+                "per_sample_loss takes a derivative, and the pass that selects samples runs "
+                "without gradients: let it do so within torch.enable_grad()"
+            ) from error
 
     def gradient(self, subset: Subset, factor: Tensor | float | None = None) -> Tensor:
         """``.grad`` of the subset's mean loss, times ``factor`` and scaled; its detached losses."""
@@ -298,7 +306,8 @@ def _warn_of_batchnorm() -> None:
     while sys._getframe(level).f_globals.get("__name__", "").startswith(OF_THE_STEP):
         level += 1
     warnings.warn(
-        "the model has BatchNorm whose running statistics every pass of a step updates; "
-        "pass model= to the optimizer to update them once, from the whole batch",
+        "the function uses BatchNorm whose running statistics every pass of a step updates; "
+        "pass model= to the optimizer (of several modules an nn.ModuleList) to update them once, "
+        "from the whole batch",
         stacklevel=level + 1,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ksam_kernels.checks import check_range
+from ksam_kernels.checks import check_finite, check_range
 
 
 def check_rho(value: object, name: str = "rho") -> float:
@@ -46,9 +46,9 @@ class ByLearningRate:
         noted = map(group.get, ("lr", "peak_lr", "initial_lr", "max_lr"))
         rates: list[Any] = [float(rate) if isinstance(rate, Tensor) else rate for rate in noted]
         lr = rates[0]
-        check_range("lr", lr, 0)
+        check_finite("lr", lr)
         peak = group["peak_lr"] = max(rate for rate in rates if rate is not None)
-        return self.rho * lr / peak if peak > 0 else 0.0
+        return self.rho * max(lr, 0.0) / peak if peak > 0 else 0.0  # schedulers end at -1e-18 too
 
 
 Rho = float | Callable[[int], float | int] | ByLearningRate

@@ -15,6 +15,7 @@ from ksam_kernels.checks import FLOATING
 
 _SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
+_NUMBERS = ("lr", "momentum", "dampening", "eps", "weight_decay")
 
 
 def _plain(base: Optimizer) -> bool:
@@ -27,13 +28,13 @@ def _plain(base: Optimizer) -> bool:
 
 
 def _fusable(group: dict[str, Any]) -> bool:
+    numbers = *(group.get(name) for name in _NUMBERS), *group.get("betas", ())
     return not (
         group["foreach"]
         or group["fused"]
         or group["differentiable"]
         or group.get("amsgrad")
-        or isinstance(group["lr"], Tensor)
-        or any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
+        or any(isinstance(number, Tensor) for number in numbers)
     )
 
 
@@ -100,14 +101,15 @@ def _adam(
     grads: list[Tensor],
     found_inf: Tensor | None,
 ) -> None:
-    for p in params:
-        state = base.state[p]
+    states = [base.state[p] for p in params]
+    for p, state in zip(params, states, strict=True):
         if not state:
             state["step"] = _step_counter(p)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        state["step"] = _step_counter(p, state["step"])
-    states = [base.state[p] for p in params]
+        step = state["step"]
+        if step.device != p.device or step.dtype != torch.float32:
+            state["step"] = _step_counter(p, step)
     ksam_kernels.restore_adam_(
         params,
         backup,
@@ -235,7 +237,9 @@ class _InKernels:
         ksam_kernels.restore_(without_grad, [backup[p] for p in without_grad])
         update = _sgd if isinstance(self.base, SGD) else _adam
         for group in self.param_groups:
-            moving = [(p, backup.get(p, p), p.grad) for p in group["params"] if p.grad is not None]
+            moving = [
+                (p, backup.get(p, p), grad) for p in group["params"] if (grad := p.grad) is not None
+            ]
             if moving:
                 params, backups, grads = map(list, zip(*moving, strict=True))
                 update(self.base, group, params, backups, grads, self.found_inf)

@@ -5,6 +5,7 @@ Also in a measurement of sharpness, after which all is as it was.
 
 from __future__ import annotations
 
+import _signal
 import signal
 import sys
 import threading
@@ -181,14 +182,14 @@ def test_handlers_are_given_back_whatever_arrives_meanwhile(
 ) -> None:
     numbers = [signal.SIGINT, signal.SIGTERM]
     before = [signal.getsignal(number) for number in numbers]
-    real = signal.signal
+    real = _signal.signal
 
     def interrupted(number: int, handler: Any) -> None:
         real(number, handler)
         if handler in before:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(signal, "signal", interrupted)
+    monkeypatch.setattr(_signal, "signal", interrupted)
     with pytest.raises(KeyboardInterrupt), interrupts.deferred():
         pass
     monkeypatch.undo()

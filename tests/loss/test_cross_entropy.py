@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ksam_kernels import cross_entropy
+from ksam_kernels import cross_entropy, select_cross_entropy
 from tests.helpers import FLOATS, U32, assert_within, bits, same_bits, sliced, transposed
 from tests.loss.oracle import (
     KINDS,
@@ -81,6 +85,18 @@ def test_weights_and_probabilities_of_another_dtype(
     weight = torch.rand(17).to(weight_dtype)
     check(Case(logits, torch.randint(0, 17, (8,)), weight, label_smoothing=0.2))
     check(Case(logits, torch.rand(8, 17).to(weight_dtype), weight, label_smoothing=0.2))
+
+
+@pytest.mark.parametrize("number", [Fraction(1, 4), Decimal("0.25"), True, 1], ids=repr)
+def test_smoothing_by_any_number(backend: str, number: Any) -> None:
+    x, y = torch.randn(8, 17), torch.randint(0, 17, (8,))
+    if isinstance(number, Decimal):  # no numbers.Real
+        with pytest.raises(TypeError, match="label_smoothing must be a number"):
+            cross_entropy(x, y, label_smoothing=number)
+        return
+    expected = cross_entropy(x, y, label_smoothing=float(number))
+    assert same_bits(cross_entropy(x, y, label_smoothing=number), expected)
+    assert same_bits(select_cross_entropy(x, y, 3, label_smoothing=number)[0], expected)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5, 1.0])
@@ -252,6 +268,10 @@ REFUSED = {
     "ignore a fraction": (
         *(X, Y, {"ignore_index": 1.5}, TypeError),
         "ignore_index must be an int, got 1.5",
+    ),
+    "ignore too far": (
+        *(X, Y, {"ignore_index": 2**63}, ValueError),
+        "ignore_index must be an int of 64 bits, got 9223372036854775808",
     ),
     "smoothing NaN": (X, Y, {"label_smoothing": NAN}, ValueError, "label_smoothing .*got nan"),
     "target elsewhere": (

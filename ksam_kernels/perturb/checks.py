@@ -1,0 +1,103 @@
+"""Checks of the lists that the perturb room's functions take: each names the list, the place in it
+and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksam_kernels.checks import FLOATING, check_dtype, check_finite
+
+
+def check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> None:
+    for i, tensor in enumerate(tensors):
+        check_dtype(f"{name}[{i}]", tensor, FLOATING)
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}[{i}] must be a dense tensor, got layout {tensor.layout}")
+        if tensor.device.type != tensors[0].device.type:
+            raise ValueError(
+                f"{name}[{i}] must be on {tensors[0].device.type} as {name}[0] is, "
+                f"got {tensor.device}"
+            )
+        if written and _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name}[{i}] is written, and {tuple(tensor.shape)} elements must not share "
+                f"memory, got strides {tensor.stride()}"
+            )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two of its elements are one, by a stride of 0: torch looks no further either."""
+    strides = tensor.stride()
+    return 0 in strides and any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=True)
+    )
+
+
+def check_count(
+    name: str, tensors: list[Tensor], params: list[Tensor], model: str = "params"
+) -> None:
+    if len(tensors) != len(params):
+        raise ValueError(
+            f"{name} must hold one tensor for each of {model}, {len(params)}, got {len(tensors)}"
+        )
+
+
+def check_like(
+    name: str,
+    tensors: list[Tensor],
+    params: list[Tensor],
+    *,
+    model: str = "params",
+    same_dtype: bool = False,
+    written: bool = False,
+) -> None:
+    """As many tensors as in the list named ``model``, with their shapes and devices (and
+    dtypes)."""
+    check_list(name, tensors, written=written)
+    check_count(name, tensors, params, model)
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        if tensor.shape != param.shape or tensor.device != param.device:
+            raise ValueError(
+                f"{name}[{i}] must be {tuple(param.shape)} on {param.device} as {model}[{i}] is, "
+                f"got {tuple(tensor.shape)} on {tensor.device}"
+            )
+        if same_dtype and tensor.dtype != param.dtype:
+            raise TypeError(
+                f"{name}[{i}] must be {param.dtype} as {model}[{i}] is, got {tensor.dtype}"
+            )
+
+
+def check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
+    check_count("steps", steps, params)
+    for i, (step, param) in enumerate(zip(steps, params, strict=True)):
+        check_dtype(f"steps[{i}]", step, (torch.float32,))
+        if step.numel() != 1 or step.device != param.device:
+            raise ValueError(
+                f"steps[{i}] must be one element on {param.device} as params[{i}] is, "
+                f"got {tuple(step.shape)} on {step.device}"
+            )
+
+
+def listed(name: str, values: Any) -> list[float]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {values!r}")
+    return list(values)
+
+
+def check_scalar(name: str, scalar: Tensor | None) -> None:
+    if scalar is not None:
+        check_dtype(name, scalar, (torch.float32,))
+        if scalar.numel() != 1:
+            raise ValueError(f"{name} must be one element, got shape {tuple(scalar.shape)}")
+
+
+def checked_radii(radii: Sequence[Any]) -> list[float]:
+    for radius in radii:
+        if type(radius) is not float or not -math.inf < radius < math.inf:  # few of many
+            check_finite("rho", radius)
+    return [float(radius) for radius in radii]

@@ -1,0 +1,13 @@
+"""What every step asks of its tensors, whose ``==`` and ``hash`` are slow or not a bool."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two lists hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))

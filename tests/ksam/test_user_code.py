@@ -1,0 +1,194 @@
+"""What training scripts do around a step, and PyTorch's optimizers take."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LinearLR
+
+from ksam import KSAM, MSAM, SAM, AutoKSAM, ByLearningRate, OrderedSGD, cross_entropy
+from ksam.batchnorm import Norms, Snapshot
+from tests.helpers import all_same_bits
+from tests.ksam.models import batch, loss_of, network, weights
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "KSAM": KSAM, "SAM": SAM, "MSAM": MSAM, "AutoKSAM": AutoKSAM, "OrderedSGD": OrderedSGD
+}  # fmt: skip
+MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_with_a_graph_is_refused(backend: str, method: str) -> None:
+    """A selection would be cut off from it, and what made it would never be trained."""
+    encoder, head = nn.Linear(8, 8), nn.Linear(8, 5)
+    params = [*encoder.parameters(), *head.parameters()]
+    optimizer = METHODS[method](params, SGD, **MOMENTUM)
+    before = weights(encoder), weights(head)
+    data = {"inputs": {"f": encoder(batch()["x"])}, "y": batch()["y"]}
+    with pytest.raises(ValueError, match=r"without a graph.* at batch\['inputs'\]\['f'\]"):
+        optimizer.step(lambda b: cross_entropy(head(b["inputs"]["f"]), b["y"]), data)
+    assert all_same_bits(weights(encoder), before[0])
+    assert all_same_bits(weights(head), before[1])
+
+
+def test_a_batch_that_nothing_can_be_gathered_from_is_refused_in_the_first_step(
+    backend: str,
+) -> None:
+    model, data = network(), batch()
+    data = {**data, "x": data["x"].to_sparse()}
+
+    def loss(b: dict[str, Tensor]) -> Tensor:
+        return cross_entropy(model(b["x"].to_dense()), b["y"])
+
+    optimizer = AutoKSAM(model.parameters(), SGD, **MOMENTUM)  # selects after ten steps, if at all
+    with pytest.raises(TypeError, match="batch must hold dense tensors"):
+        optimizer.step(loss, data)
+    assert MSAM(model.parameters(), SGD, **MOMENTUM).step(loss, data).loss.isfinite()
+
+
+def test_a_function_that_takes_a_derivative_is_told_of_the_pass_without_gradients(
+    backend: str,
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def loss(b: dict[str, Tensor]) -> Tensor:
+        x = b["x"].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return (slope - 1).square().sum(1)
+
+    def loss_with_grad(b: dict[str, Tensor]) -> Tensor:
+        with torch.enable_grad():
+            return loss(b)
+
+    optimizer = KSAM(model.parameters(), SGD, **MOMENTUM)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"per_sample_loss takes a derivative.*enable_grad"):
+        optimizer.step(loss, batch())
+    assert all_same_bits(weights(model), before)
+    first = optimizer.step(loss_with_grad, batch()).loss
+    for _ in range(20):
+        last = optimizer.step(loss_with_grad, batch()).loss
+    assert last < first
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+@pytest.mark.parametrize("method", ["KSAM", "SAM", "AutoKSAM"])
+def test_lazy_modules_get_their_parameters_in_the_first_step(
+    backend: str, method: str, with_model: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(5))
+    optimizer = METHODS[method](
+        model.parameters(), SGD, model=model if with_model else None, **MOMENTUM
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the function uses BatchNorm")
+        first = optimizer.step(loss_of(model), batch()).loss
+        before = weights(model)
+        last = optimizer.step(loss_of(model), batch()).loss
+    assert last < first
+    assert not all_same_bits(weights(model), before)
+    if with_model:
+        assert model[1].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW])
+def test_a_schedule_may_end_a_rounding_below_zero(backend: str, base: type) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), base, lr=0.1, rho=ByLearningRate(0.1))
+    scheduler = LinearLR(optimizer, 0.3, 0.0, 3)
+    for _ in range(6):
+        optimizer.step(loss_of(model), batch())
+        scheduler.step()
+    group = optimizer.param_groups[0]
+    assert -1e-16 < group["lr"] < 0
+    before = weights(model)
+    optimizer.step(loss_of(model), batch())
+    assert group["rho"] == 0
+    for w, b in zip(weights(model), before, strict=True):
+        assert (w - b).abs().max() <= torch.finfo(w.dtype).eps * b.abs().max()
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW])
+def test_hyperparameters_may_be_tensors_where_the_base_takes_them(backend: str, base: type) -> None:
+    found = []
+    for decay in (0.1, torch.tensor(0.1)):
+        model = network()
+        optimizer = KSAM(model.parameters(), base, lr=0.1, weight_decay=decay)
+        for seed in range(3):
+            optimizer.step(loss_of(model), batch(seed))
+        found.append(weights(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_method_that_climbs_nothing_leaves_no_radius_to_others(backend: str) -> None:
+    model = network()
+    plain = OrderedSGD(model.parameters(), SGD, **MOMENTUM)
+    plain.step(loss_of(model), batch())
+    loaded = KSAM(model.parameters(), SGD, rho=0.1, **MOMENTUM)
+    loaded.load_state_dict(plain.state_dict())
+    for optimizer in (loaded, KSAM(None, plain.base, rho=0.1)):
+        seen: list[Tensor] = []
+
+        def loss(b: dict[str, Tensor], seen: list[Tensor] = seen) -> Tensor:
+            seen.append(model[0].weight.detach().clone())
+            return loss_of(model)(b)
+
+        optimizer.step(loss, batch())
+        assert optimizer.param_groups[0]["rho"] == 0.1
+        assert not torch.equal(seen[1], seen[2])
+
+
+def test_batchnorm_is_copied_in_lists_of_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others torch copies one by one on a GPU."""
+    model = nn.Sequential(*(nn.BatchNorm1d(8) for _ in range(5)), nn.BatchNorm1d(8).double())
+    before = [b.clone() for b in model.buffers()]
+    copy, lists = torch._foreach_copy_, []
+
+    def noted(to: list[Tensor], of: list[Tensor]) -> None:
+        lists.append({t.dtype for t in (*to, *of)})
+        copy(to, of)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", noted)
+    snapshot = Snapshot()
+    for _ in range(2):
+        snapshot.take(Norms(model))
+    assert sorted(map(str, (dtype for kinds in lists[:3] for dtype in kinds))) == sorted(
+        map(str, (torch.float32, torch.int64, torch.float64))
+    )
+    assert len(lists) == 6
+    for b in model.buffers():
+        b.add_(1)
+    snapshot.put_back()
+    assert all_same_bits(list(model.buffers()), before)
+
+
+def test_numbers_of_numpy_are_numbers(backend: str) -> None:
+    np = pytest.importorskip("numpy")
+    found = []
+    for number in (float, np.float32, np.float64):
+        model = network()
+        optimizer = KSAM(
+            model.parameters(), SGD, lr=number(0.5), momentum=number(0.25), rho=number(0.125)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for seed in range(2):
+                result = optimizer.step(
+                    lambda b, model=model, number=number: cross_entropy(
+                        model(b["x"]), b["y"], label_smoothing=number(0.25)
+                    ),
+                    batch(seed),
+                )
+        assert math.isfinite(result.loss)
+        found.append(weights(model))
+    assert all_same_bits(found[0], found[1])
+    assert all_same_bits(found[0], found[2])
