@@ -2,8 +2,10 @@
 
 Three backends, best first: ``native`` (the compiled extension), ``triton`` (GPU kernels compiled
 on first use) and ``reference`` (plain PyTorch, the written contract, runs anywhere). Each call of
-an operator asks :func:`resolve` once. ``auto`` takes the best backend that can run the operator on
-the tensor's device; a backend that the user *named* either runs or raises, it is never replaced.
+an operator asks :func:`resolve` once; the public functions first try the extension's kernels
+(:func:`ksam_kernels.native.direct`), which decline what they do not take. ``auto`` takes the best
+backend that can run the operator on the tensor's device; a backend that the user *named* either
+runs or raises, it is never replaced.
 Empty lists of tensors are on no device: every backend that has the operator runs them.
 Further backends may be registered with :func:`implements`; those run only where they are named.
 """

@@ -69,8 +69,6 @@ def check_number(name: str, value: Any) -> None:
 def check_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be an int of 64 bits, got {value!r}")
 
 
 def check_count(name: str, value: Any, low: int, below: int | None = None) -> None:

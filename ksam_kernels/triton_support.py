@@ -1,8 +1,9 @@
 """Triton, where this installation has it, and what the rooms' Triton kernels share.
 
-``<room>/triton.py`` holds a room's kernels, and functions named as the operators that launch them.
-It is imported by the first call of one of these: Triton takes a third of a second to import, which
-those who stay on the CPU need not wait for.
+``<room>/triton.py`` holds functions named as a room's operators, which launch its kernels; these
+are there too, or in the ``triton_*.py`` beside it. It is imported by the first call of one of these
+functions: Triton takes a third of a second to import, which those who stay on the CPU need not wait
+for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = [
     "double_bits",
     "doubles_bits",
     "is_amd",
-    "may_keep",
+    "may_keep_on",
     "most_warps",
     "on_device_of",
     "register",
@@ -140,7 +141,7 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def may_keep(device: torch.device) -> bool:
+def may_keep_on(device: torch.device) -> bool:
     """Whether memory of the device that is allocated now may be kept for later calls. Not in a
     capture: a graph keeps no memory but its own."""
     return backends.may_keep() and not is_capturing(device)
@@ -184,6 +185,6 @@ def device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
     Only on the same stream: neither the upload nor the reuse of a forgotten table's memory is
     ordered with others.
     """
-    if not may_keep(device):
+    if not may_keep_on(device):
         return upload(values, device)
     return _kept(values, device, stream_of(device))

@@ -89,6 +89,12 @@ cudaError_t find_code(int device) noexcept {
   cudaError_t error = cudaGetDevice(&previous);
   if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, any_kernel);
+  // A driver of the toolkit's major version runs its code, but not launches with large tables.
+  int driver = 0;
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  if (error == cudaSuccess && kParameterBytes > 4096 && driver < 12010) {
+    error = cudaErrorInsufficientDriver;
+  }
   if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
   return_to_device(previous);
   // A device that is full, for now, has not said: the launch will tell.

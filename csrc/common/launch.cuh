@@ -1,6 +1,8 @@
 // Launches, for nvcc and for the runner of tests/simt.
 #pragma once
 
+#include <atomic>
+
 #if defined(KSAM_SIMT)
 #include "cuda.h"  // tests/simt/cuda.h
 #else
@@ -53,6 +55,9 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... argument
   simt::launch(false, kernel, grid, block, arguments...);
 }
 
+template <class... Kernels>
+void load_once(std::atomic<uint64_t>*, Kernels...) {}
+
 template <class... P, class... A>
 bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
   static uint64_t launches = 0;  // every other one has room for two blocks
@@ -78,6 +83,20 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
             typename Argument<P>::type... arguments) {
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0, stream));
+}
+
+// CUDA loads a kernel when it is first asked for, and may find the device full. For those of a call
+// that must not end between two launches: loads them, or throws. `devices`: a bit for each of the
+// first 64 where they are loaded.
+template <class... Kernels>
+void load_once(std::atomic<uint64_t>* devices, Kernels... kernels) {
+  int device = 0;
+  check(cudaGetDevice(&device));
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((*devices & bit) != 0) return;
+  cudaFuncAttributes attributes;
+  (check(cudaFuncGetAttributes(&attributes, kernels)), ...);
+  *devices |= bit;
 }
 
 // Whether there is room for all blocks at once; if not, more than one, nothing is launched.

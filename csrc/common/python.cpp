@@ -13,14 +13,12 @@ const dlpack::ExchangeApi* api = nullptr;
 
 // What is asked of tensors, as Python looks it up.
 struct Names {
-  PyObject* is_conj = PyUnicode_InternFromString("is_conj");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
   PyObject* dtype = PyTuple_Pack(1, PyUnicode_InternFromString("dtype"));
 };
 const Names* names = nullptr;
 
-PyObject* torch_empty_like = nullptr;
+PyObject *torch_empty_like = nullptr, *tensor_is_conj = nullptr, *tensor_is_neg = nullptr;
 
 struct TorchDTypes {
   PyObject *f32, *f64, *i64;
@@ -58,9 +56,10 @@ bool may_be_negative(const dlpack::Tensor& t) {
   return true;
 }
 
+// question: a method of torch.Tensor, which is not to be looked up for each of a list.
 bool says(py::handle tensor, PyObject* question) {
   const auto answer =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), question));
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(question, tensor.ptr()));
   if (!answer) throw py::error_already_set();
   return answer.ptr() == Py_True;
 }
@@ -88,12 +87,16 @@ void load_torch_types() {
     throw std::runtime_error("this torch has no DLPack 1.x exchange of tensors without a copy");
   }
   // Kept for the life of the process, like the types themselves.
+  const auto kept = [](const py::object& of, const char* name) {
+    return py::object(of.attr(name)).release().ptr();
+  };
+  tensor_is_conj = kept(tensor, "is_conj");
+  tensor_is_neg = kept(tensor, "is_neg");
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   names = new Names;
-  const auto kept = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
-  torch_dtypes = {kept("float32"), kept("float64"), kept("int64")};
-  torch_empty_like = kept("empty_like");
+  torch_dtypes = {kept(torch, "float32"), kept(torch, "float64"), kept(torch, "int64")};
+  torch_empty_like = kept(torch, "empty_like");
 }
 
 const dlpack::ExchangeApi& torch_api() { return *api; }
@@ -137,8 +140,8 @@ bool read_optional(py::handle object, Tensor* out) {
   return true;
 }
 
-bool is_negative(py::handle tensor) { return says(tensor, names->is_neg); }
-bool is_conjugate(py::handle tensor) { return says(tensor, names->is_conj); }
+bool is_negative(py::handle tensor) { return says(tensor, tensor_is_neg); }
+bool is_conjugate(py::handle tensor) { return says(tensor, tensor_is_conj); }
 
 bool read_number(py::handle object, double* out) {
   if (!PyFloat_Check(object.ptr()) && !PyLong_CheckExact(object.ptr())) return false;

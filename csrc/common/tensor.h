@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace ksam {
 
 enum class DType : int8_t { f32, f64, bf16, f16, i32, i64, other };
@@ -12,7 +14,7 @@ __attribute__((always_inline)) constexpr bool is_floating(DType dtype) {
 }
 
 // Bytes of a floating number.
-constexpr int size_of(DType dtype) {
+KSAM_FORMULA constexpr int size_of(DType dtype) {
   if (dtype == DType::f64) return 8;
   return dtype == DType::f32 ? 4 : 2;
 }

@@ -2,8 +2,8 @@
 //
 // A formula is a struct of
 //   kOperands, kReads, kWrites   how many operands it has, and bit sets of those that it touches
-//   kFrom, kTo                   the operands whose bits are copied where the formula has nothing
-//   kCopies                      ... and where it has, too
+//   kFrom, kTo                   the operands whose bits are copied where it does not act, if any
+//   kCopies                      ... and where it does, too
 //   kVectors                     how many vectors of each operand a thread has in flight
 //   Value, Args                  what it has of each row, and of the call
 //   acts(args, value)            whether the row gets more than copies; the same in all threads
@@ -79,7 +79,7 @@ template <class Formula, class T, int kWidth, class Element>
 __device__ __forceinline__ void finish_vectors(Vector<T, kWidth> (&v)[Formula::kOperands],
                                                T* const (&data)[Formula::kOperands], int at,
                                                Element& element) {
-  if (Formula::kCopies) store_vector(data[Formula::kTo] + at, v[Formula::kFrom]);
+  if constexpr (Formula::kCopies) store_vector(data[Formula::kTo] + at, v[Formula::kFrom]);
   if constexpr (!std::is_same<Element, NoElement>::value) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) apply<Formula>(v, j, element);
@@ -165,10 +165,6 @@ __device__ __forceinline__ void store_as(char* p, DType dtype, A x) {
   }
 }
 
-__device__ __forceinline__ int itemsize_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 __device__ __forceinline__ void copy_element(const char* from, char* to, DType dtype) {
   if (dtype == DType::f64) {
     *reinterpret_cast<uint64_t*>(to) = *reinterpret_cast<const uint64_t*>(from);
@@ -193,7 +189,7 @@ __device__ __forceinline__ void locate(const StridedRow<N, Value>& row, int64_t 
     for (int i = 0; i < N; ++i) offset[i] += place * row.layout.strides[i][d];
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) at[i] = row.data[i] + offset[i] * itemsize_of(row.dtype[i]);
+  for (int i = 0; i < N; ++i) at[i] = row.data[i] + offset[i] * size_of(row.dtype[i]);
 }
 
 // The chunk element by element, with arithmetic in A.
@@ -204,7 +200,7 @@ __device__ __forceinline__ void walk_strided(const Table& table, const Chunk& ch
   for (int j = threadIdx.x; j < chunk.count; j += kThreads) {
     char* at[Formula::kOperands];
     locate(row, chunk.begin + j, at);
-    if (Formula::kCopies) {
+    if constexpr (Formula::kCopies) {
       copy_element(at[Formula::kFrom], at[Formula::kTo], row.dtype[Formula::kFrom]);
     }
     if constexpr (!std::is_same<Element, NoElement>::value) {

@@ -34,7 +34,6 @@ template <bool kAdaptive>
 struct Norm {
   static constexpr int kOperands = kAdaptive ? 2 : 1;  // (grads, params)
   static constexpr unsigned kReads = kAdaptive ? 3 : 1, kWrites = 0;
-  static constexpr int kFrom = 0, kTo = 0;
   static constexpr bool kCopies = false;
   static constexpr int kVectors = 4;
   using Value = NoValue;
@@ -234,9 +233,13 @@ void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch, fl
   adaptive ? launch_norm<true>(rows, launches) : launch_norm<false>(rows, launches);
 }
 
-// Bytes moved: 16 an element (read w and g, write w and backup). Launches: as the norm's.
+// Bytes moved: 16 an element (read w and g, write w and backup). Launches: as the norm's. A failure
+// leaves all weights as they were: what may fail for want of memory does so before the first moves.
 void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream) {
   const ClimbArgs climb{args.norm, args.eta, args.adaptive};
+  static std::atomic<uint64_t> loaded{0};
+  load_once(&loaded, flat_kernel<float, Climb>, flat_kernel<double, Climb>,
+            flat_kernel<bf16, Climb>, flat_kernel<f16, Climb>, strided_kernel<Climb>);
   apply_to_rows<Climb>(rows, climb, [&](const Row<3>& row) { return args.rho[row.index]; }, stream);
 }
 
@@ -245,7 +248,7 @@ void restore(const Rows<2>& rows, Stream stream) {
   for_each_launch<2, NoValue>(
       rows, [](const Row<2>&) { return NoValue{}; },
       [&](DType dtype, const auto& table) {
-        launch_restore(dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2, table, stream);
+        launch_restore(size_of(dtype), table, stream);
       },
       [&](const auto& table) {
         launch(restore_strided_kernel, blocks_of(table), kThreads, stream, table);

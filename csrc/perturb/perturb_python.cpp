@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "common/python.h"
@@ -25,6 +26,17 @@ bool same_dtypes(const TensorList& a, const TensorList& b) {
   return true;
 }
 
+bool has_doubles(const TensorList& list) {
+  return std::any_of(list.begin(), list.end(),
+                     [](const Tensor& t) { return t.dtype == DType::f64; });
+}
+
+// The list that says where a call's kernels run; false where there are none, before the others are
+// looked at.
+bool read_first(py::handle object, TensorList* list) {
+  return read_tensors(object, list) && (list->empty() || has_kernels(list->front()));
+}
+
 // --- Norm ---------------------------------------------------------------------------------------
 
 // Of one global norm, sqrt(sum (T g)^2).
@@ -37,12 +49,7 @@ struct NormCall {
   bool build(const TensorList& grads, const TensorList& params) {
     const TensorList none;
     if (!table.build({&grads, adaptive ? &params : &none}, 0b00)) return false;
-    for (const TensorList* list : {&grads, &params}) {
-      if (list == &params && !adaptive) continue;
-      for (const Tensor& t : *list) {
-        if (t.dtype == DType::f64) table.widen();
-      }
-    }
+    if (has_doubles(grads) || (adaptive && has_doubles(params))) table.widen();
     return true;
   }
 
@@ -66,7 +73,7 @@ struct NormCall {
 bool grad_norm(py::handle grads_, py::handle params_, bool adaptive, double eta, py::handle out_) {
   TensorList grads, params;
   Tensor out;
-  if (!read_tensors(grads_, &grads) || !read_tensors(params_, &params)) return false;
+  if (!read_first(grads_, &grads) || !read_tensors(params_, &params)) return false;
   if (!read_tensor(out_, &out) || !is_scalar_of(grads, out)) return false;
   if (adaptive && params.size() != grads.size()) return false;
   NormCall norm{{}, adaptive, eta};
@@ -120,7 +127,7 @@ bool perturb_(py::handle params_, py::handle grads_, py::handle backup_, py::han
               bool adaptive, double eta, py::handle out_) {
   TensorList params, grads, backup;
   Tensor out;
-  if (!read_tensors(params_, &params) || !read_tensors(grads_, &grads)) return false;
+  if (!read_first(params_, &params) || !read_tensors(grads_, &grads)) return false;
   if (!read_tensors(backup_, &backup) || !read_tensor(out_, &out)) return false;
   if (grads.size() != params.size() || backup.size() != params.size()) return false;
   std::vector<double> radii;
@@ -156,7 +163,7 @@ bool restore_lists(const TensorList& params, const TensorList& backup) {
 
 bool restore_(py::handle params_, py::handle backup_) {
   TensorList params, backup;
-  return read_tensors(params_, &params) && read_tensors(backup_, &backup) &&
+  return read_first(params_, &params) && read_tensors(backup_, &backup) &&
          restore_lists(params, backup);
 }
 
@@ -170,7 +177,7 @@ struct UpdateCall {
 
   bool read(py::handle params_, py::handle backup_, py::handle grads_, py::handle steps_,
             py::handle grad_scale, py::handle found_inf) {
-    return read_tensors(params_, &params) && read_tensors(backup_, &backup) &&
+    return read_first(params_, &params) && read_tensors(backup_, &backup) &&
            read_tensors(grads_, &grads) && backup.size() == params.size() &&
            grads.size() == params.size() && same_dtypes(params, backup) && read_steps(steps_) &&
            read_scalar(grad_scale, &scaling.grad_scale) &&

@@ -42,6 +42,8 @@ def _check_cross_entropy(
     check_tensor("target", target)
     check_device("target", target, "logits", logits)
     check_int("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int of 64 bits, got {ignore_index}")
     if target.is_floating_point():
         check_dtype("target", target, FLOATING)
         check_shape("target", target, logits.shape, "the shape of the logits (probabilities)")

@@ -9,16 +9,9 @@ import triton
 import triton.language as tl
 
 from ksam_kernels.loss.triton_kernels import elements_of, multiple, part_of, weights_of
+from ksam_kernels.triton_math import divide
 
 _SAMPLES = ["input", "input_stride", "target", "target_stride", "weight", "rows", "columns"]
-
-
-@triton.jit
-def divide(a, b):
-    if b.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
 
 
 @triton.jit

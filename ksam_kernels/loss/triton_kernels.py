@@ -15,17 +15,13 @@ import triton
 import triton.language as tl
 
 from ksam_kernels.triton_assert import check
+from ksam_kernels.triton_math import double_of
 
 #: A class without spread; a class with smoothing; probabilities (target.cuh has the same).
 CLASSES, SMOOTHED, PROBABILITIES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 _ROWS = ["logits", "logits_stride", "target", "target_stride", "weight", "rows", "columns", "group"]
 _CLASSES = ["ignore_index", "kept", "share"]
-
-
-@triton.jit
-def double(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -220,7 +216,7 @@ def cross_entropy_kernel(
     them; per row a class, 4 for the loss, 12 for the statistics.
     """
     SPREADS: tl.constexpr = KIND != CLASSES
-    kept, share = double(kept).to(A), double(share).to(A)
+    kept, share = double_of(kept).to(A), double_of(share).to(A)
     if PLANES:
         columns = columns.to(INDEX)
         row, row_inside, number = rows_of_group(tl.program_id(0), group, ROWS, VECTOR)
@@ -332,7 +328,7 @@ def cross_entropy_backward_kernel(
     Bytes moved: each logit once, each element of the gradient once, each probability where the
     target has them; per row a class, 4 for g, 12 for the statistics.
     """
-    kept, share = double(kept).to(A), double(share).to(A)
+    kept, share = double_of(kept).to(A), double_of(share).to(A)
     if PLANES:
         columns = columns.to(INDEX)
         parts = tl.cdiv(columns, BLOCK)

@@ -16,22 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ksam_kernels.triton_math import divide, double_of
+
 # Below it a quotient by the norm would be inexact by as much as the norm: the smallest normal one.
 _SMALLEST = tl.constexpr(2.0**-126)
 _HEAD = tl.constexpr(4)  # triton_table.HEAD; kernels see no plain globals
-
-
-@triton.jit
-def double_of(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def divide(a, b):
-    if b.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
 
 
 @triton.jit

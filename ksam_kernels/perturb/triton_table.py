@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ksam_kernels.bits import as_bits
 from ksam_kernels.native import extension
-from ksam_kernels.triton_support import may_keep, stream_of, upload
+from ksam_kernels.triton_support import may_keep_on, stream_of, upload
 
 __all__ = ["CHUNK", "HEAD", "Rows", "Table"]
 
@@ -180,7 +180,7 @@ class Rows:
         if not self._records:
             return []
         device = self._rows[0][0].device
-        make, stream = (_kept_table if may_keep(device) else _new_table), stream_of(device)
+        make, stream = (_kept_table if may_keep_on(device) else _new_table), stream_of(device)
         return [make(device, stream, *item) for item in self._records.items()]
 
     def tensors(self, table: Table) -> list[tuple[Tensor, ...]]:

@@ -11,13 +11,12 @@ import triton.language as tl
 from ksam_kernels.perturb.triton_kernels import (
     chunk_of,
     copy_chunk,
-    divide,
-    double_of,
     load_chunk,
     operand_at,
     rounded,
     store_chunk,
 )
+from ksam_kernels.triton_math import divide, double_of
 
 
 @triton.jit

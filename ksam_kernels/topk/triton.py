@@ -64,13 +64,12 @@ def store_selected(
     greater_before,  # of both, in blocks before this one
     equal_before,
 ):
-    """out <- the selected indices. Both are counted in one scan, in halves of an integer; 32,768
-    equal losses reach its sign, which the mask takes off.
-    """
+    """out <- the selected indices. Both are counted in one scan, in halves of an integer."""
+    tl.static_assert(i.shape[0] < 32768)
     packed = greater.to(tl.int32) + (equal.to(tl.int32) << 16)
     ahead = tl.cumsum(packed, 0) - packed
     greaters = greater_before + (ahead & 0xFFFF)
-    equals = equal_before + ((ahead >> 16) & 0xFFFF)
+    equals = equal_before + (ahead >> 16)
     chosen = greater | (equal & (equals < wanted))
     tl.store(out + greaters + tl.minimum(equals, wanted), i, mask=chosen)
 
