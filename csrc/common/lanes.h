@@ -57,11 +57,11 @@ struct LanesOf<T, kCount, true> {
 
 // Sixteen values of the arithmetic on T.
 template <class T>
-using Lanes = typename LanesOf<opmath_t<T>, kLanes>::type;
+using Lanes = typename LanesOf<Opmath<T>, kLanes>::type;
 
 // As many of them as one register holds.
 template <class T>
-using Register = typename LanesOf<opmath_t<T>, kRegisterBytes / sizeof(opmath_t<T>)>::type;
+using Register = typename LanesOf<Opmath<T>, kRegisterBytes / sizeof(Opmath<T>)>::type;
 
 #define KSAM_PAIRWISE(op)                                               \
   template <class V>                                                    \
@@ -131,7 +131,7 @@ KSAM_INLINE void for_each_vector(int64_t n, const Body& body) {
 // n numbers of one dtype as those of another; from double to a half through float, as torch does.
 template <class From, class To>
 void convert(const From* from, int64_t n, To* to) {
-  if constexpr (sizeof(opmath_t<From>) == sizeof(opmath_t<To>)) {
+  if constexpr (sizeof(Opmath<From>) == sizeof(Opmath<To>)) {
     if (n >= kLanes) {
       return for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
         store_lanes(to + i, load_lanes<Lanes<From>>(from + i));
@@ -139,7 +139,7 @@ void convert(const From* from, int64_t n, To* to) {
     }
   }
   for (int64_t i = 0; i < n; ++i) {
-    store_one(to + i, static_cast<opmath_t<To>>(load_one(from + i)));
+    store_one(to + i, static_cast<Opmath<To>>(load_one(from + i)));
   }
 }
 

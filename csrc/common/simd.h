@@ -38,15 +38,15 @@ struct f16 {
 };
 
 template <class T>
-struct OpMath {
+struct OpmathOf {
   using type = float;
 };
 template <>
-struct OpMath<double> {
+struct OpmathOf<double> {
   using type = double;
 };
 template <class T>
-using opmath_t = typename OpMath<T>::type;
+using Opmath = typename OpmathOf<T>::type;
 
 template <class To, class From>
 KSAM_INLINE To bit_cast(const From& from) {
@@ -195,8 +195,8 @@ KSAM_INLINE bool is_line_aligned(const void* p) {
 }
 
 template <class T>
-KSAM_INLINE opmath_t<T> load_one(const T* p) {
-  if constexpr (sizeof(T) == sizeof(opmath_t<T>)) {
+KSAM_INLINE Opmath<T> load_one(const T* p) {
+  if constexpr (sizeof(T) == sizeof(Opmath<T>)) {
     return *p;
   } else {
     return to_float(u16x8{p->bits}, T{})[0];
@@ -204,8 +204,8 @@ KSAM_INLINE opmath_t<T> load_one(const T* p) {
 }
 
 template <class T>
-KSAM_INLINE void store_one(T* p, opmath_t<T> x) {
-  if constexpr (sizeof(T) == sizeof(opmath_t<T>)) {
+KSAM_INLINE void store_one(T* p, Opmath<T> x) {
+  if constexpr (sizeof(T) == sizeof(Opmath<T>)) {
     *p = x;
   } else {
     p->bits = from_float(f32x8{x}, T{})[0];

@@ -11,6 +11,16 @@ namespace ksam::gpu {
 void cross_entropy_in_planes(const CrossEntropy& args, Stream stream);
 void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream);
 
+// Blocks of a multiprocessor that there are registers for, with none of them in memory, as
+// tests/cuda/resources.csv has it: of losses and of gradients in planes, of gradients in rows.
+constexpr int resident_blocks(Kind kind, int itemsize) {
+  if (itemsize == 8 || kind == Kind::probabilities) return 2;
+  return kind == Kind::classes ? 4 : 3;
+}
+constexpr int resident_row_gradients(Kind kind, int itemsize) {
+  return kind == Kind::classes && itemsize < 8 ? 3 : 2;
+}
+
 // exp(z) for z <= 0, to 2 |z| + 4 units of rounding: a multiplication and the processor's power of
 // two, where expf takes 8 instructions, with which 16-bit logits would wait for arithmetic instead
 // of memory. The sum's terms are exp(z), so that |z| counts as |z| exp(z) <= 1 / e of them.

@@ -13,7 +13,7 @@ struct RowGradients {
   using A = Opmath<T>;
   using TargetOf = Target<T, Q, kKind>;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = kKind == Kind::classes && sizeof(T) < 8 ? 3 : 2;
+  static constexpr int kResident = resident_row_gradients(kKind, sizeof(T));
 
   const T* logits;  // [rows, classes]
   int64_t stride;   // between rows

@@ -136,7 +136,7 @@ KSAM_INLINE void plane_rows(const CrossEntropyGradient& args, const Target<A>& t
 
 template <class T>
 void backward_rows(const CrossEntropyGradient& args, int64_t begin, int64_t end) {
-  using A = opmath_t<T>;
+  using A = Opmath<T>;
   const Target<A> target(args.forward);
   const int64_t classes = args.forward.logits.columns;
   alignas(64) A room[kBlockRoom];

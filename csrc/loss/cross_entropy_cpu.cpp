@@ -40,7 +40,7 @@ struct LaneSums {
 };
 
 template <class T>
-KSAM_INLINE opmath_t<T> largest(const T* x, int64_t n) {
+KSAM_INLINE Opmath<T> largest(const T* x, int64_t n) {
   using V = Lanes<T>;
   V high = load_lanes<V>(x);
   for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
@@ -192,7 +192,7 @@ KSAM_INLINE void write_rows(const CrossEntropy& args, const Target<A>& target, c
 
 template <bool kSpread, class T>
 void forward_rows(const CrossEntropy& args, int64_t begin, int64_t end) {
-  using A = opmath_t<T>;
+  using A = Opmath<T>;
   const Target<A> target(args);
   const int64_t classes = args.logits.columns;
   alignas(64) A room[kBlockRoom];
@@ -221,7 +221,7 @@ void forward_rows(const CrossEntropy& args, int64_t begin, int64_t end) {
 void cross_entropy(const CrossEntropy& args) {
   on_floating(args.logits.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const bool has_spread = Target<opmath_t<T>>(args).has_spread();
+    const bool has_spread = Target<Opmath<T>>(args).has_spread();
     parallel_for(args.logits.rows, row_grain(args.logits.columns), [&](int64_t begin, int64_t end) {
       has_spread ? forward_rows<true, T>(args, begin, end)
                  : forward_rows<false, T>(args, begin, end);

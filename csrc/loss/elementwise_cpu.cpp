@@ -78,7 +78,7 @@ KSAM_INLINE V weight_at(const A* weight, int64_t i) {
 }
 
 // Sum of the losses of one row of at least kLanes elements.
-template <class Loss, class T, class A = opmath_t<T>>
+template <class Loss, class T, class A = Opmath<T>>
 KSAM_INLINE A wide_row(const Elementwise& args, int64_t row, A* room) {
   using V = Lanes<T>;
   const T* input = row_of<T>(args.input, row);
@@ -99,7 +99,7 @@ KSAM_INLINE A wide_row(const Elementwise& args, int64_t row, A* room) {
 
 template <class Loss, class T>
 void forward_wide(const Elementwise& args, int64_t begin, int64_t end) {
-  using A = opmath_t<T>;
+  using A = Opmath<T>;
   alignas(64) A room[kBlockRoom];
   for (int64_t row = begin; row < end; ++row) {
     const A sum = wide_row<Loss, T>(args, row, room);
@@ -133,7 +133,7 @@ KSAM_INLINE const T* padded(const T* from, int64_t n, T* room) {
 // they belong to.
 template <class Loss, class T>
 class NarrowRows {
-  using A = opmath_t<T>;
+  using A = Opmath<T>;
   using V = Lanes<T>;
 
  public:
@@ -189,7 +189,7 @@ KSAM_INLINE void write_means(const A* terms, int64_t rows, int64_t n, float* los
 
 template <class Loss, class T>
 void forward_narrow(const Elementwise& args, int64_t begin, int64_t end) {
-  using A = opmath_t<T>;
+  using A = Opmath<T>;
   using V = Lanes<T>;
   const int64_t n = args.input.columns;
   alignas(64) A terms[kBlockRoom];
@@ -210,7 +210,7 @@ KSAM_INLINE A share_of(const ElementwiseGradient& args, int64_t row) {
          static_cast<A>(args.forward.input.columns);
 }
 
-template <class Loss, class T, class A = opmath_t<T>>
+template <class Loss, class T, class A = Opmath<T>>
 KSAM_INLINE void wide_row_backward(const ElementwiseGradient& args, int64_t row, A* room) {
   using V = Lanes<T>;
   const Elementwise& forward = args.forward;
@@ -230,7 +230,7 @@ KSAM_INLINE void wide_row_backward(const ElementwiseGradient& args, int64_t row,
 
 template <class Loss, class T>
 void backward_wide(const ElementwiseGradient& args, int64_t begin, int64_t end) {
-  alignas(64) opmath_t<T> room[kBlockRoom];
+  alignas(64) Opmath<T> room[kBlockRoom];
   for (int64_t row = begin; row < end; ++row) wide_row_backward<Loss, T>(args, row, room);
 }
 
@@ -257,7 +257,7 @@ KSAM_INLINE void spread_shares(const ElementwiseGradient& args, int64_t row, int
 
 template <class Loss, class T>
 void backward_narrow(const ElementwiseGradient& args, int64_t begin, int64_t end) {
-  using A = opmath_t<T>;
+  using A = Opmath<T>;
   using V = Lanes<T>;
   const int64_t n = args.forward.input.columns;
   alignas(64) A shares[kBlockRoom] = {};

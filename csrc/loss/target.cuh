@@ -18,12 +18,6 @@ inline Kind kind_of(const CrossEntropy& args) {
   return args.label_smoothing > 0 ? Kind::smoothed : Kind::classes;
 }
 
-// Blocks of a multiprocessor that there are registers for, with none of them in memory.
-constexpr int resident_blocks(Kind kind, int itemsize) {
-  if (itemsize == 8 || kind == Kind::probabilities) return 2;
-  return kind == Kind::classes ? 4 : 3;
-}
-
 // For logits of type T and probabilities of type Q: T, or the arithmetic's type A.
 template <class T, class Q, Kind kKind>
 struct Target {

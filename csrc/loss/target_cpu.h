@@ -65,7 +65,7 @@ class Target {
       on_floating(args_.target.dtype, [&](auto type) KSAM_INLINE_LAMBDA {
         using T = typename decltype(type)::type;
         const T* t = reinterpret_cast<const T*>(first) + c * args_.target.plane_stride;
-        if constexpr (sizeof(opmath_t<T>) == sizeof(A)) {
+        if constexpr (sizeof(Opmath<T>) == sizeof(A)) {
           store_lanes(room, load_lanes<Lanes<T>>(t));
         } else {
           for (int i = 0; i < kLanes; ++i) room[i] = static_cast<A>(load_one(t + i));

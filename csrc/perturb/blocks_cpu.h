@@ -98,7 +98,7 @@ void unstage(const Operand& t, int64_t begin, int n, const A* buffer) {
       convert(buffer, n, reinterpret_cast<T*>(t.data) + begin);
     } else {
       for_each_strided(t, begin, n, [&](char* element, int j) {
-        store_one(reinterpret_cast<T*>(element), static_cast<opmath_t<T>>(buffer[j]));
+        store_one(reinterpret_cast<T*>(element), static_cast<Opmath<T>>(buffer[j]));
       });
     }
   });
@@ -233,7 +233,7 @@ void transform(const Row<N>& row, bool streaming, int64_t begin, int64_t end,
                            row.operand[0].data != row.operand[1].data;
   on_floating(row.operand[0].dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if constexpr (sizeof(A) == sizeof(opmath_t<T>)) {
+    if constexpr (sizeof(A) == sizeof(Opmath<T>)) {
       T* operand[N];
       for (int i = 0; i < N; ++i) {
         const bool touched = Formula::kAccess[i] != kUntouched;
