@@ -11,8 +11,9 @@ from torch import Tensor
 from ksam.identity import same
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _kinds(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+    """What a backup has in common with its parameter."""
+    return [t.shape for t in tensors], [t.dtype for t in tensors], [t.device for t in tensors]
 
 
 class Backups:
@@ -20,22 +21,25 @@ class Backups:
 
     def __init__(self) -> None:
         self._of: dict[Tensor, Tensor] = {}
-        self._last: tuple[list[Tensor], list[Any], list[Tensor]] = [], [], []
+        # Of the last call, which most are like.
+        self._params: list[Tensor] = []
+        self._kinds = _kinds([])
+        self._backups: list[Tensor] = []
 
     def of(self, params: list[Tensor], present: Callable[[], list[Tensor]]) -> list[Tensor]:
         """One for each of the parameters. Where there is a new one, those of parameters that are no
         longer ``present()`` are forgotten."""
-        kinds = [_kind(p) for p in params]
-        of_last, kinds_of_last, backups = self._last
-        if not same(params, of_last) or kinds != kinds_of_last:
-            backups, grown = [], False
-            for p, kind in zip(params, kinds, strict=True):
-                backup = self._of.get(p)
-                if backup is None or _kind(backup) != kind:
-                    backup = self._of[p] = torch.empty_like(p, requires_grad=False)
-                    grown = True
-                backups.append(backup)
-            if grown:
-                self._of = {p: self._of[p] for p in present() if p in self._of}
-            self._last = params, kinds, backups
+        kinds = _kinds(params)
+        if kinds == self._kinds and same(params, self._params):
+            return self._backups
+        backups, grown = [], False
+        for p in params:
+            backup = self._of.get(p)
+            if backup is None or _kinds([backup]) != _kinds([p]):
+                backup = self._of[p] = torch.empty_like(p, requires_grad=False)
+                grown = True
+            backups.append(backup)
+        if grown:
+            self._of = {p: self._of[p] for p in present() if p in self._of}
+        self._params, self._kinds, self._backups = params, kinds, backups
         return backups

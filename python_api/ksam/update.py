@@ -42,8 +42,9 @@ def can_fuse(base: Optimizer) -> bool:
     """Exactly ``torch.optim.SGD``, ``Adam`` or ``AdamW``, with options that the kernels have."""
     if type(base) not in (SGD, Adam, AdamW) or not _plain(base):
         return False
-    return all(_fusable(group) for group in base.param_groups) and all(
-        p.dtype in FLOATING for group in base.param_groups for p in group["params"]
+    return all(
+        _fusable(group) and {p.dtype for p in group["params"]}.issubset(FLOATING)
+        for group in base.param_groups
     )
 
 
