@@ -56,6 +56,8 @@ class OverBase(Optimizer):
         # By each parameter of a group: loads put other dicts in the place of groups, and groups may
         # be deleted, sorted and thinned out.
         self._radii: dict[Tensor, _Radius] = {}
+        # And by the group itself, all of whose parameters may be replaced, as where they are sharded.
+        self._groups: list[tuple[dict[str, Any], _Radius]] = []
         super().__init__(base.param_groups, dict(base.defaults))
         self._built = True
         self._initial = copy.deepcopy(self._states())
@@ -107,7 +109,9 @@ class OverBase(Optimizer):
 
     def _known(self, group: dict[str, Any]) -> _Radius | None:
         """The radius of a group that has been here before."""
-        return next((self._radii[p] for p in group["params"] if p in self._radii), None)
+        by_params = (self._radii[p] for p in group["params"] if p in self._radii)
+        by_group = (radius for known, radius in self._groups if known is group)
+        return next(by_params, None) or next(by_group, None)
 
     def _radius_of_new(self, group: dict[str, Any]) -> float:
         """The rho of a group that is new here; raises if the group may not be taken."""
@@ -131,11 +135,14 @@ class OverBase(Optimizer):
             params = parameters(self.param_groups)
             check_no_overlap(params)
             self._radii = {p: self._radii[p] for p in params if p in self._radii}
+            present = set(map(id, self.param_groups))
+            self._groups = [entry for entry in self._groups if id(entry[0]) in present]
         # All are checked before any is taken.
         for group, rho in [(group, self._radius_of_new(group)) for group in new]:
             given = group.get("rho", self._rho)
             radius = _Radius(None if is_number(given) else given, rho)
             self._radii.update(dict.fromkeys(group["params"], radius))
+            self._groups.append((group, radius))
             group["rho"] = rho
         if not self._perturbs():  # no radius of its own, and none to leave to others
             for group in self.param_groups:
@@ -200,5 +207,5 @@ class OverBase(Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "steps_done", "_rho", "_radii", "_built", "_initial")
+        names = ("base", "steps_done", "_rho", "_radii", "_groups", "_built", "_initial")
         return {"defaults": self.defaults, **{name: getattr(self, name) for name in names}}

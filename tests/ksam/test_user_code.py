@@ -147,6 +147,23 @@ def test_a_method_that_climbs_nothing_leaves_no_radius_to_others(backend: str) -
         assert not torch.equal(seen[1], seen[2])
 
 
+def test_a_schedule_stays_with_a_group_whose_parameters_are_replaced(backend: str) -> None:
+    """As where a trainer shards a model that an optimizer has been built for."""
+    model = network()
+    optimizer = KSAM(model.parameters(), SGD, rho=lambda step: 0.01 * (step + 1), **MOMENTUM)
+    radii = []
+    for step in range(4):
+        if step == 2:
+            optimizer.param_groups[0]["params"] = [
+                nn.Parameter(p.detach().clone()) for p in model.parameters()
+            ]
+            new = optimizer.param_groups[0]["params"]
+            model[0].weight, model[0].bias, model[2].weight, model[2].bias = new
+        optimizer.step(loss_of(model), batch(step))
+        radii.append(optimizer.param_groups[0]["rho"])
+    assert radii == pytest.approx([0.01, 0.02, 0.03, 0.04])
+
+
 def test_batchnorm_is_copied_in_lists_of_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others torch copies one by one on a GPU."""
     model = nn.Sequential(*(nn.BatchNorm1d(8) for _ in range(5)), nn.BatchNorm1d(8).double())
