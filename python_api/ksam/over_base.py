@@ -56,7 +56,7 @@ class OverBase(Optimizer):
         # By each parameter of a group: loads put other dicts in the place of groups, and groups may
         # be deleted, sorted and thinned out.
         self._radii: dict[Tensor, _Radius] = {}
-        # And by the group itself, all of whose parameters may be replaced, as where they are sharded.
+        # And by the group, all of whose parameters may be replaced, as where they are sharded.
         self._groups: list[tuple[dict[str, Any], _Radius]] = []
         super().__init__(base.param_groups, dict(base.defaults))
         self._built = True
