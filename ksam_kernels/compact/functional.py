@@ -39,7 +39,7 @@ def compact_batch(batch: T, indices: Tensor) -> T:
         batch: tuples, lists, dicts and their subclasses, dataclasses, Hugging Face
             ``BatchEncoding`` or any registered pytree, nested at will, of tensors ``[B, ...]``.
             Tensors without dimensions and leaves that are no tensors, **a list of strings among
-            them**, pass through unchanged.
+            them**, pass through unchanged. Dataclasses are copied, without their constructor.
         indices: ``[k]``, int64 or int32, each in [0, B). May be empty. Tensors on another device
             than the indices are served too, at the price of copying the indices there.
 
@@ -48,8 +48,7 @@ def compact_batch(batch: T, indices: Tensor) -> T:
         Nothing is differentiated through the gather.
 
     Raises:
-        TypeError: indices of another dtype, sparse, nested or quantized tensors, a dataclass that
-            cannot be rebuilt from its fields.
+        TypeError: indices of another dtype, sparse, nested or quantized tensors.
         ValueError: indices that are not one-dimensional, tensors that disagree on dimension 0.
         IndexError: on the CPU, an index that is negative or too large (a GPU raises a device-side
             assertion instead).

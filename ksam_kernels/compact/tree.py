@@ -7,6 +7,8 @@ import dataclasses
 import reprlib
 from collections import UserDict
 from collections.abc import Callable
+from functools import cached_property
+from types import MemberDescriptorType
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return {key: map_tensors(fn, value) for key, value in list(tree.items())}
     if kind is tuple or kind is list:
         return kind([map_tensors(fn, value) for value in tree])
+    if isinstance(tree, tuple) and hasattr(kind, "_fields"):  # a namedtuple
+        return _map_tuple(fn, tree)
     if not tree_is_leaf(tree):  # its children, without descending further
         return tree_map(lambda x: map_tensors(fn, x), tree, is_leaf=lambda x: x is not tree)
     if isinstance(tree, (dict, UserDict)):  # Hugging Face's BatchEncoding for one
@@ -43,54 +47,37 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
         sequence[:] = [map_tensors(fn, value) for value in tree]
         return sequence
     if isinstance(tree, tuple) and not isinstance(tree, torch.Size):
-        rows = tuple.__new__(kind, [map_tensors(fn, value) for value in tree])
-        if hasattr(tree, "__dict__"):
-            vars(rows).update(vars(tree))
-        return rows
+        return _map_tuple(fn, tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return _map_dataclass(fn, tree)
     return tree
 
 
+def _map_tuple(fn: Callable[[Tensor], Tensor], tree: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A subclass's, whose ``__new__`` may take other arguments."""
+    rows = tuple.__new__(type(tree), [map_tensors(fn, value) for value in tree])
+    if hasattr(tree, "__dict__"):
+        vars(rows).update(vars(tree))
+    return rows
+
+
 def _map_dataclass(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    rebuilt = _rebuilt(fn, tree)
-    for name in _set_later(tree):
-        # Not setattr, which a frozen dataclass refuses.
-        object.__setattr__(rebuilt, name, map_tensors(fn, getattr(tree, name)))
-    return rebuilt
+    """A copy made without the constructor, which would make of its own results others."""
+    kind = type(tree)
+    mapped = kind.__new__(kind)
+    for name in [*_slots(tree), *getattr(tree, "__dict__", ())]:
+        if not isinstance(getattr(kind, name, None), cached_property):  # it is computed anew
+            # Not setattr, which a frozen dataclass refuses.
+            object.__setattr__(mapped, name, map_tensors(fn, getattr(tree, name)))
+    return mapped
 
 
-def _rebuilt(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """By its constructor, which computes what it derives from its fields for the new ones."""
-    fields = [f.name for f in dataclasses.fields(tree) if f.init]
-    changes = {name: map_tensors(fn, getattr(tree, name)) for name in fields}
-    try:
-        return dataclasses.replace(tree, **changes)
-    except ValueError as error:  # a value that only __init__ saw
-        kind = type(tree).__name__
-        raise TypeError(f"a {kind} cannot be rebuilt from its fields: {error}") from error
-
-
-def _set_later(tree: Any) -> list[str]:
-    """What a dataclass has and its constructor does not make: names, in a fixed order.
-
-    Told by a copy with the same tensors, so that they are the same whatever a caller makes of the
-    tensors: with other ones a constructor might make other things.
-    """
-    fields = dataclasses.fields(tree)
-    defaults = {f.name: f.default for f in fields if not f.init}
-    declared = {f.name for f in fields}
-    defaults.update({name: None for name in getattr(tree, "__dict__", {}) if name not in declared})
-    if not defaults:
-        return []
-    made = _rebuilt(lambda tensor: tensor, tree)
-
-    def is_lost(name: str, default: Any) -> bool:
-        value = getattr(made, name, None)
-        unmade = value is None or value is default
-        return unmade and getattr(tree, name, value) is not value
-
-    return [name for name, default in defaults.items() if is_lost(name, default)]
+def _slots(tree: Any) -> list[str]:
+    """The fields of a dataclass that are in slots, and filled."""
+    names = [field.name for field in dataclasses.fields(tree)]
+    kind = type(tree)
+    in_slots = [n for n in names if isinstance(getattr(kind, n, None), MemberDescriptorType)]
+    return [name for name in in_slots if hasattr(tree, name)]
 
 
 def batched_tensors(batch: Any) -> list[Tensor]:
