@@ -78,12 +78,14 @@ def _checked(choice: str, source: str) -> str:
 
 # Process-wide like torch.backends' flags, not a context variable: autograd runs the backward pass
 # of CUDA operators on threads of its own, which must see the same choice.
-_choice = _checked(os.environ.get("KSAM_BACKEND", "auto"), "KSAM_BACKEND")
+#: The choice of the environment, then of every block that some thread is in: the last one counts.
+_choices = [[_checked(os.environ.get("KSAM_BACKEND", "auto"), "KSAM_BACKEND")]]
+_changing = threading.Lock()
 
 
 def requested_backend() -> str:
     """``auto``, or the backend named by ``KSAM_BACKEND`` or :func:`use_backend`."""
-    return _choice
+    return _choices[-1][0]
 
 
 @contextmanager
@@ -102,14 +104,16 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: within a function that ``torch.compile`` compiles whole: its operators choose
             when they run, long after the block. Enter it around the call of the compiled function.
     """
-    global _choice
     if torch.compiler.is_compiling():
         raise RuntimeError(f"use_backend({name!r}) must be entered outside of a compiled function")
-    previous, _choice = _choice, _checked(name, "name")
+    own = [_checked(name, "name")]
     try:
+        with _changing:
+            _choices.append(own)
         yield
     finally:
-        _choice = previous
+        with _changing:  # blocks of several threads may overlap, and end in any order
+            _choices[:] = [entry for entry in _choices if entry is not own]
 
 
 class _OfThread(threading.local):
@@ -185,13 +189,14 @@ def resolve(operator: str, device: torch.device | None) -> tuple[str, Kernel]:
     Raises:
         BackendUnavailableError: the backend asked for by name cannot run it.
     """
-    for name in BACKENDS if _choice == "auto" else (_choice,):
+    choice = requested_backend()
+    for name in BACKENDS if choice == "auto" else (choice,):
         reason = why_not(name, operator, device)
         if reason is None:
             return name, _kernels[name][operator]
     place = "" if device is None else f" on {device.type}"
     raise BackendUnavailableError(
-        f"backend {_choice!r} was asked for by name but cannot run {operator}{place}: {reason}"
+        f"backend {choice!r} was asked for by name but cannot run {operator}{place}: {reason}"
     )
 
 

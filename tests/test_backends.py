@@ -25,7 +25,7 @@ LISTED = [(room, name) for room, names in backends.OPERATORS.items() for name in
 @pytest.fixture
 def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an installation without compiled extension and Triton, with nothing asked for."""
-    monkeypatch.setattr(backends, "_choice", "auto")
+    monkeypatch.setattr(backends, "_choices", [["auto"]])
     for name in ("native", "triton"):
         monkeypatch.setitem(backends._kernels, name, {})
 
@@ -396,3 +396,14 @@ def test_python_m_ksam_kernels_exits_with_1_for_a_backend_that_cannot_run() -> N
     assert result.returncode == 1, result.stderr
     assert all(e["runs"] is None for e in json.loads(result.stdout)["operators"]
                if e["device"] == "cpu")  # fmt: skip
+
+
+def test_blocks_of_threads_may_overlap(only_reference: None) -> None:
+    first, second = use_backend("reference"), use_backend("native")
+    first.__enter__()
+    second.__enter__()  # in another thread, say
+    assert requested_backend() == "native"
+    first.__exit__(None, None, None)
+    assert requested_backend() == "native"
+    second.__exit__(None, None, None)
+    assert requested_backend() == "auto"

@@ -79,11 +79,11 @@ KSAM_INLINE V weight_at(const A* weight, int64_t i) {
 
 // Sum of the losses of one row of at least kLanes elements.
 template <class Loss, class T, class A = Opmath<T>>
-KSAM_INLINE A wide_row(const Elementwise& args, int64_t row, A* room) {
+KSAM_INLINE double wide_row(const Elementwise& args, int64_t row, A* room) {
   using V = Lanes<T>;
   const T* input = row_of<T>(args.input, row);
   const A* weight = static_cast<const A*>(args.pos_weight);
-  A sum = 0;
+  double sum = 0;  // of the blocks of millions of elements a float would lose digits
   for_each_block(args.input.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const A* target = staged(args.target, row, begin, n, room);
     V block{};
@@ -102,8 +102,8 @@ void forward_wide(const Elementwise& args, int64_t begin, int64_t end) {
   using A = Opmath<T>;
   alignas(64) A room[kBlockRoom];
   for (int64_t row = begin; row < end; ++row) {
-    const A sum = wide_row<Loss, T>(args, row, room);
-    args.losses[row] = static_cast<float>(sum / static_cast<A>(args.input.columns));
+    const double sum = wide_row<Loss, T>(args, row, room);
+    args.losses[row] = static_cast<float>(sum / static_cast<double>(args.input.columns));
   }
 }
 

@@ -63,7 +63,7 @@ def _map_tuple(fn: Callable[[Tensor], Tensor], tree: tuple[Any, ...]) -> tuple[A
 
 def _map_dataclass(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """A copy made without the constructor, which would make of its own results others."""
-    kind = type(tree)
+    kind: Any = type(tree)
     mapped = kind.__new__(kind)
     for name in [*_slots(tree), *getattr(tree, "__dict__", ())]:
         if not isinstance(getattr(kind, name, None), cached_property):  # it is computed anew

@@ -59,7 +59,12 @@ def in_memory_order(samples: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     the backward pass need not make it again. All as they are where the first would need one."""
     if samples.is_contiguous():
         return samples, *(x.contiguous() for x in others)
-    order = 0, *sorted(range(1, samples.dim()), key=samples.stride, reverse=True)
+    order = [0]
+    for dim in range(1, samples.dim()):  # torch.compile cannot sort by sizes that it leaves open
+        place = len(order)
+        while place > 1 and samples.stride(order[place - 1]) < samples.stride(dim):
+            place -= 1
+        order.insert(place, dim)
     if not samples.permute(order).is_contiguous():
         return samples, *others
     return tuple(x.permute(order).contiguous() for x in (samples, *others))

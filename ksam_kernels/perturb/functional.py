@@ -64,13 +64,16 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     Raises:
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, a negative eta.
+        NotImplementedError: under transforms of ``torch.func``: the norm is not differentiable.
     """
     check_range("eta", eta, 0.0)
-    adaptive = params is not None
+    eta, adaptive = plain_number(eta), params is not None
     grads, params = list(grads), list(params or ())
     quick = native.try_grad_norm(grads, params, adaptive, eta)
     if quick is not None:
         return quick
+    if library.is_transformed():
+        raise NotImplementedError("grad_norm has no derivatives, and no rules for torch.func")
     has_gradient = torch.is_grad_enabled() and any(map(library.wants_grad, grads))
     plain = not has_gradient and native.fits(grads, *([params] if adaptive else []), written=0)
     if not plain:
@@ -98,7 +101,7 @@ def perturb_(
     on the device. Floor of bytes moved (float32, N elements): norm 4N (adaptive 8N) + 16N.
 
     Args:
-        params: the weights w, written in place. Must not overlap in memory.
+        params: the weights w, written in place. No two tensors of a call may overlap in memory.
         grads: g, of the shapes of the parameters; dtypes and strides may differ.
         backup: receives w, always; of the dtypes and shapes of the parameters.
         rho: radius, one for all or one per tensor; a negative one goes down. Tensors with radius 0
@@ -115,9 +118,11 @@ def perturb_(
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, a non-finite rho, a negative or non-finite
             eta.
-            If anything raises, the weights are what they were.
+            If anything raises, the weights are what they were. (What a signal's handler raises,
+            KeyboardInterrupt for one, may come after the call's work: they have moved then.)
     """
     check_range("eta", eta, 0.0)
+    eta = plain_number(eta)
     params, grads, backup = list(params), list(grads), list(backup)
     given: float | list[float] = rho if is_number(rho) else listed("rho", rho)
     quick = native.try_perturb_(params, grads, backup, given, adaptive, eta)

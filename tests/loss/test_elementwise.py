@@ -16,6 +16,7 @@ from ksam_kernels import mse
 from tests.device import DEVICE
 from tests.helpers import (
     FLOATS,
+    U32,
     all_same_bits,
     arithmetic_unit,
     assert_within,
@@ -336,3 +337,27 @@ def test_a_pos_weight_it_cannot_serve_raises(
 ) -> None:
     with pytest.raises(error, match=message):
         bce(X, T, pos_weight=pos_weight)
+
+
+@pytest.mark.parametrize("loss", [bce, mse], ids=["bce", "mse"])
+def test_memory_formats_of_open_sizes_compile_whole(
+    backend: str, loss: Callable[..., Tensor]
+) -> None:
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (5, 6, 7):
+        x = torch.randn(3, 4, size, size + 1).to(memory_format=torch.channels_last)
+        t = torch.rand(3, 4, size, size + 1)
+        assert same_bits(compiled(x, t), loss(x, t))
+
+
+def test_long_samples_keep_their_digits(backend: str) -> None:
+    """As a million voxels, all near one another: roundings of one running sum would add up to 300
+    and 1,000 units. Native adds up to 128 terms in a lane, and 16 lanes; torch fewer in a row."""
+    if backend in ("simt", "triton-interpreter"):
+        pytest.skip("its threads are simulated: it would take minutes")
+    x = torch.full((1, 1 << 22), 0.1)
+    exact = x[:, 0].double().square()
+    assert_within(mse(x, torch.zeros_like(x)), exact, 144 * U32 * exact)
+    zeros = torch.zeros(1, 1 << 24)
+    exact = torch.full((1,), math.log(2), dtype=torch.float64)
+    assert_within(bce(zeros, zeros), exact, 144 * U32 * exact)

@@ -172,3 +172,17 @@ def test_what_it_cannot_serve_raises_with_the_argument_and_the_value(backend: st
     ):
         with pytest.raises(error, match=message):
             grad_norm(*args)
+
+
+def test_transforms_raise_where_a_tangent_would_be_zero_in_silence(backend: str) -> None:
+    def norm(x: Tensor) -> Tensor:
+        return grad_norm([x])
+
+    x = torch.ones(2, 3)
+    refused = "grad_norm has no derivatives"
+    with pytest.raises(NotImplementedError, match=refused):
+        torch.func.jvp(norm, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=refused):
+        torch.func.grad(norm)(x)
+    with pytest.raises(NotImplementedError, match=refused):
+        torch.func.vmap(norm)(x)

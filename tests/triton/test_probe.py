@@ -45,7 +45,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     fresh = lru_cache(triton_support._cannot_compile_for.__wrapped__)
     monkeypatch.setattr(triton_support, "_cannot_compile_for", fresh)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
-    monkeypatch.setattr(backends, "_choice", "auto")
+    monkeypatch.setattr(backends, "_choices", [["auto"]])
     monkeypatch.setitem(backends._kernels, "native", {})
     return lambda made: monkeypatch.setattr(driver, "_active", made)
 
