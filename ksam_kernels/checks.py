@@ -24,8 +24,11 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
+    """A dense one: sparse, nested and the like are no rows of numbers in memory."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

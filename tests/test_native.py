@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ksam_kernels as kk
 from ksam_kernels import library, native
+from ksam_kernels.topk import native as topk_native
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
 
@@ -116,3 +117,18 @@ def test_weights_of_inference_mode_are_perturbed_and_restored() -> None:
         assert all_same_bits(backup, before)
         kk.restore_(params, backup)
         assert all_same_bits(params, before)
+
+
+def test_more_losses_than_the_kernels_count_are_left_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses, seen = torch.zeros(1, device=DEVICE).expand(2**32), []
+
+    def noted(losses: Tensor, k: int) -> Tensor:
+        seen.append(losses.shape)
+        return torch.arange(k, device=losses.device)
+
+    monkeypatch.setattr(topk_native.reference, "topk_indices", noted)
+    with kk.use_backend("native"):
+        assert kk.topk_indices(losses, 3).tolist() == [0, 1, 2]
+    assert seen == [losses.shape]

@@ -16,8 +16,6 @@ from ksam_kernels.checks import FLOATING, check_dtype, check_finite
 def check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> None:
     for i, tensor in enumerate(tensors):
         check_dtype(f"{name}[{i}]", tensor, FLOATING)
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name}[{i}] must be a dense tensor, got layout {tensor.layout}")
         if tensor.device.type != tensors[0].device.type:
             raise ValueError(
                 f"{name}[{i}] must be on {tensors[0].device.type} as {name}[0] is, "

@@ -278,7 +278,8 @@ def restore_adam_(
     Args:
         params, backup, grads, grad_scale, found_inf: as in :func:`restore_sgd_`.
         exp_avgs, exp_avg_sqs: m and v, one each per parameter.
-        steps: one-element float32 tensors counting the updates done; t is one more.
+        steps: one-element float32 tensors, one each per parameter, that count the updates done; t
+            is one more.
         lr, betas, eps, weight_decay, maximize: those of ``torch.optim.Adam``; lr as there.
         decoupled_weight_decay: AdamW's weight decay.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ksam_kernels.backends import implements
 from ksam_kernels.native import DEVICES, direct, extension, run
+from ksam_kernels.topk import reference
 
 
 def try_topk_indices(losses: Tensor, k: int) -> Tensor | None:
@@ -25,6 +26,8 @@ def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
         k: int,
     ) -> Tensor:
         """Indices [k] int64, ascending, of the k largest losses."""
+        if losses.numel() >= 2**32:  # the kernels count in 32 bits
+            return reference.topk_indices(losses, k)
         indices: Tensor = run(kernels, "topk_indices", losses.contiguous(), k)
         return indices
 

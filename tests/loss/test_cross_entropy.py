@@ -254,6 +254,7 @@ REFUSED = {
         *(X, Y, {"weight": torch.ones(4)}, ValueError),
         r"weight must have .*\(5,\), got shape \(4,\)",
     ),
+    "logits sparse": (X.to_sparse(), Y, {}, TypeError, "logits must be a dense tensor.*sparse_coo"),
     "weight int": (X, Y, {"weight": torch.ones(5).int()}, TypeError, "weight must be float32"),
     "weight grad": (X, Y, {"weight": requires_grad(5)}, ValueError, "weight requires grad"),
     "smoothing < 0": (
