@@ -15,7 +15,10 @@ COMMANDS = {
     "study": ("benchmarks.train.study", "methods x seeds in parallel processes, resumable"),
     "kernels": ("benchmarks.kernels.cli", "time every operation against plain PyTorch"),
     "memory": ("benchmarks.memory", "what steps of SGD, SAM and K-SAM keep for backward passes"),
-    "gpu": ("benchmarks.gpu.cli", "all checks and measurements that need a GPU, in nine minutes"),
+    "gpu": (
+        "benchmarks.gpu.cli",
+        "all that needs a GPU, checks and measurements, nine minutes a run",
+    ),
 }
 
 

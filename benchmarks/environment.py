@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import ksam_kernels
 from benchmarks.errors import UsageError
 
 
@@ -76,9 +78,23 @@ def package_version(name: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """The commit of the clone that this is, with "-dirty" where files differ; None of no clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """The machine and the software, as JSON files hold them."""
     return {
+        "commit": commit(),
+        "backend": ksam_kernels.requested_backend(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

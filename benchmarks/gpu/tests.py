@@ -37,6 +37,7 @@ SHARES: dict[str, tuple[tuple[str, ...], int]] = {
     "loss": (("tests/loss",), 3),
     "ksam": (("tests/ksam", "tests/topk"), 2),
     "compact": (("tests/test_device_assertions.py", "tests/compact"), 3),
+    "others": (("tests/test_native.py", "tests/test_negative.py", "tests/test_docs.py"), 1),
 }
 _DRY_SHARES = {"topk": (("tests/topk/test_topk.py", "-k", "no_losses"), 1)}
 

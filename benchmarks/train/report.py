@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+import ksam_kernels
+from benchmarks.environment import commit
 from benchmarks.results_file import ResultsFile
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.loop import EpochResult
@@ -65,6 +67,8 @@ def write_summary(
     """Write the table's figures with the settings behind them as JSON."""
     content: dict[str, Any] = {
         "settings": dataclasses.asdict(config),
+        "commit": commit(),
+        "backend": ksam_kernels.requested_backend(),
         "torch": torch.__version__,
         "device": device,
         "methods": [dataclasses.asdict(summary) for summary in summaries],

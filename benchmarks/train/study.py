@@ -34,7 +34,7 @@ from benchmarks.train.summary import summarize
 
 _POLL_SECONDS = 1.0
 # What another call may change and go on with the same file.
-_FREE = ("methods", "seeds", "out", "timing_rounds", "diagnostics")
+_FREE = ("methods", "seeds", "out", "data_root", "timing_rounds", "diagnostics")
 
 Task = tuple[str, int]  # method, seed
 

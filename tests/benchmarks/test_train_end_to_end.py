@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import statistics
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.environment import commit
 from benchmarks.train.report import COLUMNS
-from tests.helpers import read_rows
+from ksam_kernels import requested_backend
+from tests.helpers import ROOT, read_rows
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -47,6 +50,7 @@ def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
         float(row["test_accuracy"]) for row in rows[1::2]
     ]
     assert summary["settings"]["rho"] == 0.1
+    assert (summary["commit"], summary["backend"]) == (commit(), requested_backend())
     assert summary["methods"][2]["cost"]["rounds"] == 2
     assert png_size(out / "accuracy.png") == (1050, 675)
     for name in ("results.csv", "summary.json", "accuracy.png"):
@@ -55,6 +59,15 @@ def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
         accuracy = f"{100 * float(row['test_accuracy']):.2f}"
         assert f"{row['method']} seed 0 epoch 2/2 accuracy {accuracy} %" in result.out
     assert "±" not in result.out
+
+
+def test_results_name_the_commit_they_are_of() -> None:
+    if not (ROOT / ".git").exists():
+        assert commit() is None
+        return
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert commit() in (head.strip(), f"{head.strip()}-dirty")
 
 
 def test_seeds_are_averaged(cli: Callable[..., Any], tmp_path: Path) -> None:
