@@ -79,9 +79,12 @@ def _sam_step(step: SamStep) -> Run:
 _OPERATIONS: dict[str, tuple[Callable[[SamStep], Run], tuple[str, ...]]] = {
     "grad_norm": (_norm, ("davda54", "foreach")),
     "perturb_": (_perturb, ("davda54", "foreach", "swap+fused")),
-    "restore_sgd_": (_update, ("davda54", "foreach", "swap+fused")),
-    "restore_adam_": (_update, ("davda54", "foreach", "swap+fused")),
-    "SAM step": (_sam_step, ("davda54", "foreach", "swap+fused", "pytorch-optimizer")),
+    "restore_sgd_": (_update, ("davda54", "foreach", "copy+fused", "swap+fused")),
+    "restore_adam_": (_update, ("davda54", "foreach", "copy+fused", "swap+fused")),
+    "SAM step": (
+        _sam_step,
+        ("davda54", "foreach", "copy+fused", "swap+fused", "pytorch-optimizer"),
+    ),
 }
 
 
@@ -102,8 +105,10 @@ def case(
     # On the CPU torch's fused SGD leaves most weights of bfloat16 and float16 as they are, up to
     # torch 2.13 at least (pytorch/pytorch issue 191763).
     broken = device.type == "cpu" and dtype == torch.bfloat16 and base == "SGD"
-    if adaptive or broken:  # the swap has no weighting in its single pass
-        names = tuple(name for name in names if name != "swap+fused")
+    left_out = {"copy+fused", "swap+fused"} if broken else set()
+    if adaptive:  # the swap has no weighting in its single pass
+        left_out.add("swap+fused")
+    names = tuple(name for name in names if name not in left_out)
 
     tolerance = _NORM_TOLERANCE if operation == "grad_norm" else _TOLERANCE
     if dtype == torch.bfloat16:

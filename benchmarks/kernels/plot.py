@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from benchmarks.kernels.case import KSAM
 from benchmarks.kernels.measure import Row
 
 # Okabe and Ito's colors, told apart with any color vision; the markers serve black and white.
-_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 
 _INCHES_PER_CASE = 0.21
 
@@ -47,7 +48,7 @@ def _draw_room(axes: Any, name: str, rows: Sequence[Row]) -> None:
     labels = _labels(rows)
     places = {label: place for place, label in enumerate(labels)}
     contestants = [c for c in _names(rows, "contestant") if c != KSAM]
-    for contestant, (color, marker) in zip(contestants, _STYLES, strict=False):
+    for contestant, (color, marker) in zip(contestants, cycle(_STYLES), strict=False):
         own = [row for row in rows if row.contestant == contestant and row.ratio is not None]
         axes.scatter(
             [row.ratio for row in own],

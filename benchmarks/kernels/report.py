@@ -14,6 +14,7 @@ from benchmarks.environment import device_name
 from benchmarks.kernels.case import KSAM, Case
 from benchmarks.kernels.measure import Row
 from benchmarks.results_file import ResultsFile
+from benchmarks.timing import Quartiles
 
 COLUMNS = (
     "room", "operation", "shape", "dtype", "extra", "contestant", "backend", "threads",
@@ -30,6 +31,11 @@ _MANY_PREEMPTIONS = 100.0  # per second; quiet machines stay below 50
 def is_disturbed(row: Row) -> bool:
     """Whether other processes kept taking the CPU while the row's case was measured."""
     return (row.preemptions_per_s or 0.0) > _MANY_PREEMPTIONS
+
+
+def is_spread(times: Quartiles) -> bool:
+    """Whether the quartiles are so far apart that the median is no one's time."""
+    return times.q75 > 1.5 * times.q25
 
 
 class KernelResults(ResultsFile):
@@ -78,7 +84,7 @@ class Table:
         self._notes: dict[str, int] = {}
         descriptions = [("operation", "shape", "dtype"), *map(_describe, cases)]
         self._widths = [max(map(len, column)) for column in zip(*descriptions, strict=True)]
-        self._widths += [9, 10, 5, *(max(len(name), 7) for name in self._others)]
+        self._widths += [9, 10, 5, *(max(len(name), 8) for name in self._others)]
 
     def header(self) -> str:
         """Return the two lines above the rows."""
@@ -109,7 +115,9 @@ class Table:
     def _cell(self, row: Row | None) -> str:
         if row is None:
             return ""
-        return self._reference(row.note) if row.ratio is None else format_ratio(row.ratio)
+        if row.ratio is None or row.microseconds is None:
+            return self._reference(row.note)
+        return format_ratio(row.ratio) + ("~" if is_spread(row.microseconds) else " ")
 
     def _reference(self, note: str) -> str:
         return f"- [{self._notes.setdefault(note, len(self._notes) + 1)}]"
