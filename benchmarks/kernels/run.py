@@ -85,7 +85,7 @@ def _describe(settings: Settings, device: torch.device, bandwidth: float) -> str
         f"ksam: median time of a call; copy: the bytes it must move at least over that time, as a\n"
         f"share of the bandwidth of a copy, {_gigabytes(bandwidth)} (caches can exceed it).\n"
         "Other columns: times in multiples of ksam's, * where ksam is the slower one.\n"
-        "~: other processes kept taking the CPU, which can make a row meaningless; beside a ratio:\n"
+        "~: other processes kept taking the CPU, which can make a row meaningless; by a ratio:\n"
         "the quartiles of its time are more than 1.5 apart."
     )
 
