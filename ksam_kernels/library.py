@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch._C._functorch import (
+    CInterpreter,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    peek_interpreter_stack,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -115,7 +120,9 @@ def is_eager() -> bool:
 def is_transformed() -> bool:
     """A transform of ``torch.func`` or forward-mode differentiation is active. PyTorch would loop
     over custom operators, refuse them, or take their tangent for zero without a word."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    # Not _are_functorch_transforms_active(): torch.compile notes that in its graphs, and keeps no
+    # program that has it for the next process.
+    return isinstance(peek_interpreter_stack(), CInterpreter) or forward_ad._current_level >= 0
 
 
 def _resolved(arg: Any) -> Any:
