@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # as signal, without its enumerations: ten times as fast
+# What `signal` is made of: without its enumerations, ten times as fast.
+import _signal  # type: ignore[import-not-found]
 import signal
 import threading
 from collections.abc import Callable, Iterator
