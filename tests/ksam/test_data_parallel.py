@@ -118,6 +118,20 @@ def _train_with_unused(rank: int, views: bool) -> dict[str, Any]:
     return {"weights": weights(net)}
 
 
+def _train_in_three_calls(rank: int, views: bool) -> dict[str, Any]:
+    """Two of them within no_sync(), where DistributedDataParallel looks for unused parameters."""
+    net = network()
+    model = DistributedDataParallel(net, find_unused_parameters=True, gradient_as_bucket_view=views)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, model=model, rho=RHO, **OPTIONS)
+    for step in range(5):
+        optimizer.zero_grad()
+        for call in range(3 * step, 3 * step + 3):
+            with model.no_sync() if call < 3 * step + 2 else nullcontext():
+                optimizer.backward(loss_of(model), batch(RANKS * call + rank), weight=1 / 3)
+        optimizer.step()
+    return {"weights": weights(net)}
+
+
 def _train_all(rank: int, folder: Path) -> None:
     """A process: what its runs end with goes to a file."""
     static = DistributedDataParallel(network(), static_graph=True)
@@ -126,7 +140,8 @@ def _train_all(rank: int, folder: Path) -> None:
     runs = [(name, views) for name in STEPS for views in (False, True)]
     found = {run: _train(rank, *run) for run in runs}
     unused = {("unused", views): _train_with_unused(rank, views) for views in (False, True)}
-    torch.save({**found, **unused}, folder / f"{rank}.pt")
+    three = {("three", views): _train_in_three_calls(rank, views) for views in (False, True)}
+    torch.save({**found, **unused, **three}, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +223,23 @@ def test_parameters_that_some_passes_do_not_use_stay_alike(found: list[Found]) -
     runs = [of_rank["unused", views]["weights"] for of_rank in found for views in (False, True)]
     assert all(all_same_bits(run, runs[0]) for run in runs)
     assert not any(weight.eq(0).all() for weight in runs[0])
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_calls_within_no_sync_climb_along_a_rank_s_own_gradient(
+    found: list[Found], views: bool
+) -> None:
+    """The second of them too, to which there is a gradient already."""
+    first, second = (of_rank["three", views] for of_rank in found)
+    assert all_same_bits(first["weights"], second["weights"])
+    _check_weights(
+        first["weights"],
+        [
+            lambda model, step: _plain_gradient(model, 3 * step, alone=True),
+            lambda model, step: _plain_gradient(model, 3 * step + 1, alone=True),
+            lambda model, step: _plain_gradient(model, 3 * step + 2),
+        ],
+    )
 
 
 def _check_weights(
