@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ksam
 from ksam import KSAM, AutoKSAM, SharpnessAware
+from ksam.distributed import mean_over_ranks
 from tests import ranks
 from tests.helpers import all_same_bits
 from tests.ksam.models import Batch, batch, loss_of, network
@@ -295,7 +296,29 @@ def test_steps_by_parts_of_weights_are_those_of_whole_weights(tmp_path: Path) ->
     ranks.run(check_all, 2, tmp_path)
 
 
+def check_decisions(rank: int) -> None:
+    """By the mean over all four ranks, not over those with the same or with the other half: these
+    would call the model in other numbers than the rest, and wait for them for ever."""
+    model = sharded(network(dtype=torch.float64))
+    of_ranks = mean_over_ranks(torch.tensor(float(rank)), model, list(model.parameters()))
+    assert float(of_ranks) == 1.5  # before any waits
+    optimizer = AutoKSAM(
+        model.parameters(), SGD, lr=0.1, momentum=0.9, k=8, model=model, every=1, threshold=0.78,
+        budget=None,
+    )  # fmt: skip
+    plan = ((0, 2), (0, 1), (0, 1, 2), (1, 3), (0, 1, 2, 3), ())
+    sharp = []
+    for step, high in enumerate(plan):
+        weight = torch.ones(24)
+        if rank in high:  # 8 samples have all of the loss; else 0.3 to 0.5 of it
+            weight[8:] = 0
+        data = {**data_of(rank, step), "weight": weight}
+        sharp.append(optimizer.step(lambda b: losses(model)(b) * b["weight"], data).sharp)
+    assert sharp == [False, *(len(high) > 2 for high in plan[:-1])]
+
+
 def check_hybrid(rank: int) -> None:
+    check_decisions(rank)
     for name in ("KSAM", "ASAM", "MSAM", "AutoKSAM", "AdamW"):
         check_steps(rank, MAKERS[name])
 
