@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -97,11 +98,13 @@ def test_both_gradients_may_be_of_one_random_subset(backend: str) -> None:
     assert len(result.losses) == len(result.indices) == 6
 
 
-def test_samples_drawn_with_replacement_are_in_order(backend: str) -> None:
-    model = network()
-    optimizer = ImportanceKSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=12)
-    for step in range(3):
-        indices = optimizer.step(loss_of(model), batch(step)).indices.tolist()
+@pytest.mark.parametrize("name", NAMES)
+def test_selected_samples_are_in_order(backend: str, name: str) -> None:
+    """Also those that are drawn: with replacement, or beside the highest losses."""
+    model = network(dtype=torch.float64)
+    optimizer = build(name, model)
+    for step in range(5):
+        indices = optimizer.step(losses(model), data_of(step)).indices.tolist()
         assert indices == sorted(indices)
 
 
@@ -125,11 +128,17 @@ def test_no_weight_exceeds_one_over_uniform(backend: str) -> None:
 
 
 def test_importance_without_any_gradient_moves_nothing(backend: str) -> None:
+    """All samples are then drawn alike, each within four standard deviations as often."""
     model = network()
     before = weights(model)
     optimizer = ImportanceKSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8)
-    optimizer.step(lambda b: 0.0 * model(b["x"]).square().sum(1), batch())
+    counts = torch.zeros(24)
+    for _ in range(100):
+        result = optimizer.step(lambda b: 0.0 * model(b["x"]).square().sum(1), batch())
+        counts += torch.bincount(result.indices, minlength=24)
     assert all_same_bits(weights(model), before)
+    p, n = 1 / 24, 800
+    assert float((counts - n * p).abs().max()) < 4 * math.sqrt(n * p * (1 - p))
 
 
 def test_seeds_draw_other_samples_in_every_step(backend: str) -> None:
