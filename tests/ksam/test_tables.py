@@ -57,6 +57,27 @@ def test_ausam_draws_by_recorded_change(backend: str) -> None:
         assert torch.corrcoef(torch.stack([score[half], count[half]]))[0, 1] > 0.7
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_ausam_draws_with_its_probabilities(size: int) -> None:
+    """Without replacement: the second sample as if the first were not in the batch."""
+    table = SharpnessSample(size, SIZE, "index", low=0.02, high=1.0, ramp=1)
+    table.column("total").copy_(torch.arange(SIZE) % 5)
+    table.column("count").fill_(1)
+    passes: Any = types.SimpleNamespace(
+        batch=data_of(0), samples=24, step=2, random=lambda: torch.rand(24), select=lambda i: i
+    )
+    n = 5000
+    counts = torch.zeros(24)
+    for _ in range(n):
+        counts[table.choose(passes)] += 1
+    p = table.probabilities(passes)
+    assert float(p.max() / p.min()) == pytest.approx(50)
+    if size == 2:
+        other_first = p / (1 - p)
+        p = p + p * (other_first.sum() - other_first)
+    assert ((counts - n * p).abs() < 4 * (n * p * (1 - p)).sqrt()).all()
+
+
 def test_ausams_epochs_end_with_a_smaller_batch() -> None:
     """48 samples in batches of 20, 20 and 8: three steps are an epoch."""
     optimizer = build("AUSAM", network(dtype=torch.float64), alpha=0.5)
