@@ -62,7 +62,7 @@ def test_options_of_adam_mean_what_they_do_in_adam(backend: str, options: dict[s
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("option", ["foreach", "fused"])
+@pytest.mark.parametrize("option", ["foreach", "fused", "differentiable"])
 def test_an_implementation_that_was_asked_for_is_used(option: str) -> None:
     base = torch.optim.SGD(network().parameters(), lr=0.1)
     assert can_fuse(base)
