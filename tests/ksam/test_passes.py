@@ -94,6 +94,20 @@ def test_no_perturbed_weights_are_left_in_autocast(backend: str, failing: int | 
         assert torch.equal(loss_of(model)(batch()), expected)
 
 
+def test_no_weights_are_left_in_autocast_from_before_the_second_call(backend: str) -> None:
+    """Those that a pass between backward() and step() has cast."""
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.5)
+    with autocast():
+        optimizer.backward(loss_of(model), batch())
+        before = loss_of(model)(batch())
+        optimizer.step()
+        found = loss_of(model)(batch())
+    with autocast():
+        assert torch.equal(found, loss_of(model)(batch()))
+    assert not torch.equal(found, before)
+
+
 def test_diagnostics_in_autocast_see_the_weights_as_they_are(backend: str) -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.5)
