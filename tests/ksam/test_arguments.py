@@ -1,7 +1,8 @@
-"""What an optimizer cannot be built of is refused, by name and value."""
+"""What an optimizer cannot be built of is refused, by name and value; what its defaults are."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,18 +10,26 @@ import pytest
 import torch
 from torch import nn
 
+import ksam
 from ksam import (
+    ASAM,
+    AUSAM,
     ESAM,
     KSAM,
     MSAM,
+    SAM,
     AutoKSAM,
+    Diagnostics,
     From,
     ImportanceKSAM,
     Momentum,
     OrderedSGD,
+    RandomSubsetSAM,
     Representative,
     SharpnessAware,
+    StaleKSAM,
 )
+from ksam.geometry import Geometry, NamedAdaptive, StochasticWeights, named_weight
 from ksam.samplers import All, Importance, LossIncrease, Ordered, Random, TopK
 from ksam.tables import SharpnessSample, StaleTopK
 from tests.helpers import all_same_bits
@@ -232,7 +241,7 @@ def test_frozen_weights_are_not_perturbed(backend: str) -> None:
     assert not all_same_bits(seen[0][1:], seen[1][1:])
 
 
-def test_defaults_are_those_of_the_documentation() -> None:
+def test_defaults_reach_the_parts() -> None:
     params = [*network().parameters()]
     auto = AutoKSAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)
     assert isinstance(auto.when, Representative)
@@ -241,3 +250,69 @@ def test_defaults_are_those_of_the_documentation() -> None:
     assert KSAM(params, torch.optim.SGD, lr=0.1).k == 1 / 3
     assert ESAM(params, torch.optim.SGD, lr=0.1).selected(24) == 12
     assert OrderedSGD(params, torch.optim.SGD, lr=0.1).selected(24) == 24
+
+
+#: As documented, of functions and constructors.
+DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
+    KSAM: {"rho": 0.05, "k": 1 / 3, "adaptive": False, "eta": 0.0, "random": 0.0},
+    AutoKSAM: {"momentum_rho": "auto", "threshold": 0.9, "every": 10, "budget": 1.0},
+    ImportanceKSAM: {"k": 1 / 3, "uniform": 0.1},
+    SAM: {},
+    ASAM: {"rho": 0.5, "eta": 0.01, "scaled": named_weight},
+    ESAM: {"beta": 0.5, "gamma": 0.5, "adaptive": False, "eta": 0.0},
+    RandomSubsetSAM: {"share": 0.25},
+    OrderedSGD: {"q": None},
+    MSAM: {"rho": "auto", "adaptive": False, "eta": 0.0},
+    StaleKSAM: {"k": 0.5, "refresh": 10},
+    AUSAM: {"alpha": 0.5, "rho": 0.1, "low": 0.1, "high": 0.5, "ramp": 30},
+    SharpnessAware: {
+        **dict.fromkeys(("descent", "geometry", "model", "when", "otherwise", "grad_scaler")),
+        "rho": 0.05,
+        "scale": "mean",
+        "statistics": "subset",
+        "micro_batch_size": None,
+        "seed": 0,
+    },
+    SharpnessAware.backward: {"weight": 1.0},
+    TopK: {"random": 0.0},
+    Importance: {"uniform": 0.1},
+    StaleTopK: {"refresh": 10},
+    SharpnessSample: {"low": 0.1, "high": 0.5, "ramp": 30},
+    Geometry: {"adaptive": False, "eta": 0.0},
+    NamedAdaptive: {"eta": 0.01, "scaled": named_weight},
+    StochasticWeights: {"beta": 0.5, "adaptive": False, "eta": 0.0},
+    Momentum: {"rho": None},
+    Representative: {"threshold": 0.9, "every": 10, "budget": 1.0},
+    Diagnostics: {
+        "writers": (),
+        "every": 100,
+        "measure_alignment": True,
+        "size": None,
+        "index": "index",
+    },
+    ksam.sharpness: {"rho": 0.05, "directions": 5, "seed": 0},
+}
+
+
+@pytest.mark.parametrize("function", DEFAULTS, ids=lambda function: function.__qualname__)
+def test_defaults_are_those_of_the_documentation(function: Callable[..., Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    found = {p.name: p.default for p in parameters if p.default is not p.empty}
+    assert found == DEFAULTS[function]
+
+
+def test_arguments_reach_the_parts() -> None:
+    def built(method: type[Any], **arguments: Any) -> Any:
+        return method(network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **arguments)
+
+    def check(part: Any, **expected: Any) -> None:
+        assert {name: getattr(part, name) for name in expected} == expected
+
+    policy = {"threshold": 0.4, "every": 7, "budget": 1.5}
+    check(built(AutoKSAM, **policy).when, **policy)
+    assert built(AutoKSAM, budget=None).when.budget is None
+    check(built(ImportanceKSAM, uniform=0.3).ascent, uniform=0.3)
+    table: dict[str, Any] = {"size": 24, "index": "index"}
+    check(built(StaleKSAM, refresh=4, **table).ascent, refresh=4, entries=24, index="index")
+    scores = {"low": 0.2, "high": 0.3, "ramp": 5}
+    check(built(AUSAM, **scores, **table).ascent, **scores, entries=24, index="index")
