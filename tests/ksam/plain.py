@@ -55,6 +55,27 @@ def euclidean(direction: list[Tensor], rho: float) -> list[Tensor]:
     return [rho * g / norm if norm > 0 else torch.zeros_like(g) for g in direction]
 
 
+def adaptive(
+    model: nn.Module, direction: list[Tensor], rho: float, eta: float, scaled: list[bool]
+) -> list[Tensor]:
+    """ASAM's, of a direction that is not 0: T = |w| + eta where it is scaled, else 1."""
+    ts = [
+        p.detach().abs() + eta if is_scaled else torch.ones_like(p)
+        for p, is_scaled in zip(model.parameters(), scaled, strict=True)
+    ]
+    norm = norm_of([t * g for t, g in zip(ts, direction, strict=True)])
+    return [rho * t * t * g / norm for t, g in zip(ts, direction, strict=True)]
+
+
+def of_all(
+    model: nn.Module, direction: list[Tensor], rho: float, eta: float | None
+) -> list[Tensor]:
+    """Along a direction: adaptive in all weights, or with no eta not at all."""
+    if eta is None or norm_of(direction) == 0:
+        return euclidean(direction, rho)
+    return adaptive(model, direction, rho, eta, [True] * len(direction))
+
+
 def leave(model: nn.Module, grads: list[Tensor]) -> None:
     for p, g in zip(model.parameters(), grads, strict=True):
         p.grad = g.clone()
@@ -67,18 +88,18 @@ def sam(model: nn.Module, ascent: Batch, descent: Batch, rho: float) -> None:
 
 
 def asam(model: nn.Module, data: Batch, rho: float, eta: float, scaled: list[bool]) -> None:
-    params, grads = list(model.parameters()), gradient(model, data)
-    ts = [
-        p.detach().abs() + eta if is_scaled else torch.ones_like(p)
-        for p, is_scaled in zip(params, scaled, strict=True)
-    ]
-    norm = norm_of([t * g for t, g in zip(ts, grads, strict=True)])
-    shifts = [rho * t * t * g / norm for t, g in zip(ts, grads, strict=True)]
+    shifts = adaptive(model, gradient(model, data), rho, eta, scaled)
     leave(model, moved_by(model, shifts, lambda: gradient(model, data)))
 
 
 def esam(
-    model: nn.Module, data: Batch, rho: float, beta: float, gamma: int, drawn: list[bool]
+    model: nn.Module,
+    data: Batch,
+    rho: float,
+    beta: float,
+    gamma: int,
+    drawn: list[bool],
+    eta: float | None = None,
 ) -> None:
     before = losses_of(model, data).detach()
     grads = gradient(model, data)
@@ -91,7 +112,7 @@ def esam(
             increase = losses_of(model, data) - before
         return gradient(model, rows(data, largest(increase, gamma)))
 
-    leave(model, moved_by(model, euclidean(kept, rho / beta), descend))
+    leave(model, moved_by(model, of_all(model, kept, rho / beta, eta), descend))
 
 
 def ordered(model: nn.Module, data: Batch, q: int) -> None:
@@ -100,10 +121,17 @@ def ordered(model: nn.Module, data: Batch, q: int) -> None:
     leave(model, list(torch.autograd.grad(mean, list(model.parameters()))))
 
 
-def msam(model: nn.Module, base: torch.optim.Optimizer, data: Batch, rho: float, name: str) -> None:
+def msam(
+    model: nn.Module,
+    base: torch.optim.Optimizer,
+    data: Batch,
+    rho: float,
+    name: str,
+    eta: float | None = None,
+) -> None:
     params = list(model.parameters())
     buffers = [base.state[p].get(name) if p in base.state else None for p in params]
     zeros = [torch.zeros_like(p) for p in params]
     v = [z if b is None else b for b, z in zip(buffers, zeros, strict=True)]
-    shifts = euclidean([-b for b in v], rho)
+    shifts = of_all(model, [-b for b in v], rho, eta)
     leave(model, moved_by(model, shifts, lambda: gradient(model, data)))

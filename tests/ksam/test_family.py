@@ -75,11 +75,12 @@ def is_drawn(step: int, count: int) -> list[bool]:
     return [drawn.random() < 0.6 for _ in range(count)]
 
 
-def plain_esam() -> Plain:
+def plain_esam(eta: float | None = None) -> Plain:
     steps = iter(range(STEPS))
 
     def step(model: nn.Module, base: Any, data: Any, result: Any) -> None:
-        plain.esam(model, data, 0.05, 0.6, 10, is_drawn(next(steps), len([*model.parameters()])))
+        drawn = is_drawn(next(steps), len([*model.parameters()]))
+        plain.esam(model, data, 0.05, 0.6, 10, drawn, eta)
 
     return step
 
@@ -139,6 +140,25 @@ def test_other_steps_may_climb_along_the_momentum(backend: str) -> None:
         result = optimizer.step(losses(model), data)
         assert result.sharp == (step % 3 == 0)
         references[step % 3](other, base, data, result)
+        base.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["ESAM", "MSAM"])
+def test_other_methods_may_be_adaptive(backend: str, name: str) -> None:
+    model = network(dtype=torch.float64)
+    other = copy.deepcopy(model)
+    optimizer = build(name, model, adaptive=True, eta=0.03)
+    base = torch.optim.SGD(other.parameters(), **SGD)
+    esam = plain_esam(0.03)
+    for step in range(STEPS):
+        data = data_of(step)
+        result = optimizer.step(losses(model), data)
+        if name == "ESAM":
+            esam(other, base, data, result)
+        else:
+            plain.msam(other, base, data, 0.2, "momentum_buffer", 0.03)
         base.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
