@@ -88,6 +88,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def native() -> Iterator[None]:
+    """The compiled kernels are in force: for tests of what is true of them alone."""
+    if MISSING["native"] is not None:
+        pytest.skip(MISSING["native"])
+    with use_backend("native"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -185,17 +185,19 @@ def test_a_slice_of_channels_last_samples(backend: str) -> None:
     assert compact_batch(images[2:], torch.tensor([2, 0])).stride() == (60, 1, 15, 3)
 
 
+@pytest.mark.usefixtures("native")
 def test_the_native_kernel_itself_takes_rows_that_are_blocks_of_memory(
-    backend: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if backend != "native":
-        return
     monkeypatch.setattr("ksam_kernels.compact.reference.compact", None)
     images = torch.randn(6, 3, 4, 5)
     last = images.contiguous(memory_format=torch.channels_last)
     batch = [images, images[::2].repeat_interleave(2, 0), last, images[:, :2], images.bfloat16()]
     batch += [torch.ones(1, 3).expand(6, 3), torch.randn(6, 9)[:, 2:5], torch.ones(6).bool()]
-    compact_batch(batch, torch.tensor([5, 0]))
+    rows = compact_batch(batch, torch.tensor([5, 0]))
+    assert all(
+        same_bits(of_one, source[[5, 0]]) for of_one, source in zip(rows, batch, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bits8, torch.bits16, torch.uint4], ids=str)

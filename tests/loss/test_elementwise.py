@@ -148,14 +148,13 @@ def results(loss: Callable[..., Tensor], x: Tensor, t: Tensor, upstream: Tensor)
     return [losses, *torch.autograd.grad(losses, y, upstream)]
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 7, 15])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_narrow_sample_has_the_same_bits_in_any_batch_and_layout(
-    backend: str, dtype: torch.dtype, n: int, target_dtype: torch.dtype
+    dtype: torch.dtype, n: int, target_dtype: torch.dtype
 ) -> None:
-    if backend != "native":
-        return
     shape = narrow(2 * BLOCK + 5, n)
     samples, p = shape[0], torch.rand(shape[1:]) * 3
     x, t = torch.randn(shape).to(dtype), torch.rand(shape).to(target_dtype)
