@@ -31,6 +31,7 @@ from tests.loss.oracle import (
     expected_losses,
     gradient_tolerance,
     loss_tolerance,
+    mean_per_sample,
     raises_bad_class,
 )
 
@@ -308,10 +309,6 @@ def pairs(draw: st.DrawFn, weighted: bool = False) -> Pairs:
         weight = draw(specs(weight_shape, kinds=["normal"], expandable=True))
     target = draw(inputs(shape, draw(dtypes)))
     return Pairs(draw(inputs(shape)), target, draw(upstreams((samples,))), weight)
-
-
-def mean_per_sample(elements: Tensor) -> Tensor:
-    return elements.reshape(len(elements), math.prod(elements.shape[1:])).mean(1)
 
 
 def share(x: Tensor, upstream: Tensor) -> Tensor:

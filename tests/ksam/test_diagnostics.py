@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader
 
 import ksam
 from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter, page
-from tests.helpers import all_same_bits, read_rows
+from tests.helpers import all_same_bits, default_dtype, read_rows
 from tests.ksam import plain
 from tests.ksam.models import batch, loss_of, network, weights
-from tests.ksam.test_passes import default_dtype
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Float64 oracles of the cross-entropy tests, and how far float32 arithmetic may be from them."""
+"""Float64 oracles of the losses' tests, and how far float32 arithmetic may be from them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from ksam_kernels import cross_entropy
 from tests.helpers import arithmetic_unit, assert_within, smallest, unit
 from tests.simt import backend as simt
 from tests.triton import interpreter as triton
+
+
+def mean_per_sample(elements: Tensor) -> Tensor:
+    """Of losses by element, ``[B, ...]``."""
+    return elements.reshape(len(elements), math.prod(elements.shape[1:])).mean(1)
 
 
 @dataclass

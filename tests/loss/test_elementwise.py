@@ -27,13 +27,10 @@ from tests.helpers import (
     transposed,
     unit,
 )
+from tests.loss.oracle import mean_per_sample
 
 SHAPES = ((1,), (6,), (6, 1), (6, 7), (6, 8), (6, 33), (2, 3, 5), (2, 3, 4, 5), (3, 4097), (0, 5))
 INF, NAN = float("inf"), float("nan")
-
-
-def mean_per_sample(elements: Tensor) -> Tensor:
-    return elements.reshape(len(elements), math.prod(elements.shape[1:])).mean(1)
 
 
 def tolerance(dtype: torch.dtype, size: Tensor, samples: Tensor) -> Tensor:

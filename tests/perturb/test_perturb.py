@@ -15,6 +15,7 @@ from ksam_kernels.perturb import reference
 from tests.helpers import (
     FLOATS,
     U32,
+    all_same_bits,
     any_bits,
     arithmetic_unit,
     assert_within,
@@ -36,10 +37,6 @@ from tests.perturb.lists import (
 )
 
 INF, NAN = float("inf"), float("nan")
-
-
-def all_same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(same_bits, a, b))
 
 
 def check(
