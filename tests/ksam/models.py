@@ -32,6 +32,17 @@ def loss_of(model: nn.Module) -> Callable[[Batch], Tensor]:
     return lambda b: cross_entropy(model(b["x"]), b["y"])
 
 
+def noting_weights(model: nn.Module) -> tuple[Callable[[Batch], Tensor], list[list[Tensor]]]:
+    """Its loss, and the weights in every call of that."""
+    seen: list[list[Tensor]] = []
+
+    def function(b: Batch) -> Tensor:
+        seen.append(weights(model))
+        return loss_of(model)(b)
+
+    return function, seen
+
+
 def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import ksam_kernels
 from ksam import KSAM, StepResult
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, loss_of, network, plain_ksam_step, weights
+from tests.ksam.models import batch, loss_of, network, noting_weights, plain_ksam_step, weights
 
 BASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1}),
@@ -154,14 +154,9 @@ def test_adaptive_perturbs_as_asam(backend: str) -> None:
     g = torch.autograd.grad(loss_of(model)(data).mean(), params)
     t = [p.abs() + 0.01 for p in w]
     norm = torch.sqrt(sum((a * b).square().sum() for a, b in zip(t, g, strict=True)))
-    seen: list[list[Tensor]] = []
-
-    def spy(b: dict[str, Tensor]) -> Tensor:
-        seen.append(weights(model))
-        return loss_of(model)(b)
-
+    function, seen = noting_weights(model)
     options = {"adaptive": True, "eta": 0.01, "rho": 0.5, "k": 1.0}
-    result = KSAM(params, torch.optim.SGD, lr=0.1, **options).step(spy, data)
+    result = KSAM(params, torch.optim.SGD, lr=0.1, **options).step(function, data)
     torch.testing.assert_close(result.grad_norm.double(), norm, rtol=1e-6, atol=0)
     for p, w_i, t_i, g_i in zip(seen[1], w, t, g, strict=True):
         # The losses are float32, so is the precision of their gradient.

@@ -18,7 +18,7 @@ import ksam
 from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter, page
 from tests.helpers import all_same_bits, default_dtype, read_rows
 from tests.ksam import plain
-from tests.ksam.models import batch, loss_of, network, weights
+from tests.ksam.models import batch, loss_of, network, noting_weights, weights
 
 
 def run(
@@ -205,13 +205,8 @@ def test_sharpness_is_the_same_under_any_default_dtype_and_device(
 def test_sharpness_moves_no_frozen_weights(backend: str) -> None:
     model = network()
     model[0].requires_grad_(False)
-    seen: list[list[Tensor]] = []
-
-    def spy(b: dict[str, Tensor]) -> Tensor:
-        seen.append(weights(model))
-        return loss_of(model)(b)
-
-    ksam.sharpness(model, spy, [batch()], rho=0.5)
+    function, seen = noting_weights(model)
+    ksam.sharpness(model, function, [batch()], rho=0.5)
     assert all(all_same_bits(ws[:2], seen[0][:2]) for ws in seen)
     assert not all_same_bits(seen[0][2:], seen[-1][2:])
 

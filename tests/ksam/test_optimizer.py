@@ -18,7 +18,7 @@ from ksam import KSAM, MSAM, AutoKSAM
 from ksam.selection import subset_size
 from ksam.update import _step_counter
 from tests.helpers import all_same_bits, default_dtype, same_bits
-from tests.ksam.models import Batch, batch, loss_of, network, weights
+from tests.ksam.models import Batch, batch, loss_of, network, noting_weights, weights
 
 
 @pytest.mark.parametrize(
@@ -77,16 +77,11 @@ def test_rho_is_a_group_option_under_one_global_norm(backend: str) -> None:
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "rho": 0.0}]
     optimizer = KSAM(groups, torch.optim.SGD, lr=0.1, rho=0.2, k=1.0)
     assert [group["rho"] for group in optimizer.param_groups] == [0.2, 0.0]
-    seen: list[list[Tensor]] = []
-
-    def spy(b: dict[str, Tensor]) -> Tensor:
-        seen.append(weights(model))
-        return loss_of(model)(b)
-
+    function, seen = noting_weights(model)
     params = list(model.parameters())
     grads = torch.autograd.grad(loss_of(model)(data).mean(), params)
     norm = torch.sqrt(sum(g.square().sum() for g in grads))
-    optimizer.step(spy, data)
+    optimizer.step(function, data)
     torch.testing.assert_close(seen[1][0], seen[0][0] + 0.2 * grads[0] / norm)
     assert all_same_bits(seen[0][2:], seen[1][2:])
 
