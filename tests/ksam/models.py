@@ -1,17 +1,35 @@
-"""Small models, batches and an independent K-SAM for the optimizer's tests."""
+"""Small models and batches, methods to train them with, and an independent K-SAM."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
-from ksam import cross_entropy
+import ksam
+from ksam import SharpnessAware, cross_entropy
 from tests.device import DEVICE
 
 Batch = dict[str, Tensor]
+
+SIZE = 48  # samples in the data set that the methods with tables know
+STEPS = 6
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+THRESHOLD = 0.36  # of AutoKSAM: the shares of these batches are 0.34 to 0.38
+SCALE = 2.0**10
+#: Those whose step the kernels take, and those who take it themselves.
+BASES = [
+    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="SGD"),
+    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}, id="dampened"),
+    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}, id="SGD fused"),
+    pytest.param(torch.optim.AdamW, {"lr": 0.01}, id="AdamW"),
+    pytest.param(torch.optim.RMSprop, {"lr": 0.01}, id="RMSprop"),
+]
 
 
 def network(*, batchnorm: bool = False, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -68,3 +86,68 @@ def plain_ksam_step(
             p.copy_(w)
             p.grad = g
     base.step()
+
+
+def data_of(step: int) -> dict[str, Tensor]:
+    """24 of 48 samples; the halves take turns."""
+    data = batch(step % 2, dtype=torch.float64)
+    return {**data, "index": torch.arange(24) + 24 * (step % 2)}
+
+
+def losses(model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+    """As :func:`loss_of`, by torch's own cross-entropy: in float64 for float64 logits."""
+    return lambda b: F.cross_entropy(model(b["x"]), b["y"], reduction="none")
+
+
+def build(name: str, model: nn.Module, **more: Any) -> SharpnessAware:
+    """A method with arguments that are not its defaults."""
+    arguments: dict[str, dict[str, Any]] = {
+        "SAM": {},
+        "ASAM": {"rho": 0.5, "eta": 0.02},
+        "ESAM": {"beta": 0.6, "gamma": 10, "seed": 1},
+        "RandomSubsetSAM": {"share": 0.25},
+        "OrderedSGD": {"q": 9},
+        "MSAM": {"rho": 0.2},
+        "StaleKSAM": {"k": 8, "size": SIZE, "index": "index", "refresh": 4},
+        "AUSAM": {"alpha": 9, "size": SIZE, "index": "index", "ramp": 2},
+        "ImportanceKSAM": {"k": 8},
+        "KSAM": {"k": 8, "random": 0.5},
+    }
+    method = getattr(ksam, name)
+    return method(
+        model.named_parameters(),
+        torch.optim.SGD,
+        **{**SGD, **arguments[name], "model": model, **more},
+    )
+
+
+NAMES = [
+    *("KSAM", "SAM", "ASAM", "ESAM", "RandomSubsetSAM", "OrderedSGD", "MSAM", "StaleKSAM"),
+    *("AUSAM", "ImportanceKSAM"),
+]
+
+
+def scaler(scale: float = SCALE, enabled: bool = True) -> GradScaler:
+    return GradScaler(DEVICE.type, init_scale=scale, enabled=enabled)
+
+
+def gradients(optimizer: SharpnessAware) -> list[Tensor]:
+    return [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+def tensors_of_state(optimizer: SharpnessAware) -> list[Tensor]:
+    entries = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    return [value.clone() for entry in entries for value in entry.values()]
+
+
+def fails_in_call(model: nn.Module, call: int, error: BaseException) -> Callable[[Any], Tensor]:
+    """Its loss, which raises in the call of that number; the first is 1."""
+    calls = iter(range(1, 10))
+
+    def per_sample_loss(b: dict[str, Tensor]) -> Tensor:
+        losses = loss_of(model)(b)
+        if next(calls) == call:
+            raise error
+        return losses
+
+    return per_sample_loss

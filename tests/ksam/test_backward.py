@@ -13,10 +13,22 @@ from torch import Tensor, nn
 
 from ksam import KSAM, MSAM, AutoKSAM, From, SharpnessAware
 from tests.helpers import all_same_bits
-from tests.ksam.models import Batch, batch, loss_of, network, weights
-from tests.ksam.test_family import NAMES, build, data_of, losses
-from tests.ksam.test_grad_scaler import BASES, gradients, scaler, tensors_of_state
-from tests.ksam.test_reliability import fails_in_call
+from tests.ksam.models import (
+    BASES,
+    NAMES,
+    Batch,
+    batch,
+    build,
+    data_of,
+    fails_in_call,
+    gradients,
+    loss_of,
+    losses,
+    network,
+    scaler,
+    tensors_of_state,
+    weights,
+)
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 

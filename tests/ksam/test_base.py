@@ -14,8 +14,7 @@ from torch import nn
 
 from ksam import KSAM, cross_entropy
 from ksam.update import can_fuse
-from tests.ksam.models import batch, loss_of, network
-from tests.ksam.test_family import losses
+from tests.ksam.models import batch, loss_of, losses, network
 
 
 def test_a_scheduler_on_the_base_sees_its_steps(backend: str) -> None:

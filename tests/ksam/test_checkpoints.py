@@ -11,8 +11,7 @@ from torch import nn
 
 from ksam import KSAM, AutoKSAM, EveryNth, Momentum, Representative
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, loss_of, network, weights
-from tests.ksam.test_family import build, data_of, losses
+from tests.ksam.models import batch, build, data_of, loss_of, losses, network, weights
 
 
 def hooked(optimizer: torch.optim.Optimizer) -> list[Any]:

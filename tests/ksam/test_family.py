@@ -13,54 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ksam
-from ksam import KSAM, SharpnessAware
+from ksam import KSAM
 from tests.helpers import all_same_bits
 from tests.ksam import plain
-from tests.ksam.models import batch, network, weights
-
-SIZE = 48  # samples in the data set that the methods with tables know
-STEPS = 6
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+from tests.ksam.models import NAMES, SGD, STEPS, batch, build, data_of, losses, network, weights
 
 Plain = Callable[[nn.Module, torch.optim.Optimizer, dict[str, Tensor], ksam.StepResult], None]
-
-
-def data_of(step: int) -> dict[str, Tensor]:
-    """24 of 48 samples; the halves take turns."""
-    data = batch(step % 2, dtype=torch.float64)
-    return {**data, "index": torch.arange(24) + 24 * (step % 2)}
-
-
-def losses(model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
-    return lambda b: F.cross_entropy(model(b["x"]), b["y"], reduction="none")
-
-
-def build(name: str, model: nn.Module, **more: Any) -> SharpnessAware:
-    """A method with arguments that are not its defaults."""
-    arguments: dict[str, dict[str, Any]] = {
-        "SAM": {},
-        "ASAM": {"rho": 0.5, "eta": 0.02},
-        "ESAM": {"beta": 0.6, "gamma": 10, "seed": 1},
-        "RandomSubsetSAM": {"share": 0.25},
-        "OrderedSGD": {"q": 9},
-        "MSAM": {"rho": 0.2},
-        "StaleKSAM": {"k": 8, "size": SIZE, "index": "index", "refresh": 4},
-        "AUSAM": {"alpha": 9, "size": SIZE, "index": "index", "ramp": 2},
-        "ImportanceKSAM": {"k": 8},
-        "KSAM": {"k": 8, "random": 0.5},
-    }
-    method = getattr(ksam, name)
-    return method(
-        model.named_parameters(),
-        torch.optim.SGD,
-        **{**SGD, **arguments[name], "model": model, **more},
-    )
-
-
-NAMES = [
-    *("KSAM", "SAM", "ASAM", "ESAM", "RandomSubsetSAM", "OrderedSGD", "MSAM", "StaleKSAM"),
-    *("AUSAM", "ImportanceKSAM"),
-]
 
 
 def same_samples(rho: float = 0.05) -> Plain:

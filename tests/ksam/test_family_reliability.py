@@ -14,8 +14,7 @@ import ksam
 from ksam.arguments import STATISTICS
 from tests.helpers import all_same_bits
 from tests.ksam import plain
-from tests.ksam.models import network, weights
-from tests.ksam.test_family import NAMES, build, data_of, losses
+from tests.ksam.models import NAMES, build, data_of, losses, network, weights
 
 CALLS = {"OrderedSGD": 1, "MSAM": 1, "SAM": 2, "ASAM": 2, "RandomSubsetSAM": 2, "AUSAM": 2}
 

@@ -9,34 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.amp import GradScaler
 
 from ksam import ESAM, KSAM, MSAM, SharpnessAware
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
-from tests.ksam.models import Batch, batch, loss_of, network, weights
-
-SCALE = 2.0**10
-BASES = [
-    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="SGD"),
-    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}, id="dampened"),
-    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}, id="SGD fused"),
-    pytest.param(torch.optim.AdamW, {"lr": 0.01}, id="AdamW"),
-    pytest.param(torch.optim.RMSprop, {"lr": 0.01}, id="RMSprop"),
-]
-
-
-def scaler(scale: float = SCALE, enabled: bool = True) -> GradScaler:
-    return GradScaler(DEVICE.type, init_scale=scale, enabled=enabled)
-
-
-def gradients(optimizer: SharpnessAware) -> list[Tensor]:
-    return [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
-
-
-def tensors_of_state(optimizer: SharpnessAware) -> list[Tensor]:
-    entries = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
-    return [value.clone() for entry in entries for value in entry.values()]
+from tests.ksam.models import (
+    BASES,
+    SCALE,
+    Batch,
+    batch,
+    gradients,
+    loss_of,
+    network,
+    scaler,
+    tensors_of_state,
+    weights,
+)
 
 
 def times(factor: float, call: int, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:

@@ -21,10 +21,19 @@ from ksam.micro_batches import split
 from ksam.parts import Subset
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
-from tests.ksam.models import Batch, batch, loss_of, network, weights
-from tests.ksam.test_family import NAMES, build, data_of, losses
-from tests.ksam.test_grad_scaler import scaler
-from tests.ksam.test_reliability import fails_in_call
+from tests.ksam.models import (
+    NAMES,
+    Batch,
+    batch,
+    build,
+    data_of,
+    fails_in_call,
+    loss_of,
+    losses,
+    network,
+    scaler,
+    weights,
+)
 
 BY_MICRO_BATCHES = [name for name in NAMES if name != "OrderedSGD"]
 

@@ -9,8 +9,7 @@ from torch.amp import GradScaler
 from benchmarks.gpu.sync import waiting_is_an_error
 from ksam import Diagnostics, Representative, cross_entropy
 from tests.device import DEVICE
-from tests.ksam.models import network
-from tests.ksam.test_family import NAMES, build, data_of
+from tests.ksam.models import NAMES, build, data_of, network
 
 
 @pytest.mark.parametrize(

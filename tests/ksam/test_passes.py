@@ -19,9 +19,18 @@ from ksam import KSAM, SAM
 from ksam.arguments import STATISTICS
 from tests.device import DEVICE
 from tests.helpers import all_same_bits, default_dtype
-from tests.ksam.models import Batch, batch, loss_of, network, weights
-from tests.ksam.test_family import NAMES, build, data_of, losses
-from tests.ksam.test_reliability import fails_in_call
+from tests.ksam.models import (
+    NAMES,
+    Batch,
+    batch,
+    build,
+    data_of,
+    fails_in_call,
+    loss_of,
+    losses,
+    network,
+    weights,
+)
 
 
 def autocast() -> torch.autocast:

@@ -16,19 +16,7 @@ import ksam.optimizer
 from ksam import KSAM, Representative, SharpnessAware
 from ksam.samplers import TopK
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, loss_of, network, weights
-
-
-def fails_in_call(model: nn.Module, call: int, error: BaseException) -> Callable[[Any], Tensor]:
-    calls = iter(range(1, 10))
-
-    def per_sample_loss(b: dict[str, Tensor]) -> Tensor:
-        losses = loss_of(model)(b)
-        if next(calls) == call:
-            raise error
-        return losses
-
-    return per_sample_loss
+from tests.ksam.models import batch, fails_in_call, loss_of, network, weights
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])

@@ -14,8 +14,7 @@ from ksam import KSAM, ImportanceKSAM, OrderedSGD, SharpnessAware
 from ksam.samplers import AccuracySchedule, All, Ordered, Random, TopK
 from tests.helpers import all_same_bits
 from tests.ksam import plain
-from tests.ksam.models import batch, loss_of, network, weights
-from tests.ksam.test_family import NAMES, build, data_of, losses
+from tests.ksam.models import NAMES, batch, build, data_of, loss_of, losses, network, weights
 
 
 @pytest.mark.parametrize("name", NAMES)

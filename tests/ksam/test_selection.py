@@ -17,8 +17,7 @@ import ksam_kernels
 from ksam import KSAM, ImportanceKSAM, SharpnessAware
 from ksam.selection import Recording, recording
 from tests.helpers import all_same_bits
-from tests.ksam.models import Batch, batch, loss_of, network, weights
-from tests.ksam.test_family import build, data_of, losses
+from tests.ksam.models import Batch, batch, build, data_of, loss_of, losses, network, weights
 
 
 @pytest.mark.parametrize("how", ["weighted", "in pieces", "mean of tokens"])

@@ -21,10 +21,17 @@ from ksam import KSAM, AutoKSAM, SharpnessAware
 from ksam.distributed import mean_over_ranks
 from tests import ranks
 from tests.helpers import all_same_bits
-from tests.ksam.models import Batch, batch, loss_of, network
-from tests.ksam.test_data_parallel import THRESHOLD
-from tests.ksam.test_family import NAMES, build, losses
-from tests.ksam.test_reliability import fails_in_call
+from tests.ksam.models import (
+    NAMES,
+    THRESHOLD,
+    Batch,
+    batch,
+    build,
+    fails_in_call,
+    loss_of,
+    losses,
+    network,
+)
 
 pytestmark = ranks.needs_ranks
 

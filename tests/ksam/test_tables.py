@@ -15,8 +15,7 @@ from ksam.parts import Subset
 from ksam.tables import SharpnessSample, StaleTopK
 from tests.helpers import all_same_bits, default_dtype
 from tests.ksam import plain
-from tests.ksam.models import batch, network, weights
-from tests.ksam.test_family import SIZE, STEPS, build, data_of, losses
+from tests.ksam.models import SIZE, STEPS, batch, build, data_of, losses, network, weights
 
 TABLES = ("StaleKSAM", "AUSAM")
 
