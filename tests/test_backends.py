@@ -107,6 +107,17 @@ def test_use_backend_nests_and_gives_back_what_was_before() -> None:
 
 
 @pytest.mark.usefixtures("only_reference")
+def test_blocks_of_threads_may_overlap(only_reference: None) -> None:
+    first, second = use_backend("reference"), use_backend("native")
+    first.__enter__()
+    second.__enter__()  # in another thread, say
+    assert requested_backend() == "native"
+    first.__exit__(None, None, None)
+    assert requested_backend() == "native"
+    second.__exit__(None, None, None)
+    assert requested_backend() == "auto"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_use_backend_gives_back_what_was_before_an_exception(error: type[BaseException]) -> None:
     with pytest.raises(error), use_backend("triton"):
@@ -396,14 +407,3 @@ def test_python_m_ksam_kernels_exits_with_1_for_a_backend_that_cannot_run() -> N
     assert result.returncode == 1, result.stderr
     assert all(e["runs"] is None for e in json.loads(result.stdout)["operators"]
                if e["device"] == "cpu")  # fmt: skip
-
-
-def test_blocks_of_threads_may_overlap(only_reference: None) -> None:
-    first, second = use_backend("reference"), use_backend("native")
-    first.__enter__()
-    second.__enter__()  # in another thread, say
-    assert requested_backend() == "native"
-    first.__exit__(None, None, None)
-    assert requested_backend() == "native"
-    second.__exit__(None, None, None)
-    assert requested_backend() == "auto"

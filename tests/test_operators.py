@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -376,27 +375,3 @@ def test_functorch_transforms_without_gradients_see_the_operators(backend: str) 
     expected = torch.stack([indices(x) for x in losses])
     assert torch.equal(torch.func.vmap(indices)(losses), expected)
     assert torch.equal(torch.func.functionalize(indices)(losses[0]), expected[0])
-
-
-def test_a_compiled_loss_is_its_operator_and_nothing_else(backend: str) -> None:
-    """torch.compile keeps no program of more for the next process but what it knows."""
-    targets = []
-
-    def note(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        targets.extend(n.target for n in module.graph.nodes if n.op == "call_function")
-        return module.forward
-
-    x, t, y = torch.randn(4, 5), torch.rand(4, 5), torch.tensor([0, 1, 2, 3])
-
-    def losses(x: Tensor) -> tuple[Tensor, ...]:
-        return (
-            ksam_kernels.cross_entropy(x, y),
-            ksam_kernels.mse(x, t),
-            ksam_kernels.binary_cross_entropy_with_logits(x, t),
-        )
-
-    torch.compile(losses, backend=note, fullgraph=True)(x)
-    names = [str(target) for target in targets if target is not operator.getitem]
-    assert names == [
-        "ksam.cross_entropy", "ksam.mse", "ksam.binary_cross_entropy_with_logits"
-    ]  # fmt: skip

@@ -1,4 +1,3 @@
-#include <atomic>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -11,6 +10,7 @@ namespace ksam::gpu {
 
 // Few, so that the tests' grids have blocks that take several turns.
 int multiprocessors() { return 3; }
+int current_device() { return 0; }
 int set_device(int) { return 0; }
 void return_to_device(int) noexcept {}
 bool has_code_for(int) { return true; }
@@ -28,9 +28,14 @@ unsigned* ticket(Stream, void* fallback) {
 
 #else
 
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device));
+  return device;
+}
+
 int set_device(int device) {
-  int previous = 0;
-  check(cudaGetDevice(&previous));
+  const int previous = current_device();
   if (previous != device) check(cudaSetDevice(device));
   return previous;
 }
@@ -48,12 +53,6 @@ constexpr int kTickets = 1024;
 // Of each device; the runtime sets it to zero when it loads the module there.
 __device__ unsigned tickets[kTickets];
 
-int current_device() {
-  int device = 0;
-  check(cudaGetDevice(&device));
-  return device;
-}
-
 // The place of a stream's ticket, the same for its whole life; kTickets where all are taken.
 int place_of(int device, Stream stream) {
   static std::mutex mutex;
@@ -66,17 +65,6 @@ int place_of(int device, Stream stream) {
   if (next == kTickets) return kTickets;
   places[{device, stream}] = next;
   return next++;
-}
-
-// What `find` says of a device, asked once for each.
-template <class T, class Find>
-T once_per_device(int device, const Find& find) {
-  constexpr int kDevices = 64;
-  static std::atomic<T> known[kDevices];  // T() where it is not
-  if (device < kDevices && known[device] != T()) return known[device];
-  const T found = find(device);
-  if (device < kDevices) known[device] = found;
-  return found;
 }
 
 __global__ void any_kernel() {}

@@ -5,6 +5,7 @@
 
 namespace ksam::gpu {
 
+int current_device();
 // Makes a device current; returns the one before.
 int set_device(int device);
 void return_to_device(int device) noexcept;

@@ -56,7 +56,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... argument
 }
 
 template <class... Kernels>
-void load_once(std::atomic<uint64_t>*, Kernels...) {}
+void load(Kernels...) {}
 
 template <class... P, class... A>
 bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
@@ -85,18 +85,12 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0, stream));
 }
 
-// CUDA loads a kernel when it is first asked for, and may find the device full. For those of a call
-// that must not end between two launches: loads them, or throws. `devices`: a bit for each of the
-// first 64 where they are loaded.
+// CUDA loads a kernel when it is first asked for, and may find the current device full. For those of
+// a call that must not end between two launches: loads them, or throws.
 template <class... Kernels>
-void load_once(std::atomic<uint64_t>* devices, Kernels... kernels) {
-  int device = 0;
-  check(cudaGetDevice(&device));
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if ((*devices & bit) != 0) return;
+void load(Kernels... kernels) {
   cudaFuncAttributes attributes;
   (check(cudaFuncGetAttributes(&attributes, kernels)), ...);
-  *devices |= bit;
 }
 
 // Whether there is room for all blocks at once; if not, more than one, nothing is launched.
@@ -115,6 +109,17 @@ bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
 }
 
 #endif
+
+// What `find` says of a device, asked once for each.
+template <class T, class Find>
+T once_per_device(int device, const Find& find) {
+  constexpr int kDevices = 64;
+  static std::atomic<T> known[kDevices];  // T() where it is not
+  if (device < kDevices && known[device] != T()) return known[device];
+  const T found = find(device);
+  if (device < kDevices) known[device] = found;
+  return found;
+}
 
 // All blocks run at once; cooperative_groups' grid.sync() works in them. They are fewer than asked
 // for where the device has no room for so many: a green context has some of its multiprocessors.

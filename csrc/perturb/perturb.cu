@@ -237,9 +237,11 @@ void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch, fl
 // leaves all weights as they were: what may fail for want of memory does so before the first moves.
 void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream) {
   const ClimbArgs climb{args.norm, args.eta, args.adaptive};
-  static std::atomic<uint64_t> loaded{0};
-  load_once(&loaded, flat_kernel<float, Climb>, flat_kernel<double, Climb>,
-            flat_kernel<bf16, Climb>, flat_kernel<f16, Climb>, strided_kernel<Climb>);
+  once_per_device<bool>(current_device(), [](int) {
+    load(flat_kernel<float, Climb>, flat_kernel<double, Climb>, flat_kernel<bf16, Climb>,
+         flat_kernel<f16, Climb>, strided_kernel<Climb>);
+    return true;
+  });
   apply_to_rows<Climb>(rows, climb, [&](const Row<3>& row) { return args.rho[row.index]; }, stream);
 }
 

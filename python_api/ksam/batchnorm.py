@@ -297,10 +297,12 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, norms: Norms) -> None:
-        found = (b for norm in norms.modules for b in norm._buffers.values())
-        buffers = [b for b in found if b is not None and not is_lazy(b)]
+        buffers = [b for norm in norms.modules for b in norm._buffers.values() if b is not None]
         if not same(buffers, self._buffers):  # .to() gives a module new ones
-            self._buffers, self._by_kind = buffers, _with_copies(buffers)
+            made = [b for b in buffers if not is_lazy(b)]
+            # A pass makes the lazy ones, in the same objects: then they are looked at again.
+            self._buffers = buffers if len(made) == len(buffers) else []
+            self._by_kind = _with_copies(made)
         for saved, of_kind in self._by_kind:
             torch._foreach_copy_(saved, of_kind)
 

@@ -105,6 +105,11 @@ def test_the_shares_of_the_tests_are_all_of_the_contract_tests() -> None:
     shared = {path for paths, _ in SHARES.values() for path in paths}
     for path in shared:
         assert (ROOT / path).exists(), path
+    rooms = ("loss", "topk", "compact", "perturb", "ksam")
+    files = {f"tests/{room}" for room in rooms} | {"tests/test_operators.py"}
+    files |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests/fuzz").glob("test_*.py")}
+    others = ("device_assertions", "native", "negative", "docs")
+    assert files | {f"tests/test_{name}.py" for name in others} == shared
     # What chooses a backend, and what needs no GPU by what it is.
     of_the_cpu = ("tests/test_backends.py", "tests/benchmarks", "tests/simt", "tests/triton")
     for path in (ROOT / "tests").rglob("test_*.py"):

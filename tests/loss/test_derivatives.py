@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -201,3 +202,27 @@ def test_compiled_transforms_give_what_eager_ones_give(backend: str, name: str) 
     for function in (torch.func.grad(lambda x: loss(x).sum()), forward_mode):
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         assert_within(compiled(x), function(x), bound)
+
+
+def test_a_compiled_loss_is_its_operator_and_nothing_else(backend: str) -> None:
+    """torch.compile keeps no program of more for the next process but what it knows."""
+    targets = []
+
+    def note(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        targets.extend(n.target for n in module.graph.nodes if n.op == "call_function")
+        return module.forward
+
+    x, t, y = torch.randn(4, 5), torch.rand(4, 5), torch.tensor([0, 1, 2, 3])
+
+    def losses(x: Tensor) -> tuple[Tensor, ...]:
+        return (
+            cross_entropy(x, y),
+            mse(x, t),
+            binary_cross_entropy_with_logits(x, t),
+        )
+
+    torch.compile(losses, backend=note, fullgraph=True)(x)
+    names = [str(target) for target in targets if target is not operator.getitem]
+    assert names == [
+        "ksam.cross_entropy", "ksam.mse", "ksam.binary_cross_entropy_with_logits"
+    ]  # fmt: skip
