@@ -152,13 +152,19 @@ def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
     rows.finish()
 
 
-def _count_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
+def _addresses(steps: list[Tensor]) -> Tensor | None:
+    """Of the step counters, for :func:`_count_steps`; None if there are none."""
     if not steps:
+        return None
+    return device_ints(tuple(step.data_ptr() for step in steps), steps[0].device)
+
+
+def _count_steps(addresses: Tensor | None, found_inf: Tensor | None) -> None:
+    if addresses is None:
         return
-    blocks = -(-len(steps) // _STEPS_BLOCK)
-    addresses = device_ints(tuple(step.data_ptr() for step in steps), steps[0].device)
+    blocks = -(-len(addresses) // _STEPS_BLOCK)
     triton_updates.count_steps_kernel[(blocks,)](
-        addresses, len(steps), found_inf, BLOCK=_STEPS_BLOCK, **EXACT
+        addresses, len(addresses), found_inf, BLOCK=_STEPS_BLOCK, **EXACT
     )
 
 
@@ -184,7 +190,8 @@ def restore_sgd_(
 ) -> None:
     """Launches: one for each combination of dtypes, and one that counts steps."""
     lists = [params, backup, grads, *([momentum_buffers] if momentum != 0 else [])]
-    found_inf = _scalar_at(found_inf, params)
+    grad_scale, found_inf = _scalar_at(grad_scale, params), _scalar_at(found_inf, params)
+    counters = _addresses(steps)  # all memory is taken before the first weight is written
     values = [step.data_ptr() for step in steps] if steps else None
     rows = Rows(*lists, written=(0, 3), values=values)
     doubles = [double_bits(x) for x in (lr, momentum, 1 - dampening, weight_decay)]
@@ -193,7 +200,7 @@ def restore_sgd_(
         _launch(
             triton_updates.restore_sgd_kernel,
             table,
-            *(_scalar_at(grad_scale, params), found_inf, *doubles),
+            *(grad_scale, found_inf, *doubles),
             **constants,
             MOMENTUM=momentum != 0,
             NESTEROV=nesterov,
@@ -202,7 +209,7 @@ def restore_sgd_(
             COUNTED=bool(steps),
         )
     rows.finish()
-    _count_steps(steps, found_inf)
+    _count_steps(counters, found_inf)
 
 
 def _log2(beta: float) -> float:
@@ -228,7 +235,8 @@ def restore_adam_(
     found_inf: Tensor | None,
 ) -> None:
     """Launches: one for each combination of dtypes, and one that counts steps."""
-    found_inf = _scalar_at(found_inf, params)
+    grad_scale, found_inf = _scalar_at(grad_scale, params), _scalar_at(found_inf, params)
+    counters = _addresses(steps)  # all memory is taken before the first weight is written
     lists = (params, backup, grads, exp_avgs, exp_avg_sqs)
     rows = Rows(*lists, written=(0, 3, 4), values=[step.data_ptr() for step in steps])
     decay = 1 - lr * weight_decay if decoupled_weight_decay else weight_decay
@@ -237,7 +245,7 @@ def restore_adam_(
         _launch(
             triton_updates.restore_adam_kernel,
             table,
-            *(_scalar_at(grad_scale, params), found_inf, *map(double_bits, doubles)),
+            *(grad_scale, found_inf, *map(double_bits, doubles)),
             **_types(table.dtypes, "P", "_", "G", "M", "V"),
             NEAR=beta1 > 0.5,
             MAXIMIZE=maximize,
@@ -245,4 +253,4 @@ def restore_adam_(
             DECOUPLED=decoupled_weight_decay,
         )
     rows.finish()
-    _count_steps(steps, found_inf)
+    _count_steps(counters, found_inf)

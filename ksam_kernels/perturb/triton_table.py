@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -53,18 +53,33 @@ class Table(NamedTuple):
         return self.chunk_rows.shape[0]
 
 
-def _new_table(device: torch.device, stream: int, dtypes: DTypes, records: bytes) -> Table:
-    values = memoryview(records).cast("q").tolist()
+def _chunk_rows(numels: Tensor, chunks: int) -> Tensor:
+    """The row of each chunk, of rows of so many elements."""
+    rows = torch.arange(len(numels), dtype=torch.int32, device=numels.device)
+    counts = (numels + (CHUNK - 1)) // CHUNK
+    return rows.repeat_interleave(counts, output_size=chunks)
+
+
+@lru_cache(maxsize=_KEPT)
+def _kept_chunk_rows(device: torch.device, stream: int, numels: bytes, chunks: int) -> Tensor:
+    return _chunk_rows(upload(array("q", numels), device), chunks)
+
+
+def _new_table(
+    device: torch.device, stream: int, dtypes: DTypes, records: bytes, *, kept: bool = False
+) -> Table:
+    values = array("q", records)
     width = HEAD + len(dtypes)
     numel, first_chunk, *_ = values[-width:]
-    table = upload(values, device).view(-1, width)
-    counts = (table[:, 0] + (CHUNK - 1)) // CHUNK
-    rows = torch.arange(len(table), dtype=torch.int32, device=device)
     chunks = first_chunk + -(-numel // CHUNK)
-    return Table(dtypes, table, rows.repeat_interleave(counts, output_size=chunks))
+    table = upload(values, device).view(-1, width)
+    if kept:  # addresses and values change from table to table, sizes do not
+        numels = values[::width].tobytes()
+        return Table(dtypes, table, _kept_chunk_rows(device, stream, numels, chunks))
+    return Table(dtypes, table, _chunk_rows(table[:, 0], chunks))
 
 
-_kept_table = lru_cache(maxsize=_KEPT)(_new_table)
+_kept_table = lru_cache(maxsize=_KEPT)(partial(_new_table, kept=True))
 
 
 def _layout(t: Tensor) -> list[tuple[int, int]] | None:

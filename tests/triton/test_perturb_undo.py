@@ -76,6 +76,29 @@ def test_weights_that_were_copied_back_are_undone(monkeypatch: pytest.MonkeyPatc
     assert (backup == 1).all()
 
 
+@pytest.mark.parametrize("operator", ["restore_sgd_", "restore_adam_"])
+@pytest.mark.parametrize("taken_for", ["device_ints", "_scalar_at"])
+def test_an_update_takes_all_its_memory_before_its_first_launch(
+    monkeypatch: pytest.MonkeyPatch, operator: str, taken_for: str
+) -> None:
+    """Nothing undoes momentum that has moved beside a count of steps that has not."""
+    scale = torch.ones(())
+    lists = [[torch.ones(3)] for _ in range(5 if operator == "restore_adam_" else 4)]
+    numbers = [0.1] * (5 if operator == "restore_adam_" else 4)
+
+    def no_memory(what: Any, *args: Any) -> None:
+        if what is not None:
+            raise torch.OutOfMemoryError("for a test")
+
+    def launch(*args: Any, **constants: Any) -> None:
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(launches, taken_for, no_memory)
+    monkeypatch.setattr(launches, "_launch", launch)
+    with pytest.raises(torch.OutOfMemoryError, match="for a test"):
+        getattr(launches, operator)(*lists, [torch.ones(())], *numbers, False, True, scale, None)
+
+
 @pytest.mark.parametrize(("width", "warps"), [(32, 32), (64, 16)])
 def test_a_program_has_no_more_than_1024_threads(
     monkeypatch: pytest.MonkeyPatch, width: int, warps: int

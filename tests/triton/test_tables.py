@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -21,8 +22,8 @@ from ksam_kernels.perturb.triton_table import CHUNK, HEAD, Rows, Table
 from tests.helpers import sliced, transposed
 
 
-def tables(*operands: list[Tensor]) -> list[Table]:
-    return Rows(*operands).tables()
+def tables(*operands: list[Tensor], values: list[int] | None = None) -> list[Table]:
+    return Rows(*operands, values=values).tables()
 
 
 @pytest.fixture
@@ -130,12 +131,23 @@ def test_a_table_is_kept_by_addresses_and_sizes_not_by_tensors() -> None:
 
 
 @pytest.mark.usefixtures("eager")
+def test_tables_of_the_same_sizes_share_what_says_whose_a_chunk_is() -> None:
+    w, g = torch.zeros(2 * CHUNK + 1), torch.zeros(3)
+    (first,), (second,) = tables([w, g], values=[1, 2]), tables([w.clone(), g], values=[3, 4])
+    assert second.records is not first.records
+    assert second.chunk_rows is first.chunk_rows
+    assert first.chunk_rows.tolist() == [0, 0, 0, 1]
+    assert tables([g, w])[0].chunk_rows.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.usefixtures("eager")
 def test_no_more_tables_are_kept_than_a_few_steps_need() -> None:
     w = torch.zeros(1000)
     for n in range(1, 200):
         tables([w[:n]])
         triton_support.device_ints((n,), w.device)
     assert triton_table._kept_table.cache_info().currsize == 32
+    assert triton_table._kept_chunk_rows.cache_info().currsize == 32
     assert triton_support._kept.cache_info().currsize == 64
 
 
@@ -178,9 +190,9 @@ def test_a_compiled_program_keeps_no_table() -> None:
 
 
 def test_values_that_go_by_the_arguments_of_kernels_arrive_exactly() -> None:
-    values = [0, 1, -1, 2**62 + 1, 2**53 + 1, -(2**63), 2**63 - 1]
-    assert triton_support._by_value(values, torch.device("cpu")).tolist() == values
-    assert triton_support._by_value([], torch.device("cpu")).tolist() == []
+    for values in ([0, 1, -1, 2**62 + 1, 2**53 + 1, -(2**63), 2**63 - 1], []):
+        assert triton_support._by_value(array("q", values), torch.device("cpu")).tolist() == values
+        assert triton_support.upload(array("q", values), torch.device("cpu")).tolist() == values
 
 
 @pytest.mark.parametrize("value", [0.1, -0.0, 1e-300, float("inf"), 3.0])
