@@ -150,16 +150,29 @@ __device__ __forceinline__ T block_sum(T value) {
   return sum;
 }
 
+// atomicInc; before it comes all that the thread has written or seen at a barrier, after it what the
+// threads that counted before had then.
+__device__ __forceinline__ unsigned count_in_order(unsigned* counter, unsigned last) {
+#if defined(KSAM_SIMT) || __CUDA_ARCH__ < 700
+  __threadfence();
+  const unsigned before = atomicInc(counter, last);
+  __threadfence();
+#else  // the same with one fence in place of two, which are waited for when nothing else is to do
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(last)
+               : "memory");
+#endif
+  return before;
+}
+
 // Whether all other blocks of `blocks` have come here already; what they wrote before can then be
 // read (past the first-level cache: __ldcg). The counter is 0 again after the last one.
 __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) {  // whose fences are the block's, by the barriers around them
-    __threadfence();
-    last = atomicInc(ticket, blocks - 1) == blocks - 1;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) last = count_in_order(ticket, blocks - 1) == blocks - 1;
   __syncthreads();
   return last;
 }

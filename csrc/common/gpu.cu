@@ -111,7 +111,8 @@ int multiprocessors() {
 unsigned* ticket(Stream stream, void* fallback) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture));
-  if (capture == cudaStreamCaptureStatusNone) {
+  // cudaStreamPerThread is one handle for many streams.
+  if (capture == cudaStreamCaptureStatusNone && stream != cudaStreamPerThread) {
     const int device = current_device();
     const int place = place_of(device, stream);
     if (place < kTickets) {

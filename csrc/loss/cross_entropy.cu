@@ -41,7 +41,7 @@ struct RowLosses : Losses<T, Q, kKind> {
         logits(reinterpret_cast<const T*>(args.logits.data)),
         stride(args.logits.stride) {}
 
-  __device__ __forceinline__ Row row(int64_t i) const { return {i, target.read(i), 0, false}; }
+  __device__ __forceinline__ Row row(int64_t i) const { return {i, false, 0, T()}; }
 
   __device__ __forceinline__ void settle(Row* row) const {
     Base::settle(row, logits + row->i * stride, 1);
@@ -66,9 +66,10 @@ struct RowLosses : Losses<T, Q, kKind> {
                       target.load(t, piece, loads, t_aligned)};
         },
         [&](const Piece* pieces, const Item* items) {
-          settle(row);
+          if (!row->is_settled) Base::find_class(row);
           if (row->y == kIgnored) return false;
           raise(items, sums);
+          if (!row->is_settled) Base::ask_for_logit(row, x, 1);
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
             if (pieces[u].end > 0) add_piece(pieces[u], items[u], w_aligned, sums);

@@ -12,13 +12,15 @@ void cross_entropy_in_planes(const CrossEntropy& args, Stream stream);
 void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream);
 
 // Blocks of a multiprocessor that there are registers for, with none of them in memory, as
-// tests/cuda/resources.csv has it: of losses and of gradients in planes, of gradients in rows.
-constexpr int resident_blocks(Kind kind, int itemsize) {
-  if (itemsize == 8 || kind == Kind::probabilities) return 2;
-  return kind == Kind::classes ? 4 : 3;
+// tests/cuda/resources.csv has it: of losses (in planes, and of gradients there, `by_block`), of
+// gradients in rows.
+constexpr Resident resident_blocks(Kind kind, int itemsize) {
+  if (itemsize == 8 || kind == Kind::probabilities) return {2, 2};
+  return {kind == Kind::classes ? 4 : 3, 4};
 }
 constexpr int resident_row_gradients(Kind kind, int itemsize) {
-  return kind == Kind::classes && itemsize < 8 ? 3 : 2;
+  if (itemsize == 8 || kind != Kind::classes) return 2;
+  return itemsize == 4 ? 4 : 3;
 }
 
 // exp(z) for z <= 0, to 2 |z| + 4 units of rounding: a multiplication and the processor's power of
@@ -43,7 +45,7 @@ struct Losses {
   using A = Opmath<T>;
   using Sums = RowSums<A>;
   using TargetOf = Target<T, Q, kKind>;
-  static constexpr int kResident = resident_blocks(kKind, sizeof(T));
+  static constexpr Resident kResident = resident_blocks(kKind, sizeof(T));
 
   TargetOf target;
   float* losses;  // [rows]
@@ -54,18 +56,29 @@ struct Losses {
 
   struct Row {
     int64_t i;
-    int64_t y;  // until it is settled what the target says, then the class or kIgnored
-    A x_y;      // the logit of class y
     bool is_settled;
+    int64_t y;  // the class or kIgnored
+    T x_y;      // its logit; converted where it is used, as that waits for it
   };
 
-  // Looks at the class, which nothing waits for before the first logits are asked for as well. x:
-  // the row's logits, `step` apart.
+  // Waits for the class, so call it when the row's first logits are under way too. Asked for before
+  // them, it would be waited for before them: ptxas has no load under way where the code that chooses
+  // how to load logits branches.
+  __device__ __forceinline__ void find_class(Row* row) const {
+    row->y = target.class_of(target.read(row->i));
+  }
+
+  // For write(), which waits for it. Call it when the first logits have arrived: under way together,
+  // they would be waited for together. x: the row's logits, `step` apart.
+  __device__ __forceinline__ void ask_for_logit(Row* row, const T* x, int64_t step) const {
+    row->is_settled = true;
+    if (TargetOf::kHasHot && row->y != kIgnored) row->x_y = x[row->y * step];
+  }
+
   __device__ __forceinline__ void settle(Row* row, const T* x, int64_t step) const {
     if (row->is_settled) return;
-    row->is_settled = true;
-    row->y = target.class_of(row->y);
-    if (TargetOf::kHasHot && row->y != kIgnored) row->x_y = to<A>(x[row->y * step]);
+    find_class(row);
+    ask_for_logit(row, x, step);
   }
 
   static __device__ __forceinline__ void merge(Sums* sums, const Sums& other) {
@@ -78,8 +91,9 @@ struct Losses {
     A loss = 0;
     if (row.y != kIgnored) {
       const A hot = target.hot(row.y);
+      const A z = TargetOf::kHasHot ? to<A>(row.x_y) - sums.max : A(0);
       result = stats_of(sums, hot);
-      loss = loss_of(sums, result.log_s, hot, TargetOf::kHasHot ? row.x_y - sums.max : A(0));
+      loss = loss_of(sums, result.log_s, hot, z);
     }
     losses[row.i] = static_cast<float>(loss);
     if (stats == nullptr) return;

@@ -87,12 +87,13 @@ struct PlaneLosses : Losses<T, Q, kKind> {
          first += team.threads * kClasses) {
       const Batch<T, Q, kKind> batch(x, logits.stride, t, probabilities.stride, first,
                                      target.classes, none);
-      Base::settle(row, x, logits.stride);
+      if (!row->is_settled) Base::find_class(row);
       if (row->y == kIgnored) return;
       A high = to<A>(batch.x[0]);
 #pragma unroll
       for (int u = 1; u < kClasses; ++u) high = larger(high, to<A>(batch.x[u]));
       if (high > sums->max) raise_maximum(sums, high);
+      if (!row->is_settled) Base::ask_for_logit(row, x, logits.stride);
       const A max = origin(sums->max);
 #pragma unroll
       for (int u = 0; u < kClasses; ++u) {
@@ -111,7 +112,7 @@ struct PlaneLosses : Losses<T, Q, kKind> {
 
 // 2^shift threads of a block share a row, a warp having 32 rows.
 template <class L>
-__global__ void __launch_bounds__(kRowThreads, L::kResident)
+__global__ void __launch_bounds__(kRowThreads, L::kResident.by_block)
     plane_losses_kernel(KSAM_PARAMETER(L) losses, int64_t rows, int shift) {
   __shared__ typename L::Sums shares[kRowThreads];
   const int per_block = kRowThreads >> shift;
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kRowThreads, L::kResident)
     typename L::Base::Row row{};
     const auto* x = losses.logits.row(i < rows ? i : 0);
     if (i < rows) {
-      row = {i, losses.target.read(i), 0, false};
+      row.i = i;
       losses.add(&row, x, team, &sums);
     }
     if (shift > 0) {
@@ -146,7 +147,7 @@ template <class T, class Q, Kind kKind>
 struct PlaneGradients {
   using A = Opmath<T>;
   using TargetOf = Target<T, Q, kKind>;
-  static constexpr int kResident = resident_blocks(kKind, sizeof(T));
+  static constexpr int kResident = resident_blocks(kKind, sizeof(T)).by_block;
 
   Planes<const T> logits;
   Planes<const Q> probabilities;  // for classes nothing
@@ -217,11 +218,12 @@ void cross_entropy_in_planes(const CrossEntropy& args, Stream stream) {
   on_target(args, [&](auto type) {
     using Types = decltype(type);
     using Rows = PlaneLosses<typename Types::Logit, typename Types::Probability, Types::kind>;
-    const int shift = log2_shares(args, Rows::kResident, kMostShares);
+    constexpr int kResident = Rows::kResident.by_block;
+    const int shift = log2_shares(args, kResident, kMostShares);
     const int per_block = kRowThreads >> shift;
     const int64_t needed = (args.logits.rows + per_block - 1) / per_block;
-    launch(plane_losses_kernel<Rows>, dim3(row_blocks(needed, Rows::kResident)), kRowThreads,
-           stream, Rows(args), args.logits.rows, shift);
+    launch(plane_losses_kernel<Rows>, dim3(row_blocks(needed, kResident)), kRowThreads, stream,
+           Rows(args), args.logits.rows, shift);
   });
 }
 

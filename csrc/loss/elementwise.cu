@@ -10,6 +10,7 @@ namespace ksam::gpu {
 namespace {
 
 constexpr int kSampleBlocks = 2;  // that a multiprocessor has registers for
+constexpr Resident kResidentSamples{kSampleBlocks, kSampleBlocks};
 
 // What the formulas call, for a number.
 struct Math {
@@ -114,7 +115,7 @@ struct SampleLosses {
   using Sums = A;
   using Row = int64_t;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = kSampleBlocks;
+  static constexpr Resident kResident = kResidentSamples;
 
   Samples<Loss, T, Q> samples;
   float* losses;  // [samples]
@@ -196,7 +197,7 @@ void on_samples(const Elementwise& args, const Body& body) {
 
 RowPlan plan_of(const Elementwise& args) {
   const int vector = kVectorBytes / size_of(args.input.dtype);
-  return plan_rows(args.input.rows, args.input.columns, vector, kSampleBlocks);
+  return plan_rows(args.input.rows, args.input.columns, vector, kResidentSamples);
 }
 
 template <class Loss>

@@ -37,6 +37,11 @@ struct RowPlan {
   bool is_split() const { return grid.y > 1; }
 };
 
+// Blocks of a multiprocessor that there are registers for, where lanes or a block have a row.
+struct Resident {
+  int by_lanes, by_block;
+};
+
 inline int log2_ceil(int64_t n) {
   int log = 0;
   while (int64_t{1} << log < n) ++log;
@@ -52,20 +57,20 @@ inline unsigned row_blocks(int64_t needed, int resident) {
 }
 
 // rows > 0; a thread takes per_vector elements at once.
-inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int resident) {
+inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, Resident resident) {
   const int64_t vectors = (columns + per_vector - 1) / per_vector;
   if (vectors <= kWarp * kUnroll * kTurnsOfWarp) {
     // Few lanes with kUnroll vectors each: sums across lanes cost more than those in a lane.
     const int needed = log2_ceil((vectors + kUnroll - 1) / kUnroll);
     const int shift = needed < kWarpShift ? needed : kWarpShift;
     const int per_block = kRowThreads >> shift;
-    return {shift, dim3(row_blocks((rows + per_block - 1) / per_block, resident), 1)};
+    return {shift, dim3(row_blocks((rows + per_block - 1) / per_block, resident.by_lanes), 1)};
   }
   const int64_t wanted = int64_t{kBlocksWanted} * multiprocessors() / rows;
   const int64_t worth = vectors / (kRowThreads * kUnroll);
   const int64_t parts = wanted < worth ? wanted : worth;
   return {kRowShift,
-          dim3(row_blocks(rows, resident), static_cast<unsigned>(parts > 1 ? parts : 1))};
+          dim3(row_blocks(rows, resident.by_block), static_cast<unsigned>(parts > 1 ? parts : 1))};
 }
 
 // --- Gradients ----------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ void launch_gradient(const G& gradients, int64_t rows, int64_t columns, int per_
 // --- Reductions ---------------------------------------------------------------------------------
 //
 // A reduction has
-//   kResident                 blocks that a multiprocessor has registers for
+//   kResident                 of its kernels, a Resident
 //   struct Sums               what is added up over a row; at first, what no element gives
 //   struct Row; row(i)        what is known of row i beforehand
 //   settle(&row)              what there is to find out about a row before it is finished
@@ -177,7 +182,7 @@ struct NoTail {
 
 // Short rows.
 template <class R, class Tail>
-__global__ void __launch_bounds__(kRowThreads, R::kResident)
+__global__ void __launch_bounds__(kRowThreads, R::kResident.by_lanes)
     lanes_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, int shift, KSAM_PARAMETER(Tail) tail) {
   constexpr int kWarps = kRowThreads / kWarp;
   rows_by_lanes(reduction, rows, shift, int64_t{blockIdx.x} * kWarps + warp_of_thread(),
@@ -189,7 +194,7 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
 
 // Long rows. The last of all blocks puts the parts of split rows together, partial[rows, gridDim.y].
 template <class R, class Tail>
-__global__ void __launch_bounds__(kRowThreads, R::kResident)
+__global__ void __launch_bounds__(kRowThreads, R::kResident.by_block)
     blocks_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, typename R::Sums* partial,
                   KSAM_PARAMETER(Tail) tail) {
   const int64_t parts = gridDim.y;

@@ -208,8 +208,8 @@ _LOSS = (
     Mutation(
         "a ticket that is not reset",
         "common/block.cuh",
-        "atomicInc(ticket, blocks - 1)",
-        "atomicAdd(ticket, 1u)",
+        "atomicInc(counter, last)",
+        "atomicAdd(counter, 1u)",
         "tests/loss/test_select_cross_entropy.py",
     ),
 )
