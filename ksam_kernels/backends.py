@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,4 +203,24 @@ def resolve(operator: str, device: torch.device | None) -> tuple[str, Kernel]:
 
 def call(operator: str, device: torch.device | None, *args: Any) -> Any:
     """Run ``operator`` on the backend that :func:`resolve` picks for ``device``."""
-    return resolve(operator, device)[1](*args)
+    name, kernel = resolve(operator, device)
+    if name == "reference" and device is not None and device.type == "cuda":
+        _warn_of_reference(operator, device)
+    return kernel(*args)
+
+
+_warned: set[torch.device] = set()
+
+
+def _warn_of_reference(operator: str, device: torch.device) -> None:
+    """Once for each GPU on which ``auto`` finds no kernels: training would be slow, and nothing else
+    would tell why."""
+    if device in _warned or requested_backend() != "auto":
+        return
+    _warned.add(device)
+    reasons = [f"{name}: {why_not(name, operator, device)}" for name in BACKENDS[:-1]]
+    warnings.warn(
+        f"ksam_kernels runs on {device} as plain PyTorch, without kernels. {'. '.join(reasons)}. "
+        'KSAM_BACKEND=reference or use_backend("reference") asks for that without this warning.',
+        stacklevel=2,
+    )

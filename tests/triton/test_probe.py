@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -98,3 +99,19 @@ assert not torch.cuda.is_initialized()
 assert "ksam_kernels.triton_probe" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_gpu_without_kernels_is_told_once(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(Driver(None))
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setitem(backends._kernels["reference"], "mse", lambda: "done")
+    with pytest.warns(UserWarning, match=r"cuda:0 as plain PyTorch.*Failed to find C compiler"):
+        assert backends.call("mse", GPU) == "done"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.call("mse", GPU)
+        backends._warned.clear()
+        with backends.use_backend("reference"):
+            backends.call("mse", GPU)
+        backends.call("grad_norm", torch.device("cpu"), [torch.ones(2)], [], False, 0.0)
+    assert backends._warned == set()
