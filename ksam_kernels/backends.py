@@ -213,8 +213,8 @@ _warned: set[torch.device] = set()
 
 
 def _warn_of_reference(operator: str, device: torch.device) -> None:
-    """Once for each GPU on which ``auto`` finds no kernels: training would be slow, and nothing else
-    would tell why."""
+    """Once for each GPU on which ``auto`` finds no kernels: training would be slow, and nothing
+    else would tell why."""
     if device in _warned or requested_backend() != "auto":
         return
     _warned.add(device)
