@@ -105,7 +105,7 @@ class SamStep:
     @property
     def grads(self) -> list[Tensor]:
         """The gradients, gathered anew as every step must."""
-        return [param.grad for param in self.params if param.grad is not None]
+        return [grad for param in self.params if (grad := param.grad) is not None]
 
     def norm(self) -> Tensor:
         """The global norm of the gradients, ASAM's if adaptive."""
