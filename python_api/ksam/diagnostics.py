@@ -116,7 +116,7 @@ class Diagnostics:
         seen, selected = self._counts
         seen.index_add_(0, rows, torch.ones_like(rows))
         if result.sharp:
-            chosen = rows[result.indices]
+            chosen = rows[result.indices.to(rows.device)]
             selected.index_add_(0, chosen, torch.ones_like(chosen))
 
     def _write(

@@ -156,7 +156,8 @@ class StaleTopK(_Table):
             passes.forward(size)
             assert passes.top is not None
             return passes.select(passes.top)
-        stale = self._columns["loss"][self.rows(passes.batch)]
+        rows = self.rows(passes.batch)  # first: it moves the columns
+        stale = self._columns["loss"][rows]
         return passes.select(ksam_kernels.topk_indices(stale, size))
 
     def observe(self, passes: Passes) -> None:

@@ -158,6 +158,26 @@ def test_selections_are_counted_by_sample(backend: str, tmp_path: Path) -> None:
         _ = Diagnostics(optimizer).selected
 
 
+class Elsewhere(Tensor):
+    """As on a GPU: no index of tensors on the CPU before it is moved there."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not Tensor.__getitem__, "indices should be on the cpu"
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found.as_subclass(Tensor) if func is Tensor.to else found
+
+
+def test_indices_of_the_data_set_may_be_on_another_device_than_the_selection() -> None:
+    """On the CPU, from where the function moves the batch to the model."""
+    optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1, k=8)
+    diagnostics = Diagnostics(optimizer, size=50, measure_alignment=False)
+    indices = torch.arange(8).as_subclass(Elsewhere)
+    result: Any = types.SimpleNamespace(indices=indices, sharp=True, share=None)
+    diagnostics(result, lambda _: torch.ones(24), {"index": torch.arange(24)})
+    assert diagnostics.selected.tolist() == [1] * 8 + [0] * 42
+
+
 def test_sharpness_against_plain_torch(backend: str) -> None:
     model = network(dtype=torch.float64)
     data = [batch(seed, size, dtype=torch.float64) for seed, size in ((0, 24), (1, 10))]

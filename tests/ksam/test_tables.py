@@ -213,6 +213,14 @@ def test_the_batch_may_be_on_another_device_than_the_losses(selected: str, seen:
             assert {part.column(name).device.type for name in part.COLUMNS} == {"cpu"}
 
 
+def test_a_table_that_was_loaded_on_the_cpu_moves_before_a_stale_selection() -> None:
+    index = torch.arange(24, device="meta")
+    passes: Any = types.SimpleNamespace(
+        batch={"index": index}, samples=24, step=101, select=lambda indices: indices
+    )
+    assert StaleTopK(8, SIZE, "index").choose(passes).device == index.device
+
+
 @pytest.mark.parametrize(("name", "other"), [TABLES, TABLES[::-1]])
 def test_the_table_of_another_method_is_refused(name: str, other: str) -> None:
     model = network(dtype=torch.float64)
