@@ -56,14 +56,14 @@ def names_of_the_pages() -> Names:
     torch.manual_seed(0)
     model = Net().to(DEVICE)
     samples = [
-        {"x": torch.randn(8, device=DEVICE), "y": i % 5, "index": i, "text": "a string"}
+        {"x": torch.randn(8), "y": torch.tensor(i % 5), "index": i, "text": "a string"}
         for i in range(48)
     ]
     loader = DataLoader(samples, batch_size=12)  # type: ignore[arg-type]
     batch = next(iter(loader))
 
     def loss(b: dict[str, Tensor]) -> Tensor:
-        return ksam.cross_entropy(model(b["x"]), b["y"].to(DEVICE))
+        return ksam.cross_entropy(model(b["x"]), b["y"])
 
     params = list(model.parameters())
     return {
@@ -97,7 +97,7 @@ def hugging_face(names: Names) -> None:
         intermediate_size=32, max_position_embeddings=16, num_labels=3,
     )  # fmt: skip
     names["model"] = BertForSequenceClassification(config)
-    tokens = torch.randint(50, (24, 8))
+    tokens = torch.randint(50, (24, 8), device="cpu")  # whence the Trainer moves them
     names["data"] = [{"input_ids": row, "labels": i % 3} for i, row in enumerate(tokens)]
     names["arguments"] = TrainingArguments(
         "out", per_device_train_batch_size=6, gradient_accumulation_steps=2, num_train_epochs=1,
@@ -130,7 +130,7 @@ def by_hand(names: Names, batches: int) -> None:
     )
     for i, batch in enumerate(names_of_the_pages()["loader"]):
         optimizer.backward(
-            lambda b: ksam.cross_entropy(model(b["x"]), b["y"].to(DEVICE)),
+            lambda b: ksam.cross_entropy(model(b["x"]), b["y"]),
             batch,
             weight=1 / batches,
         )
@@ -138,7 +138,9 @@ def by_hand(names: Names, batches: int) -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    assert all_same_bits([*names["model"].parameters()], [*model.parameters()])
+    # Lightning leaves its model on the CPU.
+    trained = [p.to(DEVICE) for p in names["model"].parameters()]
+    assert all_same_bits(trained, [*model.parameters()])
 
 
 def two_steps_of_two_batches(names: Names) -> None:
@@ -147,14 +149,14 @@ def two_steps_of_two_batches(names: Names) -> None:
 
 
 def largest_eigenvalue(names: Names) -> None:
-    model, batch, y = names["model"], names["batch"], names["batch"]["y"].to(DEVICE)
+    model, batch = names["model"], names["batch"]
     shapes = {name: p.shape for name, p in model.named_parameters()}
 
     def loss(vector: Tensor) -> Tensor:
         parts = vector.split([shape.numel() for shape in shapes.values()])
         weights = {n: v.view(s) for (n, s), v in zip(shapes.items(), parts, strict=True)}
         logits = torch.func.functional_call(model, weights, (batch["x"],))
-        return nn.functional.cross_entropy(logits, y)
+        return nn.functional.cross_entropy(logits, batch["y"])
 
     weights = nn.utils.parameters_to_vector(model.parameters()).detach()
     eigenvalues = torch.linalg.eigvalsh(torch.func.hessian(loss)(weights))
@@ -187,6 +189,10 @@ def run(heading: str, code: str) -> Names:
     return names
 
 
+#: Blocks that need a process group.
+IN_PROCESSES = ("Sharded models",)
+
+
 def run_in_process(rank: int, heading: str, code: str) -> None:
     names = run(heading, code)
     names["optimizer"].step(names["loss"], names["batch"])
@@ -195,7 +201,11 @@ def run_in_process(rank: int, heading: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("heading", "code"),
     [
-        pytest.param(*block, id=f"{page}:{block[0]}:{n}")
+        pytest.param(
+            *block,
+            id=f"{page}:{block[0]}:{n}",
+            marks=ranks.needs_ranks if block[0] in IN_PROCESSES else (),
+        )
         for page in PAGES
         for n, block in enumerate(blocks(page))
     ],
@@ -209,7 +219,7 @@ def test_the_python_of_the_pages_runs(
             pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    if heading == "Sharded models":
+    if heading in IN_PROCESSES:
         ranks.run(run_in_process, 1, tmp_path, heading, code)
     else:
         run(heading, code)

@@ -157,13 +157,26 @@ INDEX = torch.arange(24)
         (INDEX.float(), TypeError, "sample index must be int64, int32, got torch.float32"),
         (INDEX[:, None], ValueError, r"one-dimensional, got shape \(24, 1\)"),
         (None, KeyError, r"index must be a key of the batch, a dict, got 'index'"),
-        (INDEX + 30, IndexError, r"in \[0, 48\), .*got 53|out of bounds"),
-        (INDEX - 1, IndexError, r"in \[0, 48\), .*got -1|out of bounds"),
     ],
 )
 def test_a_bad_sample_index_changes_nothing(
     backend: str, name: str, step: int, index: Any, error: type[Exception], message: str
 ) -> None:
+    changes_nothing(name, step, index, error, message)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("name", ["StaleKSAM", "AUSAM"])
+@pytest.mark.parametrize(("index", "wrong"), [(INDEX + 30, 53), (INDEX - 1, -1)])
+def test_a_sample_index_out_of_range_changes_nothing(
+    backend: str, name: str, step: int, index: torch.Tensor, wrong: int
+) -> None:
+    message = rf"in \[0, 48\), .*got {wrong}|out of bounds"
+    changes_nothing(name, step, index, IndexError, message)
+
+
+def changes_nothing(name: str, step: int, index: Any, error: type[Exception], message: str) -> None:
+    """A step with the sample index raises, and that is all."""
     model = network(batchnorm=True, dtype=torch.float64)
     optimizer = build(name, model)
     optimizer.steps_done = step

@@ -25,7 +25,7 @@ class Subclass(Tensor):
 def lists() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     def one(dtype: torch.dtype = torch.float32) -> list[Tensor]:
         shapes = ((2, 3), (), (0,))
-        return [torch.zeros(shape, dtype=dtype, device="cpu") for shape in shapes]
+        return [torch.zeros(shape, dtype=dtype) for shape in shapes]
 
     return one(), one(torch.bfloat16), one()
 
