@@ -222,3 +222,16 @@ def test_a_backend_that_cannot_run_leaves_rows_that_say_so() -> None:
         rows = measure(next(topk.cases(CPU)))
     assert [row.contestant for row in rows] == ["ksam", "topk", "sort"]
     assert all("'triton' was asked for by name" in row.note and not row.rounds for row in rows)
+
+
+def test_a_gradient_of_pixels_may_be_rounded_however_small_it_is() -> None:
+    """Of two classes: the likelier one's probability comes ever nearer to 1."""
+    high = torch.linspace(0, 16, 10000).view(1, 1, 100, 100)
+    logits = torch.cat([high, torch.zeros_like(high)], 1).requires_grad_()
+    target = torch.zeros(1, 100, 100, dtype=torch.int64)
+    _, eager, *_ = Segmentation(1, 2, 100, backward=True).case(torch.device("cpu")).contestants
+    exact = torch.stack([-torch.sigmoid(-high[0].double()), torch.sigmoid(-high[0].double())], 1)
+    found = eager.start(None)((logits, target))
+    eager.tolerance.assert_close(found.double(), exact)
+    with pytest.raises(AssertionError):
+        eager.tolerance.assert_close(found.double() + 3e-7, exact)
