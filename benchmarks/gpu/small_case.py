@@ -40,6 +40,21 @@ def _losses(device: torch.device, dtype: torch.dtype) -> None:
         _backward(kk.binary_cross_entropy_with_logits(x, soft, pos_weight=weight))
 
 
+def _pixels(device: torch.device, dtype: torch.dtype) -> None:
+    """Rows that lie side by side, and samples whose elements are in another order."""
+    for classes in (2, 5, 21, 300):
+        logits = torch.randn(3, classes, 7, 9, device=device).to(dtype)
+        target = torch.randint(classes, (3, 7, 9), device=device)
+        soft = torch.rand(logits.shape, device=device).softmax(1).movedim(1, -1)
+        for wanted in (target, soft):
+            x = logits.clone().requires_grad_()
+            _backward(kk.cross_entropy(x.movedim(1, -1), wanted))
+        x = logits.contiguous(memory_format=torch.channels_last).requires_grad_()
+        goal = torch.rand_like(x)
+        _backward(kk.mse(x, goal))
+        _backward(kk.binary_cross_entropy_with_logits(x, goal))
+
+
 def _topk(device: torch.device, dtype: torch.dtype) -> None:
     for size in (1, 1000, 4097, 70001):
         losses = torch.randn(size, device=device).to(dtype)
@@ -83,6 +98,7 @@ def run_all(device: torch.device) -> None:
     torch.manual_seed(0)
     for dtype in _DTYPES:
         _losses(device, dtype)
+        _pixels(device, dtype)
         _topk(device, dtype)
         _compact(device, dtype)
         _lists(device, dtype, _SHAPES)

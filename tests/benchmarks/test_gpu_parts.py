@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import cases, graph, kernels, launches, sanitizer, training
+from benchmarks.gpu import cases, graph, kernels, launches, sanitizer, small_case, training
 from benchmarks.gpu.launches import DeviceType, tally, waits_for_device
 from benchmarks.gpu.part import Context, PartFile
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.run import run_in_process
 from benchmarks.kernels.case import EXACT, KSAM, Case, Contestant, stateless
 from benchmarks.timing import Plan
+from ksam_kernels.loss.layout import group_of
 from tests.helpers import assert_ends
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -94,6 +96,24 @@ def test_sanitizer_is_found_in_cuda_home(tmp_path: Path, monkeypatch: pytest.Mon
     assert sanitizer.find_tool() == str(tool)
     assert sanitizer.command(str(tool), "racecheck")[:3] == [str(tool), "--tool", "racecheck"]
     assert sanitizer._check(str(tool), "memcheck", 20)["clean"]
+
+
+def test_the_small_case_has_rows_that_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have kernels of their own, for losses and for gradients."""
+    found = []
+    cross_entropy = small_case.kk.cross_entropy
+
+    def noting(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        if group_of(logits) > 0:
+            kind = "probabilities" if target.is_floating_point() else "classes"
+            found.append((logits.dtype, logits.shape[-1], kind, logits.requires_grad))
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(small_case.kk, "cross_entropy", noting)
+    small_case.run_all(CPU)
+    kinds = ("classes", "probabilities")
+    wanted = itertools.product(small_case._DTYPES, (2, 5, 21, 300), kinds, (True,))
+    assert sorted(found, key=str) == sorted(wanted, key=str)
 
 
 def tool_of(tmp_path: Path, script: str) -> str:
