@@ -79,14 +79,15 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the clone that this is, with "-dirty" where files differ; None of no clone."""
+    """The commit of the clone that this is, with "-dirty" where files differ; of no clone what
+    KSAM_COMMIT says, or None."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("KSAM_COMMIT")
     return found.stdout.strip()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import struct
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks.environment import commit
@@ -63,11 +65,22 @@ def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
 
 def test_results_name_the_commit_they_are_of() -> None:
     if not (ROOT / ".git").exists():
-        assert commit() is None
+        assert commit() == os.environ.get("KSAM_COMMIT")
         return
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert commit() in (head.strip(), f"{head.strip()}-dirty")
+
+
+@pytest.mark.parametrize("named", ["0123456789ab", None])
+def test_where_there_is_no_clone_the_environment_names_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    monkeypatch.delenv("KSAM_COMMIT", raising=False)
+    if named is not None:
+        monkeypatch.setenv("KSAM_COMMIT", named)
+    assert commit() == named
 
 
 def test_seeds_are_averaged(cli: Callable[..., Any], tmp_path: Path) -> None:
