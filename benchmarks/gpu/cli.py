@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_parse_parts,
         default=tuple(PARTS),
         metavar="LIST",
-        help=f"comma-separated: {', '.join(PARTS)}; default: all",
+        help=f"comma-separated, in the order in which they run: {', '.join(PARTS)}; default: all",
     )
     parser.add_argument(
         "--out",
@@ -82,11 +82,11 @@ def default_folder(device: torch.device) -> Path:
 
 
 def _parse_parts(text: str) -> tuple[str, ...]:
-    """Parse "build,tests" into names of parts, in the order of the run."""
+    """Parse "build,tests" into names of parts, in the order in which they are named."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in PARTS]
     if unknown or not names:
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected a comma-separated list of {', '.join(PARTS)}"
         )
-    return tuple(name for name in PARTS if name in names)
+    return tuple(dict.fromkeys(names))

@@ -17,6 +17,9 @@ import torch
 import ksam
 import ksam_kernels
 from benchmarks.environment import device_name
+from ksam_kernels.native import extension
+
+_ROOT = Path(__file__).parent.parent.parent
 
 # part: (what it does, the most seconds it gets). In the order of the run: what is quick comes
 # first, and of the rest what matters most.
@@ -54,24 +57,49 @@ class Context:
         return "dry-run-" if self.dry_run else ""
 
 
-@functools.cache
-def _code() -> str:
-    """A hash of ksam as it would run: its Python files, Triton's kernels among them, and what was
-    compiled."""
-    digest = hashlib.sha256()
-    for folder in (*ksam.__path__, *ksam_kernels.__path__):
-        for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".py", ".so")):
-            digest.update(path.read_bytes())
+_SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
+
+
+def _hash_of(*paths: Path, facts: str = "") -> str:
+    """Of files and of the sources in folders, and of facts."""
+    digest = hashlib.sha256(facts.encode())
+    for path in paths:
+        files = [path] if path.is_file() else path.rglob("*")
+        for file in sorted(f for f in files if f == path or f.suffix in _SOURCES):
+            digest.update(f"{file.relative_to(path.parent)}\0".encode())
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def measured(device: torch.device) -> dict[str, str]:
-    """What figures are of. Those of anything else are no part of this run."""
+@functools.cache
+def _code() -> str:
+    """A hash of ksam as it would run: its Python files, Triton's kernels among them, what the
+    extension is made of, and for what it was built.
+
+    Not of the extension itself: nvcc makes other bytes of the same sources each time.
+    """
+    names = ("compiler", "cuda_architectures", "sanitized")
+    build = "none" if extension is None else repr([getattr(extension, name) for name in names])
+    folders = map(Path, (*ksam.__path__, *ksam_kernels.__path__))
+    return _hash_of(*folders, _ROOT / "csrc", _ROOT / "setup.py", facts=build)
+
+
+@functools.cache
+def _tests() -> str:
+    """A hash of all that decides which tests there are, and which share each is in."""
+    shares = (_ROOT / "benchmarks" / "gpu" / name for name in ("tests.py", "share.py"))
+    pages = (_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md")))  # whose code is tested
+    return _hash_of(_ROOT / "tests", *pages, *shares)
+
+
+def measured(device: torch.device, part: str = "") -> dict[str, str]:
+    """What figures are of, those of a part's. Those of anything else are no part of this run."""
     return {
         "device": device_name(device),
         "torch": torch.__version__,
         "backend": ksam_kernels.requested_backend(),
         "code": _code(),
+        **({"tests": _tests()} if part == "tests" else {}),
     }
 
 
@@ -95,13 +123,17 @@ class PartFile:
         """Of the file."""
         return self.context.out / f"{self.context.prefix}{self.name}.json"
 
+    @property
+    def _measured(self) -> dict[str, str]:
+        return measured(self.context.device, self.name)
+
     def load(self) -> dict[str, Any] | None:
         """What an earlier run left; None if that is nothing, or not of what is measured now."""
         try:
             content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return content if measured(self.context.device).items() <= content.items() else None
+        return content if self._measured.items() <= content.items() else None
 
     def unfinished(self) -> dict[str, Any]:
         """The results of an earlier run that was cut off, for this one to go on from."""
@@ -113,7 +145,7 @@ class PartFile:
         content = {
             "part": self.name,
             "complete": complete,
-            **measured(self.context.device),
+            **self._measured,
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "results": self.results,
         }

@@ -29,13 +29,13 @@ _ROOT = Path(__file__).parent.parent.parent
 # room: (what pytest is told, shares of it per backend). All take about as long; to start a process
 # takes some seconds, so there are no more than the balance needs.
 SHARES: dict[str, tuple[tuple[str, ...], int]] = {
+    "ksam": (("tests/ksam", "tests/topk"), 8),
     "fuzz-perturb": (("tests/fuzz/test_fuzz_perturb.py",), 5),
     "operators": (("tests/test_operators.py",), 4),
     "fuzz-loss": (("tests/fuzz/test_fuzz_loss.py",), 4),
     "fuzz-others": (("tests/fuzz/test_fuzz_compact.py", "tests/fuzz/test_fuzz_topk.py"), 1),
     "perturb": (("tests/perturb",), 8),
-    "loss": (("tests/loss",), 3),
-    "ksam": (("tests/ksam", "tests/topk"), 2),
+    "loss": (("tests/loss",), 4),
     "compact": (("tests/test_device_assertions.py", "tests/compact"), 3),
     "others": (("tests/test_native.py", "tests/test_negative.py", "tests/test_docs.py"), 1),
 }

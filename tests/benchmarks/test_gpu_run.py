@@ -83,18 +83,60 @@ def test_what_was_measured_of_anything_else_is_not_there(context: Context, other
     assert write_report(context).aims == []
 
 
-@pytest.mark.parametrize("name", ["_C.so", "loss/triton.py"])
-def test_code_is_other_code_when_a_kernel_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    kernel = tmp_path / name
-    kernel.parent.mkdir(exist_ok=True)
-    monkeypatch.setattr(part.ksam_kernels, "__path__", [str(tmp_path)])
-    codes = []
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the repository, with next to nothing in it."""
+    for name in ("setup.py", "README.md", "benchmarks/gpu/tests.py", "benchmarks/gpu/share.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(part, "_ROOT", tmp_path)
+    monkeypatch.setattr(part.ksam_kernels, "__path__", [str(tmp_path / "ksam_kernels")])
+    return tmp_path
+
+
+def hashes(file: Path, hash_of: Any) -> list[str]:
+    """With one content of the file, with another, and with the first again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = []
     for content in (b"one", b"two", b"one"):
-        kernel.write_bytes(content)
-        codes.append(part._code.__wrapped__())
+        file.write_bytes(content)
+        found.append(hash_of.__wrapped__())
+    return found
+
+
+@pytest.mark.parametrize("name", ["csrc/loss/a.cu", "setup.py", "ksam_kernels/loss/triton.py"])
+def test_code_is_other_code_when_a_kernel_changes(clone: Path, name: str) -> None:
+    codes = hashes(clone / name, part._code)
     assert codes[0] == codes[2] != codes[1]
+
+
+def test_code_is_the_same_code_when_it_is_built_again(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = hashes(clone / "ksam_kernels" / "_C.so", part._code)
+    assert codes[0] == codes[1]
+    for architectures in ("80", "90"):
+        built = SimpleNamespace(
+            compiler="g++", cuda_architectures=architectures, sanitized=False, cpu_isa="avx2"
+        )
+        monkeypatch.setattr(part, "extension", built)
+        codes.append(part._code.__wrapped__())
+    monkeypatch.setattr(part, "extension", None)
+    codes.append(part._code.__wrapped__())
+    assert len(set(codes[3:])) == 3
+
+
+@pytest.mark.parametrize("name", ["tests/a/test_x.py", "docs/loops.md", "benchmarks/gpu/share.py"])
+def test_shares_of_other_tests_are_no_part_of_the_run(
+    clone: Path, context: Context, name: str
+) -> None:
+    """They are numbered: with a test more or less each has others in it."""
+    tests = hashes(clone / name, part._tests)
+    assert tests[0] == tests[2] != tests[1]
+    path = left("tests", context, {"shares": {}}, complete=False)
+    assert PartFile("tests", context).load() is not None
+    path.write_text(json.dumps({**on_disk(path), "tests": tests[1]}), encoding="utf-8")
+    assert PartFile("tests", context).load() is None
 
 
 def child(
@@ -296,9 +338,9 @@ def test_the_command_says_what_is_run(
     monkeypatch.setattr("benchmarks.gpu.cli.select_device", lambda _: CPU)
     monkeypatch.setattr("benchmarks.gpu.cli.run_parts", run_parts)
     options = ["--again"] if again else []
-    assert main(["gpu", "--only", "host,build", "--out", str(tmp_path), *options]) == 0
+    assert main(["gpu", "--only", "host,build,host", "--out", str(tmp_path), *options]) == 0
     ((names, context),) = seen
-    assert names == ("build", "host")
+    assert names == ("host", "build")
     assert replace(context, deadline=0) == Context(CPU, tmp_path, False, 0, again)
 
 
