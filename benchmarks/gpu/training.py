@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.kernels import Timed, rounds_of
 from benchmarks.gpu.part import Context, PartFile, reason
+from benchmarks.gpu.sync import waiting_is_an_error
 from benchmarks.timing import Plan, Quartiles, ratios
 from benchmarks.train.models import build_image_model
 from ksam import KSAM, cross_entropy
@@ -30,6 +31,7 @@ _RHO = 0.05
 
 Batch = dict[str, Tensor]
 Step = Callable[[], object]
+Failures = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,18 @@ class Workload:
 
     def model(self, device: torch.device) -> nn.Module:
         """In the memory format that convolutions are fastest in."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return self.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def batch(self, device: torch.device) -> Batch:
-        """The same one for every step: its values do not change what a step costs."""
-        x = torch.randn(self.samples, 3, self.side, self.side, device=device)
-        y = torch.randint(self.classes, (self.samples,), device=device)
-        return {"x": x.contiguous(memory_format=torch.channels_last), "y": y}
+        """The same one for every step: its values do not change what a step costs.
+
+        Drawn on the CPU, as weights are: a capture that fails leaves the GPU's generator unusable.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.samples, 3, self.side, self.side, generator=generator)
+        y = torch.randint(self.classes, (self.samples,), generator=generator)
+        return {"x": x.to(device, memory_format=torch.channels_last), "y": y.to(device)}
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
         """Around a forward pass; a cache of weights would not outlive a graph's capture."""
@@ -160,28 +166,57 @@ METHODS: dict[str, Callable[[Workload, torch.device], Step]] = {
 _IN_GRAPHS = ("SGD", "K-SAM, k=1/3")
 
 
-def _all_steps(workload: Workload, device: torch.device) -> dict[str, Step]:
-    """Of every method, warmed up; graphs as far as the memory goes."""
-    steps = {name: make(workload, device) for name, make in METHODS.items()}
-    for step in steps.values():
-        for _ in range(_STEPS):  # libraries choose their algorithms
-            step()
+def _step(name: str, workload: Workload, device: torch.device) -> Step:
+    """A method's, warmed up."""
+    step = METHODS[name](workload, device)
+    for _ in range(_STEPS):  # libraries choose their algorithms
+        step()
+    return step
+
+
+def _graphs(workload: Workload, device: torch.device, failures: Failures) -> dict[str, Step]:
+    """Captured steps, as far as the memory goes."""
+    graphs: dict[str, Step] = {}
     for name in _IN_GRAPHS:
         label = f"{name}, graph"
         try:
-            steps[label] = capture(METHODS[name](workload, device), device)
+            step = _step(name, workload, device)
+            with waiting_is_an_error(device):  # or the capture would fail, and spoil those after it
+                step()
+            graphs[label] = capture(step, device)
         except RuntimeError as error:
-            print(f"{workload.label}, {label}: {reason(error)}", flush=True)
-    return steps
+            failures[f"{workload.label}, {label}"] = reason(error)
+    return graphs
 
 
-def measure(workload: Workload, device: torch.device, plan: Plan) -> dict[str, Any]:
-    """Milliseconds of a step, and its time over SGD's within rounds in which all take turns."""
-    steps = _all_steps(workload, device)
+def _rounds(steps: dict[str, Step], plan: Plan, device: torch.device) -> dict[str, list[float]]:
     contestants = {
         name: Timed(step, "a step", passes=1, replays=_STEPS) for name, step in steps.items()
     }
-    times = rounds_of(contestants, 1, plan, device)
+    return rounds_of(contestants, 1, plan, device)
+
+
+def _times(
+    workload: Workload, device: torch.device, plan: Plan, failures: Failures
+) -> dict[str, list[float]]:
+    """Seconds of a step of every method. Where those in graphs fail, `failures` says so, and the
+    others are timed without them."""
+    steps = {name: _step(name, workload, device) for name in METHODS}
+    graphs = _graphs(workload, device, failures)
+    if graphs:
+        try:
+            return _rounds({**steps, **graphs}, plan, device)
+        except RuntimeError as error:
+            failures[f"{workload.label}, rounds with graphs"] = reason(error)
+        graphs.clear()  # and so their memory
+    return _rounds(steps, plan, device)
+
+
+def measure(
+    workload: Workload, device: torch.device, plan: Plan, failures: Failures
+) -> dict[str, Any]:
+    """Milliseconds of a step, and its time over SGD's within rounds in which all take turns."""
+    times = _times(workload, device, plan, failures)
     found = {}
     for name, own in times.items():
         cost = Quartiles.of(ratios(own, times["SGD"]))
@@ -200,11 +235,11 @@ def run(context: Context, file: PartFile) -> None:
         if context.seconds_left < 10:
             break
         left_out.remove(workload.label)
+        failures: Failures = {}
         try:
-            found = measure(workload, context.device, plan)
+            found = measure(workload, context.device, plan, failures)
         except Exception as error:
-            file.results["failures"][workload.label] = reason(error)
-            print(f"{workload.label}: {reason(error)}", flush=True)
+            failures[workload.label] = reason(error)
         else:
             file.results["workloads"][workload.label] = found
             cells = [
@@ -212,4 +247,7 @@ def run(context: Context, file: PartFile) -> None:
                 for name, own in found.items()
             ]
             print(f"{workload.label}: {', '.join(cells)}", flush=True)
+        for what, why in failures.items():
+            print(f"{what}: {why}", flush=True)
+        file.results["failures"] |= failures
         file.write(complete=False)

@@ -159,6 +159,48 @@ def test_a_training_run_that_is_cut_off_says_what_it_has_not_measured(
     assert file.results["left_out"] == ["a", "b", "c"]
 
 
+def no_graph(*_: Any) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def rounds_without_graphs(contestants: dict[str, Any], *rest: Any) -> Any:
+    if any(name.endswith("graph") for name in contestants):
+        raise torch.OutOfMemoryError("out of memory")
+    return kernels.rounds_of(contestants, *rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "failed"),
+    [
+        ("capture", no_graph, ["SGD, graph", "K-SAM, k=1/3, graph"]),
+        ("rounds_of", rounds_without_graphs, ["rounds with graphs"]),
+    ],
+)
+def test_a_graph_that_fails_is_a_failure_and_loses_no_other_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, failed: list[str]
+) -> None:
+    monkeypatch.setattr(training, name, broken)
+    context = Context(CPU, tmp_path, dry_run=True)
+    run_in_process("training", context)
+    left = PartFile("training", context).load()
+    assert left is not None
+    assert not left["complete"]
+    ((label, times),) = left["results"]["workloads"].items()
+    assert list(times) == list(training.METHODS)
+    assert list(left["results"]["failures"]) == [f"{label}, {what}" for what in failed]
+    (aim,) = (aim for aim in write_report(context).aims if aim.name.startswith("a training step"))
+    assert aim.met is False
+
+
+def test_batches_of_training_need_no_generator_of_the_gpu() -> None:
+    (workload,) = training.workloads(tiny=True)
+    before = torch.get_rng_state()
+    first, second = workload.batch(CPU), workload.batch(CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first["x"], second["x"])
+    assert first["x"].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_different_bits_are_seen() -> None:
     assert not graph.same_bits(torch.tensor(0.0), torch.tensor(-0.0))
     assert graph.same_bits(torch.tensor(float("nan")), torch.tensor(float("nan")))
