@@ -6,6 +6,7 @@ so the same cost at k = M/3, as long as a third of the batch still fills the GPU
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -57,20 +58,23 @@ class Workload:
         return self.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def batch(self, device: torch.device) -> Batch:
-        """The same one for every step: its values do not change what a step costs.
-
-        Drawn on the CPU, as weights are: a capture that fails leaves the GPU's generator unusable.
-        """
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.samples, 3, self.side, self.side, generator=generator)
-        y = torch.randint(self.classes, (self.samples,), generator=generator)
-        return {"x": x.to(device, memory_format=torch.channels_last), "y": y.to(device)}
+        """The same one for every step: its values do not change what a step costs."""
+        return _random_batch(self.samples, self.side, self.classes, device)
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
         """Around a forward pass; a cache of weights would not outlive a graph's capture."""
         if not self.bfloat16:
             return nullcontext()
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _random_batch(samples: int, side: int, classes: int, device: torch.device) -> Batch:
+    """Drawn on the CPU, as weights are: a capture that fails spoils the GPU's generator."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 3, side, side, generator=generator).to(device)
+    y = torch.randint(classes, (samples,), generator=generator).to(device)
+    return {"x": x.contiguous(memory_format=torch.channels_last), "y": y}
 
 
 def workloads(*, tiny: bool) -> Iterator[Workload]:
