@@ -13,7 +13,7 @@ from benchmarks.kernels.case import KSAM
 Results = dict[str, dict[str, Any]]  # of every part that has run
 Row = dict[str, Any]
 
-_CHECKS = ("sync", "graph", "tests", "sanitizer")  # parts that tell right from wrong, not how fast
+CHECKS = ("sync", "graph", "tests", "sanitizer")  # parts that tell right from wrong, not how fast
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Aim:
     aim: str
     figure: str
     met: bool | None
-    check: bool = False  # of right or wrong
+    part: str = ""  # whose figure it is
 
 
 def _met(good: bool, whole: bool) -> bool | None:
@@ -153,14 +153,21 @@ def _tests(results: Results) -> Aim:
     counts = found["by_backend"]
     parts = [f"{backend} {c.get('passed', 0)}" for backend, c in counts.items()]
     figure = f"passed: {', '.join(parts) or 'none'}; failed: {len(found['failed'])}"
+    skipped = sum(c.get("skipped", 0) for c in counts.values())
+    if skipped:
+        figure += f"; skipped: {skipped}"
     if found["without_form_on_device"]:
         figure += f"; {found['without_form_on_device']} have no form on a GPU"
-    if found["failures"]:
-        figure += f"; {len(found['failures'])} of {len(statuses)} shares failed"
+    broken = [name for name in found["failures"] if name in statuses]
+    if broken:
+        figure += f"; {len(broken)} of {len(statuses)} shares failed"
     if found["left_out"]:
         figure += f"; {len(found['left_out'])} of {len(statuses)} shares not finished"
+    idle = [name for name in found["demanded"] if not counts.get(name, {}).get("passed")]
+    if idle:
+        figure += f"; no test passed on {', '.join(idle)}"
     passed = bool(counts) and all(status == 0 for status in statuses.values())
-    return Aim(name, aim, figure, passed)
+    return Aim(name, aim, figure, passed and not idle)
 
 
 def _sanitizer(results: Results) -> Aim:
@@ -180,7 +187,7 @@ def _in_part(part: str, aim: Aim, results: Results) -> Aim:
     failure = results.get(part, {}).get("failure")
     if failure is not None:
         aim = replace(aim, figure=f"{aim.figure}; {failure}", met=False)
-    return replace(aim, check=part in _CHECKS)
+    return replace(aim, part=part)
 
 
 def _of_kernels(results: Results) -> list[Aim]:

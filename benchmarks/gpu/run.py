@@ -46,7 +46,8 @@ def run_parts(names: Sequence[str], context: Context) -> bool:
     for failure in report.failures:
         print(f"FAILED  {failure}", flush=True)
     print(f"wrote {context.out}/{context.prefix}report.md", flush=True)
-    return report.all_is_well
+    # A dry run has no checks to pass: there is no sanitizer for a CPU.
+    return report.all_is_well(() if context.dry_run else names)
 
 
 def _run_part(name: str, context: Context) -> None:

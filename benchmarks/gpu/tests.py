@@ -15,10 +15,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu.part import Context, PartFile
 from benchmarks.gpu.share import GROUPS, Selection, backend_of
@@ -68,6 +70,26 @@ class Share:
         return [sys.executable, "-m", "pytest", *options, *share, *self.arguments]
 
 
+def _must_have_tests(context: Context) -> Sequence[str]:
+    """The backends of KSAM_TEST_BACKENDS, or all that such a device can have."""
+    named = os.environ.get("KSAM_TEST_BACKENDS")
+    if named:
+        return named.split(",")
+    if context.device.type != "cuda":  # a dry run, which is not about what is built
+        return ("reference",)
+    return backends.BACKENDS if torch.version.hip is None else ("triton", "reference")
+
+
+def demanded(context: Context) -> dict[str, str | None]:
+    """The backends that must have tests, and why they cannot have any; None: they can."""
+    return {
+        name: backends.why_not(name, "restore_", context.device)
+        if name in backends.BACKENDS
+        else "no such backend"
+        for name in _must_have_tests(context)
+    }
+
+
 def all_shares(context: Context) -> Iterator[Share]:
     """The queue: Triton's come last, if it runs there."""
     table = _DRY_SHARES if context.dry_run else SHARES
@@ -102,6 +124,9 @@ class Tally:
 
 def _environment(context: Context) -> dict[str, str]:
     environment = {**os.environ, "KSAM_TEST_DEVICE": context.device.type, "OMP_NUM_THREADS": "1"}
+    # Without those that the summary says are missing: the others have tests all the same.
+    able = [name for name, why in demanded(context).items() if why is None]
+    environment["KSAM_TEST_BACKENDS"] = ",".join(able)
     paths = [str(_ROOT), str(_ROOT / "python_api"), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "100"}
 
@@ -120,6 +145,7 @@ def _start(share: Share, log: Path, context: Context) -> subprocess.Popen[bytes]
 def run(context: Context, file: PartFile) -> None:
     """All shares, some at once; at the deadline those that still run are ended, the rest left."""
     shares = list(all_shares(context))
+    wanted = demanded(context)
     before = file.unfinished().get("shares", {})
     found = {share.name: before.get(share.name, nothing("not started")) for share in shares}
     queue = [share for share in shares if found[share.name]["status"] != 0]
@@ -148,10 +174,10 @@ def run(context: Context, file: PartFile) -> None:
                 del running[name]
                 found[name] = read_log(_log(name, context), status)
                 print(f"tests, {name}: {_describe(status)}, {seconds:.0f} s", flush=True)
-                file.results = summarize(found)
+                file.results = summarize(found, wanted)
                 file.write(complete=False)
         time.sleep(0.05)
-    file.results = summarize(found)
+    file.results = summarize(found, wanted)
     _print(file.results)
 
 
@@ -196,15 +222,20 @@ def _why(share: dict[str, Any]) -> str | None:
     return f"status {share['status']}: {last}"
 
 
-def summarize(shares: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Counts over the shares, and the end of the output of those that failed."""
+def summarize(
+    shares: dict[str, dict[str, Any]], wanted: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Counts over the shares, and the end of the output of those that failed. A backend that is
+    wanted and cannot run is a failure, too."""
     by_backend: dict[str, Counter[str]] = {}
     for share in shares.values():
         for backend, outcomes in share["outcomes"].items():
             by_backend.setdefault(backend, Counter()).update(outcomes)
+    failures = {**wanted, **{name: _why(share) for name, share in shares.items()}}
     return {
         "statuses": {name: share["status"] for name, share in shares.items()},
-        "failures": {name: why for name, share in shares.items() if (why := _why(share))},
+        "demanded": list(wanted),
+        "failures": {name: why for name, why in failures.items() if why is not None},
         "by_backend": {name: dict(counts) for name, counts in sorted(by_backend.items())},
         "failed": [test for share in shares.values() for test in share["failed"]],
         "without_form_on_device": sum(share["left_out"] for share in shares.values()),

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.gpu import cases, sanitizer, step
 from benchmarks.gpu.aims import Aim, Results, aims
+from benchmarks.gpu.part import PARTS
 from benchmarks.gpu.report import Report
 from benchmarks.kernels.case import KSAM
 from benchmarks.kernels.measure import row_of
@@ -74,7 +75,7 @@ GOOD: Results = {
     "graph": steps(),
     "tests": {
         "by_backend": {"native": {"passed": 3}}, "failed": [], "failures": {}, "left_out": [],
-        "statuses": {"a": 0}, "without_form_on_device": 4,
+        "statuses": {"a": 0}, "without_form_on_device": 4, "demanded": ["native"],
     },
     "sanitizer": {"left_out": [], "memcheck": CLEAN, "racecheck": CLEAN},
 }  # fmt: skip
@@ -173,19 +174,30 @@ def test_a_part_that_broke_off_meets_no_aim() -> None:
 
 
 def test_what_failed_or_was_wrong_is_not_well_and_what_is_slow_is() -> None:
-    assert Report(aims(GOOD), []).all_is_well
-    assert Report(aims({}), []).all_is_well
-    assert not Report(aims(GOOD), ["host: out of memory"]).all_is_well
+    assert Report(aims(GOOD), []).all_is_well(PARTS)
+    assert not Report(aims(GOOD), ["host: out of memory"]).all_is_well(PARTS)
     slow = copy.deepcopy(GOOD)
     slow["host"]["step"]["together"]["median"] = 151.0
-    assert Report(aims({**slow, "training": training(1.2)}), []).all_is_well
+    assert Report(aims({**slow, "training": training(1.2)}), []).all_is_well(PARTS)
     for part, found in {
         "sync": waits(later=True),
         "graph": steps(different=1),
         "tests": {**GOOD["tests"], "statuses": {"a": 1}},
         "sanitizer": {"memcheck": {"clean": False, "summary": "1 error"}},
     }.items():
-        assert not Report(aims({**GOOD, part: found}), []).all_is_well, part
+        assert not Report(aims({**GOOD, part: found}), []).all_is_well(()), part
+
+
+def test_checks_that_were_asked_for_and_did_not_run_are_not_well() -> None:
+    checks = ("sync", "graph", "tests", "sanitizer")
+    assert Report(aims({}), []).all_is_well(set(PARTS) - set(checks))
+    for part in checks:
+        without = {name: found for name, found in GOOD.items() if name != part}
+        assert not Report(aims(without), []).all_is_well(PARTS), part
+        assert Report(aims(without), []).all_is_well(set(PARTS) - {part}), part
+        assert not Report([], []).all_is_well([part]), part
+    lacking = {**GOOD, "sanitizer": {"not_run": "no compute-sanitizer found"}}
+    assert not Report(aims(lacking), []).all_is_well(PARTS)
 
 
 def test_no_aim_is_met_by_a_kernel_that_failed_whatever_its_figures() -> None:

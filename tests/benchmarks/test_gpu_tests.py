@@ -17,7 +17,16 @@ from benchmarks.gpu.part import Context, PartFile
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.run import run_in_process
 from benchmarks.gpu.share import Selection
-from benchmarks.gpu.tests import Share, all_shares, nothing, read_log, run, summarize
+from benchmarks.gpu.tests import (
+    Share,
+    _environment,
+    all_shares,
+    demanded,
+    nothing,
+    read_log,
+    run,
+    summarize,
+)
 
 CPU = torch.device("cpu")
 
@@ -38,7 +47,8 @@ def test_outcomes_are_counted_by_backend(tmp_path: Path) -> None:
     (tmp_path / "b.log").write_text(OUTPUT.splitlines(keepends=True)[0])
     statuses: dict[str, int | str] = {"a": 1, "b": "ended after 3 s"}
     shares = {name: read_log(tmp_path / f"{name}.log", status) for name, status in statuses.items()}
-    found = summarize({**shares, "c": nothing("not started")})
+    wanted = {"native": None, "triton": "this installation has no Triton kernels"}
+    found = summarize({**shares, "c": nothing("not started")}, wanted)
     assert found["by_backend"] == {
         "native": {"passed": 2, "error": 1},
         "reference": {"failed": 1, "skipped": 1},
@@ -46,8 +56,10 @@ def test_outcomes_are_counted_by_backend(tmp_path: Path) -> None:
     }
     assert found["without_form_on_device"] == 12
     assert found["left_out"] == ["b", "c"]
+    assert found["demanded"] == ["native", "triton"]
     assert found["failures"] == {
-        "a": "2 failed, the first tests/topk/test_topk.py::test_strided[reference-torch.float32]"
+        "triton": "this installation has no Triton kernels",
+        "a": "2 failed, the first tests/topk/test_topk.py::test_strided[reference-torch.float32]",
     }
     assert len(found["failed"]) == 2
     assert found["shares"]["a"]["output_tail"].endswith("1 failed, 2 passed =====\n")
@@ -75,7 +87,9 @@ def test_a_machine_without_pytest_has_failed_the_tests(
     assert "status 1: " in left["results"]["failures"]["topk-others-1of1"]
     (aim,) = (aim for aim in write_report(context).aims if aim.name == "contract tests")
     assert aim.met is False
-    assert aim.figure == "passed: none; failed: 0; 1 of 1 shares failed"
+    assert aim.figure == (
+        "passed: none; failed: 0; 1 of 1 shares failed; no test passed on reference"
+    )
     report = (tmp_path / "dry-run-report.md").read_text(encoding="utf-8")
     assert "- tests, topk-others-1of1: status 1: " in report
     assert "No module named no_such_pytest" in report
@@ -83,9 +97,47 @@ def test_a_machine_without_pytest_has_failed_the_tests(
 
 def test_no_test_at_all_is_no_success() -> None:
     # As pytest says where there is nothing to run.
-    results = {"tests": summarize({"a": {**nothing(""), "status": 0}})}
+    results = {"tests": summarize({"a": {**nothing(""), "status": 0}}, {})}
     (aim,) = (aim for aim in aims(results) if aim.name == "contract tests")
     assert aim.met is False
+
+
+def test_a_backend_without_tests_is_named_and_no_success() -> None:
+    share = {**nothing(""), "status": 0, "outcomes": {"reference": {"passed": 5, "skipped": 40}}}
+    results = {
+        "tests": summarize({"a": share}, {"native": None, "triton": "no", "reference": None})
+    }
+    (aim,) = (aim for aim in aims(results) if aim.name == "contract tests")
+    assert aim.met is False
+    assert aim.figure == (
+        "passed: reference 5; failed: 0; skipped: 40; no test passed on native, triton"
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "hip", "names"),
+    [
+        (None, None, ["native", "triton", "reference"]),
+        (None, "6.4", ["triton", "reference"]),
+        ("triton,attic", None, ["triton", "attic"]),
+    ],
+)
+def test_the_backends_of_a_gpu_are_demanded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: str | None,
+    hip: str | None,
+    names: list[str],
+) -> None:
+    monkeypatch.setenv("KSAM_TEST_BACKENDS", named or "")
+    monkeypatch.setattr("torch.version.hip", hip)
+    missing = {"triton": "not installed"}
+    monkeypatch.setattr("ksam_kernels.backends.why_not", lambda name, *_: missing.get(name))
+    context = Context(torch.device("cuda"), tmp_path, dry_run=False)
+    known = {**missing, "attic": "no such backend"}
+    assert demanded(context) == {name: known.get(name) for name in names}
+    able = [name for name in names if name not in known]
+    assert _environment(context)["KSAM_TEST_BACKENDS"] == ",".join(able)
 
 
 def test_shares_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +182,7 @@ def test_shares_that_passed_are_kept_by_a_run_that_goes_on(
     passed, failed = {**nothing(""), "status": 0}, {**nothing(""), "status": 1}
     passed["outcomes"] = {"reference": {"passed": 7}}
     earlier = PartFile("tests", context)
-    earlier.results = summarize({"a-others-1of2": passed, "a-others-2of2": failed})
+    earlier.results = summarize({"a-others-1of2": passed, "a-others-2of2": failed}, {})
     for complete, expected in ((True, {"native": {"passed": 2}}), (False, None)):
         earlier.write(complete=complete)
         file = PartFile("tests", context)
