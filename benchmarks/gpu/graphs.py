@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks.environment import synchronize
+from benchmarks.gpu.sync import waiting_is_an_error
 
 WARM_UP_CALLS = 3
 
@@ -28,7 +29,9 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_CALLS):
+        for _ in range(WARM_UP_CALLS - 1):
+            work()
+        with waiting_is_an_error(device):  # a capture that fails leaves the generators unusable
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     synchronize(device)

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.kernels import Timed, rounds_of
 from benchmarks.gpu.part import Context, PartFile, reason
-from benchmarks.gpu.sync import waiting_is_an_error
 from benchmarks.timing import Plan, Quartiles, ratios
 from benchmarks.train.models import build_image_model
 from ksam import KSAM, cross_entropy
@@ -170,24 +169,13 @@ METHODS: dict[str, Callable[[Workload, torch.device], Step]] = {
 _IN_GRAPHS = ("SGD", "K-SAM, k=1/3")
 
 
-def _step(name: str, workload: Workload, device: torch.device) -> Step:
-    """A method's, warmed up."""
-    step = METHODS[name](workload, device)
-    for _ in range(_STEPS):  # libraries choose their algorithms
-        step()
-    return step
-
-
 def _graphs(workload: Workload, device: torch.device, failures: Failures) -> dict[str, Step]:
     """Captured steps, as far as the memory goes."""
     graphs: dict[str, Step] = {}
     for name in _IN_GRAPHS:
         label = f"{name}, graph"
         try:
-            step = _step(name, workload, device)
-            with waiting_is_an_error(device):  # or the capture would fail, and spoil those after it
-                step()
-            graphs[label] = capture(step, device)
+            graphs[label] = capture(METHODS[name](workload, device), device)
         except RuntimeError as error:
             failures[f"{workload.label}, {label}"] = reason(error)
     return graphs
@@ -205,7 +193,10 @@ def _times(
 ) -> dict[str, list[float]]:
     """Seconds of a step of every method. Where those in graphs fail, `failures` says so, and the
     others are timed without them."""
-    steps = {name: _step(name, workload, device) for name in METHODS}
+    steps = {name: make(workload, device) for name, make in METHODS.items()}
+    for step in steps.values():
+        for _ in range(_STEPS):  # libraries choose their algorithms
+            step()
     graphs = _graphs(workload, device, failures)
     if graphs:
         try:

@@ -123,6 +123,13 @@ def test_what_waits_is_timed_without_a_graph(cuda: Played) -> None:
     assert seconds == pytest.approx([1e-3] * 2)
 
 
+def test_what_waits_is_not_begun_to_be_captured(cuda: Played) -> None:
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        graphs.capture(cuda.waits, CUDA)
+    assert cuda.captured == []
+    assert cuda.mode == "default"
+
+
 def outcome(step: Callable[[], object]) -> dict[str, Any]:
     return sync._outcome(step, 3, CUDA)
 
