@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +18,9 @@ from ksam.when import Policy
 from ksam_kernels.checks import check_count
 from ksam_kernels.compact.tree import batched_tensors, check_dense, check_without_graph
 from ksam_kernels.dtensor import first_dtensor
+
+if TYPE_CHECKING:
+    from ksam.optimizer import SharpnessAware
 
 SCALES = ("mean", "batch", "share")
 STATISTICS = ("subset", "matched", "full", "running")
@@ -85,19 +88,19 @@ def _check_when(when: object, otherwise: object) -> None:
         raise ValueError(f"otherwise needs a when that leaves it steps, got {otherwise!r} alone")
 
 
-def _check_micro_batches(arguments: Mapping[str, Any]) -> None:
+def _check_micro_batches(arguments: SharpnessAware) -> None:
     """What is known only after the whole batch went by at once."""
-    size, statistics = arguments["micro_batch_size"], arguments["statistics"]
+    size, statistics = arguments.micro_batch_size, arguments.statistics
     if size is None:
         return
     check_count("micro_batch_size", size, 1)
-    wrapped = data_parallel(arguments["model"])
+    wrapped = data_parallel(arguments.model)
     if wrapped is not None and wrapped.static_graph:
         raise ValueError(
             f"micro_batch_size must be None with static_graph=True of DistributedDataParallel, "
             f"which cannot leave out a synchronization, got {size!r}"
         )
-    if any(isinstance(arguments[part], Ordered) for part in ("ascent", "descent")):
+    if any(isinstance(part, Ordered) for part in (arguments.ascent, arguments.descent)):
         raise ValueError(
             f"micro_batch_size must be None with Ordered, whose highest losses are known after the "
             f"last micro-batch only (TopK finds them in a pass of its own), got {size!r}"
@@ -118,20 +121,20 @@ def _check_model(model: Any) -> None:
         )
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
+def check_arguments(arguments: SharpnessAware) -> None:
     """Of :class:`ksam.optimizer.SharpnessAware`, by name; rho and ``grad_scaler`` check themselves.
 
     Raises:
         TypeError, ValueError: one out of its range.
     """
-    _check_choice("scale", arguments["scale"], SCALES)
-    _check_choice("statistics", arguments["statistics"], STATISTICS)
-    _check_samplers(arguments["ascent"], arguments["descent"], arguments["scale"])
-    _check_when(arguments["when"], arguments["otherwise"])
-    _check_type("geometry", arguments["geometry"], (Geometry,), "a Geometry")
-    _check_model(arguments["model"])
+    _check_choice("scale", arguments.scale, SCALES)
+    _check_choice("statistics", arguments.statistics, STATISTICS)
+    _check_samplers(arguments.ascent, arguments.descent, arguments.scale)
+    _check_when(arguments.when, arguments.otherwise)
+    _check_type("geometry", arguments.geometry, (Geometry,), "a Geometry")
+    _check_model(arguments.model)
     _check_micro_batches(arguments)
-    check_count("seed", arguments["seed"], 0, below=2**31)
+    check_count("seed", arguments.seed, 0, below=2**31)
 
 
 def check_group(

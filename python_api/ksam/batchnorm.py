@@ -331,13 +331,15 @@ def detector(watch: bool) -> Iterator[list[nn.Module]]:
     afford, not every step.
     """
     seen: list[nn.Module] = []
-    thread = threading.get_ident()
     if not watch:
         yield seen
         return
+    # Not the number of the thread: torch.compile warns that it cannot trace what gives it.
+    of_thread = threading.local()
+    of_thread.watches = True
 
     def look(module: nn.Module, _: object) -> None:
-        if threading.get_ident() == thread:
+        if hasattr(of_thread, "watches"):
             seen.extend(_updating([module]))
 
     handles: list[RemovableHandle] = []

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from ksam.arguments import check_group
 from ksam.distributed import mean_over_ranks
@@ -17,39 +16,24 @@ from ksam.momentum import Momentum
 from ksam.over_base import OverBase
 from ksam.parts import Part, Sampler, Subset
 from ksam.passes import Passes
-from ksam.radius import Rho
 from ksam.update import Update
 from ksam.when import Policy
 
-_PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
-_OWN = (*_PARTS, "scale", "model", "report_share", "_update")
+PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
 
 
 class Composed(OverBase):
     """The parts of :class:`ksam.optimizer.SharpnessAware`, which has the arguments."""
 
-    def __init__(
-        self,
-        base: Optimizer,
-        rho: Rho,
-        *,
-        ascent: Sampler | Momentum | None,
-        descent: Sampler | None,
-        geometry: Geometry,
-        when: Callable[[int], bool] | Policy | None,
-        otherwise: Momentum | None,
-        scale: Literal["mean", "batch", "share"],
-        model: nn.Module | None,
-        grad_scaler: GradScaler | None,
-    ) -> None:
-        self.ascent, self.descent = ascent, descent
-        self.geometry = geometry
-        self.when, self.otherwise = when, otherwise
-        self.scale = scale
-        self.model = model
-        self.report_share = False
-        super().__init__(base, rho)
-        self._update = Update(self.base, grad_scaler)
+    ascent: Sampler | Momentum | None
+    descent: Sampler | None
+    geometry: Geometry
+    when: Callable[[int], bool] | Policy | None
+    otherwise: Momentum | None
+    scale: Literal["mean", "batch", "share"]
+    model: nn.Module | None
+    report_share: bool
+    _update: Update
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -61,14 +45,11 @@ class Composed(OverBase):
         self._update = Update(self.base, scaler)
 
     def _parts(self) -> dict[str, Part]:
-        parts = {name: getattr(self, name) for name in _PARTS}
+        parts = {name: getattr(self, name) for name in PARTS}
         return {name: part for name, part in parts.items() if isinstance(part, Part)}
 
     def _perturbs(self) -> bool:
         return self.ascent is not None or self.otherwise is not None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
 
     def cost(self, samples: int, step: int | None = None) -> float:
         """Cost of a sharpness-aware step on a batch of ``samples``, in units of a plain one.

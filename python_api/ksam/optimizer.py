@@ -15,20 +15,26 @@ from ksam import batchnorm, copies, interrupts
 from ksam.arguments import check_arguments, check_batch
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
-from ksam.composed import Composed
+from ksam.composed import PARTS, Composed
 from ksam.distributed import averaged, begin_anew, check_synchronizes, data_parallel, gather_anew
 from ksam.geometry import Geometry, Moving
 from ksam.gradients import clear, set_aside
 from ksam.momentum import Momentum
-from ksam.parts import Sampler
+from ksam.parts import Sampler, Subset
 from ksam.passes import Passes, PerSampleLoss
 from ksam.radius import Rho
 from ksam.result import StepResult
 from ksam.samplers import All
+from ksam.update import Update
 from ksam.when import Policy
 from ksam_kernels.checks import check_range
 
-_OWN = ("statistics", "micro_batch_size", "seed", "_looked_for_batchnorm")
+#: What copies and pickles have beside the base.
+_OWN = (
+    *PARTS,
+    *("scale", "statistics", "model", "micro_batch_size", "seed", "report_share"),
+    *("_looked_for_batchnorm", "_update"),
+)
 
 
 class SharpnessAware(Composed):
@@ -110,32 +116,19 @@ class SharpnessAware(Composed):
         grad_scaler: GradScaler | None = None,
         **base_kwargs: Any,
     ) -> None:
-        options = {
-            "scale": scale,
-            "statistics": statistics,
-            "model": model,
-            "micro_batch_size": micro_batch_size,
-            "seed": seed,
-        }
-        parts = {"ascent": ascent, "descent": descent, "when": when, "otherwise": otherwise}
-        check_arguments({**options, **parts, "geometry": geometry})
-        self.statistics = statistics
+        self.ascent, self.descent = ascent, descent
+        self.geometry = Geometry() if geometry is None else geometry
+        self.when, self.otherwise = when, otherwise
+        self.scale, self.statistics = scale, statistics
+        self.model = model
         self.micro_batch_size = micro_batch_size
         self.seed = seed
+        self.report_share = False
         self._looked_for_batchnorm = False
+        check_arguments(self)
         self._scratch()
-        super().__init__(
-            build_base(params, base, base_kwargs),
-            rho,
-            ascent=ascent,
-            descent=descent,
-            geometry=geometry or Geometry(),
-            when=when,
-            otherwise=otherwise,
-            scale=scale,
-            model=model,
-            grad_scaler=grad_scaler,
-        )
+        super().__init__(build_base(params, base, base_kwargs), rho)
+        self._update = Update(self.base, grad_scaler)
 
     def _scratch(self) -> None:
         """Working memory: part of no checkpoint and no copy."""
@@ -332,7 +325,7 @@ class SharpnessAware(Composed):
             micro_batch_size=self.micro_batch_size,
             scored=self._wants_share(sharp) or (sharp and any(s.scored for s in self._samplers())),
             trainable=any(p.requires_grad for p in self._parameters()),
-            watch=self.model is None and not self._looked_for_batchnorm,
+            watch=not norms.modules and not self._looked_for_batchnorm,
         )
 
     def _descent_gradient(
@@ -345,20 +338,21 @@ class SharpnessAware(Composed):
         """Climb, and add the descent gradient to ``.grad``; fills ``perturbed``."""
         ascent, descent = (self.ascent, self.descent) if sharp else (self.otherwise, All())
         norm: Tensor | None = None
+        climbed: Subset | None = None
         if isinstance(ascent, Sampler):
             params = self._parameters()
             with set_aside(params) as accumulates:
-                passes.subset = ascent.choose(passes)
+                passes.subset = climbed = ascent.choose(passes)
                 with averaged(self.model, params, accumulates):
-                    passes.before = passes.gradient(passes.subset)
+                    passes.before = passes.gradient(climbed)
                 norm = self._perturb(ascent, perturbed)
             if norm is not None:
                 norm = self._update.unscale(norm)
         elif ascent is not None:
             norm = self._perturb(ascent, perturbed)
-        subset = passes.subset if descent is None else descent.choose(passes)
+        subset = climbed if descent is None else descent.choose(passes)
         assert subset is not None
-        if passes.subset is None or not passes.subset.is_selection:
+        if climbed is None or not climbed.is_selection:
             passes.subset = subset
         share = self._share(passes, sharp)
         factor = self._factor(passes, subset, share)

@@ -86,7 +86,7 @@ class Sampler(Part):
         have weights, without which they do not represent the batch.
         """
         subset = passes.subset
-        if subset is not None and subset.indices is not None and subset.weights is None:
+        if subset.indices is not None and subset.weights is None:
             return subset.indices
         return self.candidates(passes)
 
@@ -96,7 +96,8 @@ class Sampler(Part):
 
     def cost(self, samples: int, step: int) -> int:
         """Of choosing and of the gradient: a forward pass over one sample is 1, a backward 2."""
-        return 3 * self.size(samples, step)
+        size = self.size(samples, step)
+        return 3 * size + (samples if size < samples and self.whole(step) else 0)
 
     def observe(self, passes: Passes) -> None:
         """Remember what a completed step found out."""

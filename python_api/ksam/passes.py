@@ -17,6 +17,7 @@ from ksam import batchnorm, copies, micro_batches
 from ksam.distributed import without_sync
 from ksam.parts import Subset
 from ksam.selection import recording
+from ksam_kernels.checks import FLOATING, check_dtype
 from ksam_kernels.compact.tree import batched_tensors, map_tensors
 
 PerSampleLoss = Callable[[Any], Any]
@@ -26,10 +27,7 @@ Backward = Callable[[Tensor, Subset], None]
 def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
     """Split ``losses`` or ``(losses, aux)`` and check the losses."""
     losses, aux = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-    if not isinstance(losses, Tensor):
-        raise TypeError(
-            f"per_sample_loss must return a tensor of losses, got {type(losses).__name__}"
-        )
+    check_dtype("losses that per_sample_loss returns", losses, FLOATING)
     shape = tuple(losses.shape)
     if shape != (samples,):
         if shape == ():
@@ -42,8 +40,6 @@ def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
             f"per_sample_loss must return one loss per sample, shape ({samples},), got {shape}; "
             f"{advice}"
         )
-    if not losses.is_floating_point():
-        raise TypeError(f"per_sample_loss must return floating losses, got {losses.dtype}")
     return losses, aux
 
 
@@ -89,6 +85,7 @@ class Passes:
     """
 
     losses: Tensor
+    subset: Subset
 
     def __init__(
         self,
@@ -110,7 +107,6 @@ class Passes:
         self.batch, self.samples, self.step = batch, samples, step
         self.aux: Any = None
         self.top: Tensor | None = None
-        self.subset: Subset | None = None
         self.before: Tensor | None = None
         self.after: Tensor | None = None
         self.taken = 0
@@ -287,10 +283,9 @@ class Passes:
 
     def indices(self) -> Tensor:
         """The selected samples, int64, ascending."""
-        subset = self.subset
-        if subset is not None and subset.indices is not None:
-            return subset.indices
-        if subset is not None and subset.keep is not None:
+        if self.subset.indices is not None:
+            return self.subset.indices
+        if self.subset.keep is not None:
             assert self.top is not None
             return self.top
         return torch.arange(self.samples, device=self.losses.device)
@@ -307,7 +302,7 @@ def _warn_of_batchnorm() -> None:
         level += 1
     warnings.warn(
         "the function uses BatchNorm whose running statistics every pass of a step updates; "
-        "pass model= to the optimizer (of several modules an nn.ModuleList) to update them once, "
-        "from the whole batch",
+        "pass model= to the optimizer with all of it (of several modules an nn.ModuleList), and "
+        "set its mode before the step, to update them once, from the whole batch",
         stacklevel=level + 1,
     )

@@ -35,5 +35,5 @@ class StepResult(NamedTuple):
     indices: Tensor
     grad_norm: Tensor
     aux: Any
-    sharp: bool = True
-    share: Tensor | None = None
+    sharp: bool
+    share: Tensor | None

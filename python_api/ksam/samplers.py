@@ -44,15 +44,7 @@ class _Some(Sampler):
         raise NotImplementedError
 
 
-class _AfterForward(_Some):
-    """Chosen by a forward pass over the whole batch, without gradients."""
-
-    def cost(self, samples: int, step: int) -> int:
-        size = self.size(samples, step)
-        return 3 * size + (samples if size < samples else 0)
-
-
-class TopK(_AfterForward):
+class TopK(_Some):
     """The k highest losses of a forward pass over the batch (Ni et al. 2022).
 
     Args:
@@ -101,7 +93,7 @@ class Random(_Some):
         return passes.select(passes.draw(size))
 
 
-class Importance(_AfterForward):
+class Importance(_Some):
     r"""k samples drawn with replacement, :math:`p_i \propto` gradient bound, weighted by 1 / (M p).
 
     :math:`\frac{1}{k} \sum_j \frac{1}{M p_{i_j}} \nabla L_{i_j}` is an unbiased estimate of the
@@ -134,7 +126,7 @@ class Importance(_AfterForward):
         return passes.select(indices, 1 / (passes.samples * p[indices]))
 
 
-class LossIncrease(_AfterForward):
+class LossIncrease(_Some):
     r"""The samples whose loss the perturbation raised most (ESAM's SDS, Du et al. 2022).
 
     For the descent only: a forward pass at :math:`\hat w`, without gradients, gives

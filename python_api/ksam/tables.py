@@ -117,7 +117,7 @@ class _Table(Sampler):
         what was selected by them, may be on another.
         """
         rows = self.rows(passes.batch)
-        chosen = None if passes.subset is None else passes.subset.indices
+        chosen = passes.subset.indices
         return rows if chosen is None else rows[chosen.to(rows.device)]
 
 
@@ -143,10 +143,6 @@ class StaleTopK(_Table):
 
     def whole(self, step: int) -> bool:
         return step % self.refresh == 0
-
-    def cost(self, samples: int, step: int) -> int:
-        size = self.size(samples, step)
-        return 3 * size + (samples if self.whole(step) and size < samples else 0)
 
     def choose(self, passes: Passes) -> Subset:
         size = self.size(passes.samples, passes.step)

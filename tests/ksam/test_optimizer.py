@@ -293,9 +293,12 @@ def test_batchnorm_statistics_are_those_of_one_pass_over_the_whole_batch(
     assert int(model[1].num_batches_tracked) == 3
 
 
-def test_batchnorm_without_a_model_is_left_alone_and_told_once(backend: str) -> None:
+@pytest.mark.parametrize("given", [None, network()], ids=["no model", "one without it"])
+def test_batchnorm_without_its_model_is_left_alone_and_told_once(
+    backend: str, given: nn.Module | None
+) -> None:
     model = network(batchnorm=True)
-    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=given)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step(loss_of(model), batch())

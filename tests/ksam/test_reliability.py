@@ -211,8 +211,15 @@ def test_no_trainable_parameter_moves_nothing(backend: str) -> None:
 BAD_STEPS: list[tuple[Callable[[Any], Any], Any, type[Exception], str]] = [
     (lambda b: b["x"].mean(), batch(), ValueError, r"per_sample_loss .*\(24,\), got \(\)"),
     (lambda b: b["x"][:3, 0], batch(), ValueError, r"\(24,\), got \(3,\)"),
-    (lambda b: b["y"], batch(), TypeError, "floating losses, got torch.int64"),
-    (lambda b: 1.0, batch(), TypeError, "tensor of losses, got float"),
+    (lambda b: b["y"], batch(), TypeError, "losses .* must be float32, .* got torch.int64"),
+    (lambda b: 1.0, batch(), TypeError, "losses .* must be a tensor, got float"),
+    (lambda b: b["x"][:, 0].to_sparse(), batch(), TypeError, "losses .* got layout .*sparse"),
+    (
+        lambda b: b["x"][:, 0].to(torch.float8_e5m2),
+        batch(),
+        TypeError,
+        "losses that per_sample_loss returns must be .* got torch.float8_e5m2",
+    ),
     (
         lambda b: b["x"][:, 0],
         {"x": torch.ones(4, 2), "y": torch.ones(5)},

@@ -209,3 +209,23 @@ def test_numbers_of_numpy_are_numbers(backend: str) -> None:
         found.append(weights(model))
     assert all_same_bits(found[0], found[1])
     assert all_same_bits(found[0], found[2])
+
+
+@pytest.mark.parametrize("method", ["KSAM", "SAM"])
+def test_a_step_that_is_compiled_whole_is_the_step_and_warns_of_nothing(method: str) -> None:
+    model = network()
+    twin = network()
+    optimizer, other = (METHODS[method](m.parameters(), SGD, **MOMENTUM) for m in (model, twin))
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def step(data: dict[str, Tensor]) -> Tensor:
+        return optimizer.step(loss_of(model), data).loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(3):
+            step(batch(number))
+            other.step(loss_of(twin), batch(number))
+    assert [str(warning.message) for warning in caught] == []
+    assert all_same_bits(weights(model), weights(twin))
