@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ksam.base import entries
 from ksam.distributed import data_parallel, fully_sharded
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
@@ -137,6 +139,13 @@ def check_arguments(arguments: SharpnessAware) -> None:
     check_count("seed", arguments.seed, 0, below=2**31)
 
 
+def _which(position: int, name: str | None, p: Tensor) -> str:
+    """A parameter, for messages."""
+    shape = "of no shape yet" if is_lazy(p) else f"of shape {tuple(p.shape)}"
+    called = "" if name is None else f", {name!r},"
+    return f"number {position} of its group{called} {shape}"
+
+
 def check_group(
     base: Optimizer, group: Mapping[str, Any], momentum: bool, model: nn.Module | None
 ) -> None:
@@ -146,15 +155,21 @@ def check_group(
         momentum: whether a method climbs along it.
 
     Raises:
+        TypeError: complex parameters that are trained.
         ValueError: ``maximize``, no momentum where one is needed, or DTensors without their model.
     """
-    params = group.get("params", ())
-    params = [params] if isinstance(params, Tensor) else params
-    if model is None and first_dtensor(params) is not None:
+    named = entries(group)
+    if model is None and first_dtensor([p for _, p in named]) is not None:
         raise ValueError(
             "model must be given where parameters are DTensors, as FSDP2 makes them: it has to "
             "forget the weights that it has gathered when they move; got None"
         )
+    for position, (name, p) in enumerate(named):
+        if isinstance(p, Tensor) and p.dtype.is_complex and p.requires_grad:
+            raise TypeError(
+                f"params must be real, got {p.dtype} for {_which(position, name, p)}: train what "
+                f"torch.view_as_real makes of it"
+            )
     group = {**base.defaults, **group}
     if group.get("maximize"):
         raise ValueError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +43,14 @@ def parameters(entries: Iterable[Any]) -> list[Tensor]:
         else:
             found.append(entry[1] if isinstance(entry, tuple) else entry)
     return found
+
+
+def entries(group: Mapping[str, Any]) -> list[tuple[str | None, Any]]:
+    """A group's parameters with the names that it has for them; numbers in a checkpoint's group."""
+    params = group.get("params", ())
+    params = [params] if isinstance(params, Tensor) else params
+    named = zip_longest(params, group.get("param_names", ()))
+    return [p if isinstance(p, tuple) else (name, p) for p, name in named]
 
 
 def parameter_names(groups: Sequence[dict[str, Any]], model: nn.Module | None) -> dict[Tensor, str]:

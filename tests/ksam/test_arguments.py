@@ -33,7 +33,7 @@ from ksam.geometry import Geometry, NamedAdaptive, StochasticWeights, named_weig
 from ksam.samplers import All, Importance, LossIncrease, Ordered, Random, TopK
 from ksam.tables import SharpnessSample, StaleTopK
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, loss_of, network, noting_weights, weights
+from tests.ksam.models import NAMES, batch, build, loss_of, network, noting_weights, weights
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,23 @@ def test_maximizing_is_refused() -> None:
     with pytest.raises(ValueError, match="maximize must be False, got True"):
         optimizer.add_param_group({"params": late, "maximize": True})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_complex_parameters_are_refused_unless_they_are_frozen(name: str) -> None:
+    model = network()
+    model.register_parameter("z", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+    message = r"params must be real, got torch.complex64 for number 0 .*'z', of shape \(3,\)"
+    with pytest.raises(TypeError, match=message):
+        build(name, model)
+    model.z.requires_grad_(False)
+    optimizer = build(name, model)
+    late = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+    with pytest.raises(TypeError, match=r"complex128 for number 1 .*'late'"):
+        optimizer.add_param_group({"params": [("w", nn.Parameter(torch.ones(()))), ("late", late)]})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(TypeError, match=r"complex128 for number 0 of its group of shape \(2,\)"):
+        KSAM([late], torch.optim.SGD, lr=0.1)
 
 
 @pytest.mark.parametrize("name", ["Adagrad", "ASGD", "Rprop", "RMSprop", "SGD"])
