@@ -15,7 +15,7 @@ from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.over_base import OverBase
 from ksam.parts import Part, Sampler, Subset
-from ksam.passes import Passes
+from ksam.passes import Passes, warn
 from ksam.update import Update
 from ksam.when import Policy
 
@@ -34,6 +34,7 @@ class Composed(OverBase):
     model: nn.Module | None
     report_share: bool
     _update: Update
+    _told_of_no_gradient: bool
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -134,6 +135,18 @@ class Composed(OverBase):
             sampler.observe(passes)
         if isinstance(self.when, Policy):
             self.when.observe(passes.step, cost, probe)
+
+    def _look_for_gradients(self) -> None:
+        """Warn, once, of a step that trains nothing, after its descent pass."""
+        params = self._parameters()
+        if self._told_of_no_gradient or any(p.grad is not None for p in params):
+            return
+        if any(p.requires_grad for p in params):
+            self._told_of_no_gradient = True
+            warn(
+                "the step trains nothing: the function used none of the optimizer's parameters; "
+                "build the optimizer after the model was copied or its layers were replaced"
+            )
 
     def _parameters(self) -> list[Tensor]:
         """In every step, so without the look at each entry that ``parameters`` takes."""

@@ -136,6 +136,7 @@ class SharpnessAware(Composed):
         self._snapshot = batchnorm.Snapshot()
         self._kept = batchnorm.Kept()
         self._has_grad = False  # that of backward(), for a step() to come
+        self._told_of_no_gradient = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
@@ -359,6 +360,7 @@ class SharpnessAware(Composed):
         if weight is not None:
             factor = weight if factor is None else weight * factor
         passes.after = passes.gradient(subset, factor)
+        self._look_for_gradients()
         if share is None:
             share = self._share(passes, sharp)
         self._looked_for_batchnorm |= passes.taken > 1

@@ -295,14 +295,17 @@ class Passes:
 OF_THE_STEP = ("ksam.", "torch.", "contextlib")
 
 
-def _warn_of_batchnorm() -> None:
-    """Once, at the line of the user's that called the step."""
+def warn(message: str) -> None:
+    """At the line of the user's that called the step."""
     level = 1
     while sys._getframe(level).f_globals.get("__name__", "").startswith(OF_THE_STEP):
         level += 1
-    warnings.warn(
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def _warn_of_batchnorm() -> None:
+    warn(
         "the function uses BatchNorm whose running statistics every pass of a step updates; "
         "pass model= to the optimizer with all of it (of several modules an nn.ModuleList), and "
-        "set its mode before the step, to update them once, from the whole batch",
-        stacklevel=level + 1,
+        "set its mode before the step, to update them once, from the whole batch"
     )

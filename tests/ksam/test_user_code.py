@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -229,3 +230,40 @@ def test_a_step_that_is_compiled_whole_is_the_step_and_warns_of_nothing(method: 
             other.step(loss_of(twin), batch(number))
     assert [str(warning.message) for warning in caught] == []
     assert all_same_bits(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_that_are_not_those_of_the_function_are_told_of_once(
+    method: str, compiled: bool
+) -> None:
+    model = network()
+    optimizer = METHODS[method](copy.deepcopy(model).parameters(), SGD, **MOMENTUM)
+    torch._dynamo.reset()
+
+    def step() -> None:
+        optimizer.step(loss_of(model), batch())
+
+    run = torch.compile(step, backend="eager") if compiled else step
+    before = weights(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            run()
+    told = [w for w in caught if "the step trains nothing" in str(w.message)]
+    assert [w.filename for w in told] == [__file__]
+    assert all_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_some_parameters_without_a_gradient_are_no_reason_to_warn(
+    backend: str, method: str
+) -> None:
+    model, unused = network(), nn.Parameter(torch.ones(3))
+    optimizer = METHODS[method]([unused, *model.parameters()], SGD, **MOMENTUM)
+    frozen = METHODS[method](network().requires_grad_(False).parameters(), SGD, **MOMENTUM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.step(loss_of(model), batch())
+            frozen.step(loss_of(model), batch())
