@@ -180,6 +180,21 @@ def check_group(
         Momentum.check(base, group)
 
 
+def check_names(group: Mapping[str, Any], model: nn.Module | None) -> None:
+    """Every parameter that is trained has one, for a geometry that asks for it.
+
+    Raises:
+        ValueError: one has none.
+    """
+    of_model = set() if model is None else set(model.parameters())
+    for position, (name, p) in enumerate(entries(group)):
+        if name is None and isinstance(p, Tensor) and p.requires_grad and p not in of_model:
+            raise ValueError(
+                f"names of all parameters are needed to tell weights from others, got none for "
+                f"{_which(position, name, p)}; pass model.named_parameters() as params, or model="
+            )
+
+
 def check_batch(batch: Any, samples: int, gathers: bool) -> None:
     """A batch that every pass of a step can be given.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from ksam.arguments import check_group
+from ksam.arguments import check_group, check_names
 from ksam.distributed import mean_over_ranks
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
@@ -82,6 +82,8 @@ class Composed(OverBase):
     def _check_group(self, group: dict[str, Any]) -> None:
         along_momentum = any(isinstance(part, Momentum) for part in (self.ascent, self.otherwise))
         check_group(self.base, group, along_momentum, self.model)
+        if self.geometry.needs_names:
+            check_names(group, self.model)
 
     def _samplers(self) -> list[Sampler]:
         return [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]

@@ -126,12 +126,17 @@ class NamedAdaptive(Geometry):
     Args:
         eta: the floor of T, >= 0.
         scaled: which parameters have T = |w| + eta, by name; default: :func:`named_weight`.
+
+    Raises:
+        TypeError, ValueError: a bad eta, or scaled that is no function.
     """
 
     needs_names = True
 
     def __init__(self, eta: float = 0.01, scaled: Callable[[str], bool] = named_weight) -> None:
         super().__init__(True, eta)
+        if not callable(scaled):
+            raise TypeError(f"scaled must be a function of a parameter's name, got {scaled!r}")
         self.scaled = scaled
 
     def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import ksam
 from ksam.arguments import STATISTICS
@@ -105,6 +106,7 @@ def test_copies_are_independent_and_whole(backend: str, name: str) -> None:
         ("KSAM", {"statistics": "none"}, ValueError, r"statistics must be one of .*'none'"),
         ("SAM", {"rho": -1.0}, ValueError, r"rho .*-1\.0"),
         ("ASAM", {"eta": -0.1}, ValueError, r"eta .*-0\.1"),
+        ("ASAM", {"scaled": "weight"}, TypeError, "scaled must be a function .*'weight'"),
         ("ESAM", {"beta": 0.0}, ValueError, r"beta .*0\.0"),
         ("ESAM", {"gamma": 1.5}, ValueError, r"gamma .*1\.5"),
         ("RandomSubsetSAM", {"share": 0}, ValueError, r"share .*0"),
@@ -139,7 +141,23 @@ def test_asam_finds_its_weights_by_either(backend: str, given: str) -> None:
 
 def test_asam_needs_names() -> None:
     model = network(dtype=torch.float64)
-    optimizer = ksam.ASAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    other = nn.Parameter(torch.ones(3))
+    needed = "names of all parameters are needed .* got none for number"
+    with pytest.raises(ValueError, match=rf"{needed} 0 of its group of shape \(16, 8\)"):
+        ksam.ASAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=rf"{needed} 4 of its group of shape \(3,\)"):
+        ksam.ASAM([*model.parameters(), other], torch.optim.SGD, lr=0.1, model=model)
+    optimizer = ksam.ASAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    with pytest.raises(ValueError, match=rf"{needed} 0 of its group of shape \(3,\)"):
+        optimizer.add_param_group({"params": other})
+    optimizer.add_param_group({"params": other.requires_grad_(False)})
+    optimizer.step(losses(model), data_of(0))
+
+
+def test_asam_needs_names_where_its_model_was_taken_away() -> None:
+    model = network(dtype=torch.float64)
+    optimizer = ksam.ASAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    optimizer.model = None
     before = weights(model)
     with pytest.raises(ValueError, match=r"names of 4 parameters are needed .*got 0"):
         optimizer.step(losses(model), data_of(0))
