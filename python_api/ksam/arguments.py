@@ -22,7 +22,7 @@ from ksam_kernels.compact.tree import batched_tensors, check_dense, check_withou
 from ksam_kernels.dtensor import first_dtensor
 
 if TYPE_CHECKING:
-    from ksam.optimizer import SharpnessAware
+    from ksam.composed import Composed
 
 SCALES = ("mean", "batch", "share")
 STATISTICS = ("subset", "matched", "full", "running")
@@ -90,7 +90,7 @@ def _check_when(when: object, otherwise: object) -> None:
         raise ValueError(f"otherwise needs a when that leaves it steps, got {otherwise!r} alone")
 
 
-def _check_micro_batches(arguments: SharpnessAware) -> None:
+def _check_micro_batches(arguments: Composed) -> None:
     """What is known only after the whole batch went by at once."""
     size, statistics = arguments.micro_batch_size, arguments.statistics
     if size is None:
@@ -123,7 +123,7 @@ def _check_model(model: Any) -> None:
         )
 
 
-def check_arguments(arguments: SharpnessAware) -> None:
+def check_arguments(arguments: Composed) -> None:
     """Of :class:`ksam.optimizer.SharpnessAware`, by name; rho and ``grad_scaler`` check themselves.
 
     Raises:
@@ -133,7 +133,8 @@ def check_arguments(arguments: SharpnessAware) -> None:
     _check_choice("statistics", arguments.statistics, STATISTICS)
     _check_samplers(arguments.ascent, arguments.descent, arguments.scale)
     _check_when(arguments.when, arguments.otherwise)
-    _check_type("geometry", arguments.geometry, (Geometry,), "a Geometry")
+    if not isinstance(arguments.geometry, Geometry):
+        raise TypeError(f"geometry must be a Geometry, got {arguments.geometry!r}")
     _check_model(arguments.model)
     _check_micro_batches(arguments)
     check_count("seed", arguments.seed, 0, below=2**31)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from ksam.arguments import check_group, check_names
+from ksam.arguments import check_arguments, check_group, check_names
 from ksam.distributed import mean_over_ranks
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
@@ -19,7 +19,9 @@ from ksam.passes import Passes, warn
 from ksam.update import Update
 from ksam.when import Policy
 
-PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
+_PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
+#: What is checked when it is set.
+OPTIONS = (*_PARTS, "scale", "statistics", "model", "micro_batch_size", "seed")
 
 
 class Composed(OverBase):
@@ -31,10 +33,28 @@ class Composed(OverBase):
     when: Callable[[int], bool] | Policy | None
     otherwise: Momentum | None
     scale: Literal["mean", "batch", "share"]
+    statistics: Literal["subset", "matched", "full", "running"]
     model: nn.Module | None
+    micro_batch_size: int | None
+    seed: int
     report_share: bool
     _update: Update
     _told_of_no_gradient: bool
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Of the options, also after they were given: none is set that the constructor refuses."""
+        if name == "rho":
+            raise AttributeError(f"rho stands in param_groups: set it there, got rho = {value!r}")
+        before = vars(self).get(name)
+        super().__setattr__(name, value)
+        if name in OPTIONS and self._built:
+            try:
+                check_arguments(self)
+                for group in self.param_groups:
+                    self._check_group(group)
+            except BaseException:
+                super().__setattr__(name, before)
+                raise
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -46,7 +66,7 @@ class Composed(OverBase):
         self._update = Update(self.base, scaler)
 
     def _parts(self) -> dict[str, Part]:
-        parts = {name: getattr(self, name) for name in PARTS}
+        parts = {name: getattr(self, name) for name in _PARTS}
         return {name: part for name, part in parts.items() if isinstance(part, Part)}
 
     def _perturbs(self) -> bool:

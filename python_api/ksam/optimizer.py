@@ -15,7 +15,7 @@ from ksam import batchnorm, copies, interrupts
 from ksam.arguments import check_arguments, check_batch
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
-from ksam.composed import PARTS, Composed
+from ksam.composed import OPTIONS, Composed
 from ksam.distributed import averaged, begin_anew, check_synchronizes, data_parallel, gather_anew
 from ksam.geometry import Geometry, Moving
 from ksam.gradients import clear, set_aside
@@ -30,11 +30,7 @@ from ksam.when import Policy
 from ksam_kernels.checks import check_range
 
 #: What copies and pickles have beside the base.
-_OWN = (
-    *PARTS,
-    *("scale", "statistics", "model", "micro_batch_size", "seed", "report_share"),
-    *("_looked_for_batchnorm", "_update"),
-)
+_OWN = (*OPTIONS, "report_share", "_looked_for_batchnorm", "_update")
 
 
 class SharpnessAware(Composed):
@@ -91,6 +87,7 @@ class SharpnessAware(Composed):
         base_kwargs: for the class of the base optimizer.
 
     Attributes:
+        ascent, ..., seed: the arguments; they may be set, and are checked then, too.
         report_share: compute ``share`` for the result of every step; False at first.
 
     Raises:

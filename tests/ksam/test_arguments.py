@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,7 @@ from tests.ksam.models import NAMES, batch, build, loss_of, network, noting_weig
         ({"ascent": Momentum()}, ValueError, "descent must be given .*ascent=<.*Momentum"),
         ({"ascent": 0.3}, TypeError, r"ascent must be a Sampler, a Momentum or None, got 0\.3"),
         ({"descent": "all"}, TypeError, "descent must be a Sampler or None, got 'all'"),
-        ({"geometry": 1}, TypeError, "geometry must be a Geometry or None, got 1"),
+        ({"geometry": 1}, TypeError, "geometry must be a Geometry, got 1"),
         ({"model": {}}, TypeError, r"model must be a torch\.nn\.Module or None, got {}"),
         ({"when": 3}, TypeError, "when must be a function of the step or a policy, got 3"),
         ({"when": From}, TypeError, "when must be a function .* got <class .*From"),
@@ -61,6 +62,44 @@ def test_arguments_are_checked(
         SharpnessAware(
             network().parameters(), torch.optim.SGD, lr=0.1, **{"ascent": All(), **arguments}
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("statistics", "typo", ValueError, "statistics must be one of .*'typo'"),
+        ("scale", "sum", ValueError, "scale must be one of .*'sum'"),
+        ("micro_batch_size", 0, ValueError, "micro_batch_size must be >= 1, got 0"),
+        ("model", {}, TypeError, r"model must be a torch\.nn\.Module or None, got {}"),
+        ("descent", LossIncrease(8), ValueError, "ascent must evaluate the whole batch"),
+        ("geometry", None, TypeError, "geometry must be a Geometry, got None"),
+        ("geometry", NamedAdaptive(), ValueError, "names of all parameters are needed"),
+        ("when", 3, TypeError, "when must be a function of the step or a policy, got 3"),
+        ("seed", -1, ValueError, "seed must be in .*-1"),
+        ("k", 0, ValueError, "k as a count must be >= 1, got 0"),
+        ("rho", 7, AttributeError, "rho stands in param_groups: set it there, got rho = 7"),
+    ],
+)
+def test_what_is_set_later_is_checked_alike(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
+    model = network()
+    optimizer = StaleKSAM(model.parameters(), torch.optim.SGD, size=24, index="index", lr=0.1)
+    for each in (optimizer, copy.deepcopy(optimizer)):
+        before = dict(vars(each))
+        with pytest.raises(error, match=message):
+            setattr(each, name, value)
+        assert vars(each) == before
+
+
+def test_what_is_set_later_counts() -> None:
+    model = network(batchnorm=True)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer.model, optimizer.when, optimizer.micro_batch_size = model, From(1), 5
+    with pytest.raises(ValueError, match="base must have momentum"):
+        optimizer.otherwise = Momentum()
+    assert [optimizer.step(loss_of(model), batch()).sharp for _ in range(2)] == [False, True]
+    assert model[1].num_batches_tracked == 10
 
 
 @pytest.mark.parametrize("scale", ["batch", "share"])

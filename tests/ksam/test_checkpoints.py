@@ -90,10 +90,10 @@ def test_the_base_may_load_by_itself(backend: str) -> None:
     state = plain.state_dict()
     del state["param_groups"][0]["rho"]
     optimizer.base.load_state_dict(state)
-    for each in (optimizer, copy.deepcopy(optimizer)):
+    for each, m in ((optimizer, model), copy.deepcopy((optimizer, model))):
         scheduler = torch.optim.lr_scheduler.StepLR(each, 1, gamma=0.5)
         for step in range(2):
-            each.step(loss_of(model), batch(step))
+            each.step(loss_of(m), batch(step))
             scheduler.step()
         assert each.param_groups is each.base.param_groups
         assert each.state is each.base.state

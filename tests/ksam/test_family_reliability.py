@@ -154,10 +154,11 @@ def test_asam_needs_names() -> None:
     optimizer.step(losses(model), data_of(0))
 
 
-def test_asam_needs_names_where_its_model_was_taken_away() -> None:
+def test_asam_needs_names_of_parameters_that_took_the_place_of_others() -> None:
     model = network(dtype=torch.float64)
     optimizer = ksam.ASAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
-    optimizer.model = None
+    model = copy.deepcopy(model)
+    optimizer.param_groups[0]["params"] = [*model.parameters()]
     before = weights(model)
     with pytest.raises(ValueError, match=r"names of 4 parameters are needed .*got 0"):
         optimizer.step(losses(model), data_of(0))
