@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +195,22 @@ def check_names(group: Mapping[str, Any], model: nn.Module | None) -> None:
                 f"names of all parameters are needed to tell weights from others, got none for "
                 f"{_which(position, name, p)}; pass model.named_parameters() as params, or model="
             )
+
+
+def check_call(per_sample_loss: object, batch: object) -> None:
+    """Of a step on a batch.
+
+    Raises:
+        TypeError: no function, or no batch.
+    """
+    if not callable(per_sample_loss):
+        found = reprlib.repr(per_sample_loss)
+        raise TypeError(f"per_sample_loss must be a function of the batch, got {found}")
+    if batch is None:
+        raise TypeError(
+            "batch must be given with per_sample_loss, got None (a closure without arguments is "
+            "given by name: step(closure=...))"
+        )
 
 
 def check_batch(batch: Any, samples: int, gathers: bool) -> None:

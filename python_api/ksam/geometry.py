@@ -13,7 +13,7 @@ from torch import Tensor
 import ksam_kernels
 from ksam.parts import Part
 from ksam.radius import check_rho
-from ksam_kernels.checks import check_range
+from ksam_kernels.checks import check_number
 from ksam_kernels.perturb.others import with_norm_of_others
 
 T = TypeVar("T")
@@ -175,8 +175,8 @@ class StochasticWeights(Geometry):
 
     def __init__(self, beta: float = 0.5, adaptive: bool = False, eta: float = 0.0) -> None:
         super().__init__(adaptive, eta)
-        check_range("beta", beta, 0.0, 1.0)
-        if beta == 0:
+        check_number("beta", beta)
+        if not 0 < beta <= 1:
             raise ValueError(f"beta must be in (0, 1], got {beta!r}")
         self.beta = beta
 

@@ -118,6 +118,12 @@ class AutoKSAM(KSAM):
         budget: float | None = 1.0,
         **options: Any,
     ) -> None:
+        given = sorted({"when", "otherwise"} & options.keys())
+        if given:
+            raise TypeError(
+                f"{given[0]} must not be given to AutoKSAM, which sets it (by threshold, every, "
+                f"budget and momentum_rho), got {options[given[0]]!r}; KSAM takes one"
+            )
         otherwise = None
         if momentum_rho is not None:
             otherwise = Momentum(momentum_radius(momentum_rho, base, "momentum_rho"))

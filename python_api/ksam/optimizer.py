@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 import ksam_kernels
 from ksam import batchnorm, copies, interrupts
-from ksam.arguments import check_arguments, check_batch
+from ksam.arguments import check_arguments, check_batch, check_call
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
 from ksam.composed import OPTIONS, Composed
@@ -185,11 +185,10 @@ class SharpnessAware(Composed):
         """
         if per_sample_loss is None and batch is None:
             return self._step_by_grad(closure)
-        if per_sample_loss is None or batch is None or closure is not None:
-            raise TypeError(
-                "step takes per_sample_loss and batch, or after backward(per_sample_loss, batch) "
-                "neither (and closure by name)"
-            )
+        check_call(per_sample_loss, batch)
+        assert per_sample_loss is not None
+        if closure is not None:
+            raise TypeError(f"closure must be None with per_sample_loss and batch, got {closure!r}")
         return self._run(per_sample_loss, batch, weight=None)
 
     def backward(
@@ -223,6 +222,7 @@ class SharpnessAware(Composed):
                 error in the descent pass (with FSDP2, in any) ``.grad`` holds neither sum: call
                 ``zero_grad()``.
         """
+        check_call(per_sample_loss, batch)
         check_range("weight", weight, 0.0)
         self._update.check_scaled(self)
         return self._run(per_sample_loss, batch, weight=weight)

@@ -273,6 +273,13 @@ def test_the_radius_along_the_momentum(method: type[Any], name: str) -> None:
             radius(torch.optim.SGD, momentum=0.9, **{name: bad})
 
 
+@pytest.mark.parametrize("option", [{"when": From(3)}, {"otherwise": None}])
+def test_what_autoksam_sets_is_not_given_to_it(option: dict[str, Any]) -> None:
+    message = f"{next(iter(option))} must not be given to AutoKSAM.*got .*KSAM takes one"
+    with pytest.raises(TypeError, match=message):
+        AutoKSAM(network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **option)
+
+
 def test_a_group_without_momentum_is_refused() -> None:
     optimizer = MSAM(network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"momentum .*SGD with momentum=0\.0"):

@@ -215,11 +215,21 @@ def test_a_function_without_a_batch_is_refused() -> None:
     model = network()
     optimizer = ksam(model)
     function = loss_of(model)
-    for arguments in [{"per_sample_loss": function}, {"batch": batch()}]:
-        with pytest.raises(TypeError, match="step takes per_sample_loss and batch, or"):
-            optimizer.step(**arguments)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="step takes per_sample_loss and batch, or"):
+    for wrong, message in [
+        ((function, None), "batch must be given with per_sample_loss, got None"),
+        ((lambda: 1.0,), r"a closure .* is given by name: step\(closure=\.\.\.\)"),
+        ((5, batch()), "per_sample_loss must be a function of the batch, got 5"),
+        ((None, batch()), "per_sample_loss must be a function of the batch, got None"),
+        ((batch(), function), "per_sample_loss must be a function of the batch, got {'x': "),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            optimizer.step(*wrong)
+        if len(wrong) == 2:
+            with pytest.raises(TypeError, match=message):
+                optimizer.backward(*wrong)
+    with pytest.raises(TypeError, match="closure must be None with per_sample_loss"):
         optimizer.step(function, batch(), closure=lambda: None)  # type: ignore[call-overload]
+    assert optimizer.steps_done == 0
 
 
 @pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
