@@ -59,9 +59,10 @@ class SharpnessAware(Composed):
             wins, also one that another method over the same base has put there; the norm is one
             over all groups.
         model: the module whose BatchNorm statistics a step updates exactly once, in the pass over
-            the whole batch. Without it every pass updates them. In data-parallel training the
-            DistributedDataParallel or what ``fully_shard`` made (FSDP2), over whose ranks a
-            policy's shares are averaged.
+            the whole batch. Without it every pass updates them. It must hold every BatchNorm that
+            the function uses; set its mode (``train()``, ``eval()``) before the step, not within
+            the function. In data-parallel training the DistributedDataParallel or what
+            ``fully_shard`` made (FSDP2), over whose ranks a policy's shares are averaged.
         when: a function of the step (:class:`ksam.From`, :class:`ksam.EveryNth`, ...) or a policy
             (:class:`ksam.Representative`) that says which steps are sharpness-aware; None: all.
         otherwise: what the other steps climb along before the gradient of the whole batch is taken:
@@ -179,9 +180,10 @@ class SharpnessAware(Composed):
                 and a batch: :meth:`backward` was not called since the last step, or the gradients
                 are still scaled.
             TypeError, ValueError: a batch, losses or scheduled values that are not as described.
-                Whatever is raised before the base optimizer's own step, by this method or by the
-                function, KeyboardInterrupt included: weights and BatchNorm statistics are bit for
-                bit what they were. What the base raises in its step may leave its state changed.
+
+        Whatever is raised before the base optimizer's own step, by this method or by the function,
+        KeyboardInterrupt included: weights and BatchNorm statistics are bit for bit what they were.
+        What the base raises in its step may leave its state changed.
         """
         if per_sample_loss is None and batch is None:
             return self._step_by_grad(closure)
