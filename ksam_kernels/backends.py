@@ -126,11 +126,10 @@ _of_thread = _OfThread()
 
 @contextmanager
 def keeping() -> Iterator[None]:
-    """What this thread runs in the ``with`` block may keep memory for later calls: eager code.
+    """Within the block this thread's kernels may cache memory between calls.
 
-    A compiled program calls operators without this. Its memory may be that of graphs which it is
-    about to capture: ``torch.compile(mode="reduce-overhead")`` runs it once with that before, and
-    wants all of it back.
+    Only eager code enters it: a program compiled with ``mode="reduce-overhead"`` warms up in its
+    graph's memory pool and must get all of it back.
     """
     before, _of_thread.keeps = _of_thread.keeps, True
     try:

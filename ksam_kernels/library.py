@@ -95,12 +95,13 @@ def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
     """The first of the outputs of ``torch.ops.ksam.<name>``, computed without it, with the gradient
     that it would have. The tuple hides the outputs from autograd, which would take them for inputs.
 
-    ``Function.apply`` spends a third of its time on what :func:`is_eager` has found: no transform
-    is active. What it would do then is called directly, but for what a transform has left behind.
+    A third of ``Function.apply`` is asking whether a transform is active, which :func:`is_eager`
+    has ruled out. So its base method is called directly, except on tensors that a finished
+    transform left wrapped.
     """
     function: Any = _functions[name]
-    left_behind = is_functorch_wrapped_tensor(inputs[0])
-    apply = function.apply if left_behind else super(torch.autograd.Function, function).apply
+    wrapped = is_functorch_wrapped_tensor(inputs[0])
+    apply = function.apply if wrapped else super(torch.autograd.Function, function).apply
     losses: Tensor = apply(outputs, *inputs)
     return losses
 

@@ -62,7 +62,8 @@ def _map_tuple(fn: Callable[[Tensor], Tensor], tree: tuple[Any, ...]) -> tuple[A
 
 
 def _map_dataclass(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """A copy made without the constructor, which would make of its own results others."""
+    """A copy made without ``__init__`` and ``__post_init__``, which would process already processed
+    fields again."""
     kind: Any = type(tree)
     mapped = kind.__new__(kind)
     for name in [*_slots(tree), *getattr(tree, "__dict__", ())]:

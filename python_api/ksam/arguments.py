@@ -119,8 +119,9 @@ def _check_model(model: Any) -> None:
     _check_type("model", model, (nn.Module,), "a torch.nn.Module")
     if fully_sharded(model) is not None:
         raise TypeError(
-            "model must not be a FullyShardedDataParallel, whose parameters do not tell that they "
-            "are parts: shard it by torch.distributed.fsdp.fully_shard (FSDP2)"
+            "model must not be a FullyShardedDataParallel, whose parameters look like whole "
+            "tensors although each is a shard: shard it by torch.distributed.fsdp.fully_shard "
+            "(FSDP2)"
         )
 
 

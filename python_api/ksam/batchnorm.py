@@ -69,7 +69,8 @@ SETTINGS = ("training", "track_running_stats", "momentum", "forward", "_buffers"
 class Norms:
     """What BatchNorm does in the passes of one step.
 
-    Those of its modules count that update running statistics when the step begins.
+    Only modules that would update their statistics when the step begins (``training``,
+    ``track_running_stats``) are handled.
 
     Args:
         model: the module that holds it; None: nothing is changed, every pass is as the model is.
@@ -142,10 +143,8 @@ class Norms:
         vars(norm)["forward"] = watched.forward
 
     def _comes_by(self, norm: _BatchNorm, again: bool) -> None:
-        """Where one set of statistics is not to be had, all is as in any forward from here on.
-
-        So where a module comes by again, or with buffers of the caller's (``functional_call``).
-        """
+        """A module called twice, or with a caller's buffers (``functional_call``), has no single
+        set of batch statistics: from here on it runs as an ordinary forward."""
         if norm not in self._of_batch:
             return
         present, before = dict(norm._buffers), self._before[norm]
@@ -254,10 +253,10 @@ def _match(x: Tensor, of_batch: Statistics, eps: float) -> tuple[Tensor, Tensor]
 
 
 class Watched:
-    """A module's forward in the pass that updates, which tells when it comes by.
+    """A module's forward in the pass that updates, which reports each call.
 
     By the second time its buffers hold the statistics of the first, which it would overwrite.
-    Programs of ``torch.compile`` do not tell: there a module used twice is updated from its last
+    Programs of ``torch.compile`` do not report: there a module used twice is updated from its last
     use, and all its uses are matched to that one.
     """
 
@@ -280,8 +279,7 @@ class Watched:
 
 
 class Kept:
-    """Stand-ins for the forwards of modules: the same in all steps, as ``torch.compile`` compiles
-    anew for another."""
+    """Replacement forwards, reused in every step: ``torch.compile`` recompiles for a new object."""
 
     def __init__(self) -> None:
         self.matched: dict[_BatchNorm, Matched] = {}

@@ -73,9 +73,9 @@ def without_sync(
 def averaged(model: nn.Module | None, params: list[Tensor], accumulates: bool) -> Iterator[None]:
     """A pass whose gradient is averaged over the ranks, while that of passes before is put aside.
 
-    DistributedDataParallel does so itself. But where it looks for unused parameters, those that
-    were used in passes before and have not been averaged have to wait for the next that it
-    averages, and their gradient is not there now: the average is taken here in its place.
+    DistributedDataParallel averages by itself, except with ``find_unused_parameters``: parameters
+    used in earlier, unsynchronized passes are reduced only in the next synchronized one, when their
+    gradient has been set aside. So the average is taken here.
     """
     wrapped = data_parallel(model) if accumulates else None
     if (

@@ -120,8 +120,8 @@ class NamedAdaptive(Geometry):
 
     .. math:: \epsilon = \rho\, T^2 g / \lVert T g \rVert_2
 
-    with one norm over all. Biases, whose T is 1, are perturbed too. Each kind knows the norm of the
-    other as a float32 number, also where the weights are float64.
+    with one norm over all. Biases, whose T is 1, are perturbed too. Each kind is given the other's
+    norm in float32, also where the weights are float64.
 
     Args:
         eta: the floor of T, >= 0.

@@ -14,7 +14,7 @@ def _owned(grad: Tensor) -> Tensor:
 
 
 def clear(params: list[Tensor]) -> None:
-    """``zero_grad()``, which takes three times as long to ask how it is to be done."""
+    """What ``zero_grad()`` does, without its bookkeeping, which takes twice as long as the work."""
     for p in params:
         p.grad = None
 

@@ -32,9 +32,9 @@ def momentum_radius(
 class Momentum(Part):
     r"""MSAM's ascent :math:`\hat w = w - \rho\, v / \lVert v \rVert_2` (Becker et al. 2024).
 
-    v, the momentum of the step before, points where the weights just came from, -v where they are
-    going: beyond the next step, where a sharp valley rises again. The kernel reads v where the base
-    optimizer keeps it. At a parameter's first step there is no v, and it does not move.
+    v is the momentum of the step before. It points back to where the weights came from, so -v
+    points ahead: past the next step, where a sharp valley rises again. The kernel reads v where the
+    base optimizer keeps it. At a parameter's first step there is no v, and it does not move.
 
     Args:
         rho: radius of the perturbation, a number >= 0, a function of the step (from 0), or

@@ -22,7 +22,7 @@ class _Radius:
 
     Attributes:
         schedule: what gives it at every step; None: the number in the group is it.
-        last: the number, for a group that a checkpoint without one takes the place of.
+        last: the last number, restored when a loaded group has no rho.
     """
 
     schedule: Rho | None
@@ -56,7 +56,7 @@ class OverBase(Optimizer):
         # By each parameter of a group: loads put other dicts in the place of groups, and groups may
         # be deleted, sorted and thinned out.
         self._radii: dict[Tensor, _Radius] = {}
-        # And by the group, all of whose parameters may be replaced, as where they are sharded.
+        # And by the group itself, since all its parameters may be replaced (fully_shard does).
         self._groups: list[tuple[dict[str, Any], _Radius]] = []
         super().__init__(base.param_groups, dict(base.defaults))
         self._built = True

@@ -82,8 +82,8 @@ class Sampler(Part):
     def representatives(self, passes: Passes) -> Tensor:
         """Samples whose share of the batch's gradient bounds is reported.
 
-        Those that the step selected; :meth:`candidates` where it selected none. So too where they
-        have weights, without which they do not represent the batch.
+        The selected samples; :meth:`candidates` if there are none, or if they carry weights,
+        without which they do not represent the batch.
         """
         subset = passes.subset
         if subset.indices is not None and subset.weights is None:
@@ -91,7 +91,8 @@ class Sampler(Part):
         return self.candidates(passes)
 
     def candidates(self, passes: Passes) -> Tensor:
-        """As many samples as are selected, in a step that selects none: the highest losses."""
+        """Stand-ins in a step that selects none: the highest losses, as many as a selecting step
+        takes."""
         return passes.highest(self.selects(passes.samples, passes.step))
 
     def cost(self, samples: int, step: int) -> int:

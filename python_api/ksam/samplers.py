@@ -60,7 +60,8 @@ class TopK(_Some):
 
     def _some(self, passes: Passes, size: int) -> Subset:
         drawn = round(self.random * size)
-        # Where no loss decides, the pass is still the one that sees the whole batch.
+        # With random=1 no loss ranks anything, but this is still the pass that reports the losses
+        # and updates BatchNorm.
         passes.forward(size - drawn if drawn < size else None)
         return passes.select(self._indices(passes, size))
 

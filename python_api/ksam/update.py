@@ -49,9 +49,9 @@ def can_fuse(base: Optimizer) -> bool:
 
 
 def _step_counter(param: Tensor, value: Tensor | float = 0.0) -> Tensor:
-    """torch keeps Adam's step on the CPU unless told otherwise; the kernels count on the device.
+    """By default torch keeps Adam's step on the CPU; the kernels need it on the device.
 
-    Filled there: a number copied to a GPU, as torch.tensor(value, device=...) does, waits for it.
+    ``torch.full`` fills it there; ``torch.tensor(value, device=...)`` would copy and wait.
     """
     if isinstance(value, Tensor):
         return value.to(param.device, torch.float32, non_blocking=True)
@@ -216,10 +216,10 @@ class Update:
 
 
 class _InKernels:
-    """A base optimizer whose step the kernels take, as a GradScaler wants to see it.
+    """A base optimizer whose step the kernels take.
 
-    To an optimizer that says so it sets ``found_inf``, on the device, and always calls ``step``:
-    nothing waits to learn whether the gradients were finite.
+    To a GradScaler it is an optimizer that supports AMP scaling: the scaler sets ``found_inf`` on
+    the device and always calls ``step``, without waiting.
     """
 
     _step_supports_amp_scaling = True
