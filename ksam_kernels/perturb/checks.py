@@ -36,7 +36,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     )
 
 
-def check_count(
+def check_as_many(
     name: str, tensors: list[Tensor], params: list[Tensor], model: str = "params"
 ) -> None:
     if len(tensors) != len(params):
@@ -57,7 +57,7 @@ def check_like(
     """As many tensors as in the list named ``model``, with their shapes and devices (and
     dtypes)."""
     check_list(name, tensors, written=written)
-    check_count(name, tensors, params, model)
+    check_as_many(name, tensors, params, model)
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         if tensor.shape != param.shape or tensor.device != param.device:
             raise ValueError(
@@ -71,7 +71,7 @@ def check_like(
 
 
 def check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
-    check_count("steps", steps, params)
+    check_as_many("steps", steps, params)
     for i, (step, param) in enumerate(zip(steps, params, strict=True)):
         check_dtype(f"steps[{i}]", step, (torch.float32,))
         if step.numel() != 1 or step.device != param.device:

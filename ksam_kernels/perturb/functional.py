@@ -19,7 +19,7 @@ from ksam_kernels.checks import check_finite, check_number, check_range, is_numb
 from ksam_kernels.dtensor import first_dtensor
 from ksam_kernels.perturb import native
 from ksam_kernels.perturb.checks import (
-    check_count,
+    check_as_many,
     check_like,
     check_list,
     check_scalar,
@@ -222,7 +222,7 @@ def restore_sgd_(
     buffers = list(momentum_buffers) if momentum != 0 else []
     counters = [] if steps is None else list(steps)
     if steps is not None:
-        check_count("steps", counters, params)
+        check_as_many("steps", counters, params)
     flags = (bool(nesterov), bool(maximize))
     numbers = map(plain_number, (lr, momentum, dampening, weight_decay))
     options = (*numbers, *flags, grad_scale, found_inf)

@@ -65,7 +65,7 @@ def _check_comparisons(ascent: object, descent: object) -> None:
         )
     # StaleTopK, for one, evaluates the whole batch at step 0 but not at 1.
     if isinstance(descent, LossIncrease) and not (
-        isinstance(ascent, Sampler) and ascent.whole(0) and ascent.whole(1)
+        isinstance(ascent, Sampler) and ascent.sees_batch(0) and ascent.sees_batch(1)
     ):
         raise ValueError(
             f"ascent must evaluate the whole batch in every step with descent=LossIncrease, which "

@@ -81,7 +81,7 @@ class Norms:
             forward is not BatchNorm's own (SyncBatchNorm, a norm with its activation).
             ``"full"``: those of the pass over the whole batch, as constants (their variance is the
             unbiased one, as in running statistics). ``"running"``: the running ones, as in
-            evaluation. A module that comes by more than once in the pass over the whole batch has
+            evaluation. A module that is called more than once in the pass over the whole batch has
             no one set of statistics, nor has one that a ``functional_call`` gives buffers of the
             caller's: they are as ``"subset"`` where that is noticed (:class:`Watched`).
         kept: what ``"matched"`` and ``"full"`` keep between steps.
@@ -138,11 +138,11 @@ class Norms:
         if norm not in self._kept.watched:
             self._kept.watched[norm] = Watched(norm)
         watched = self._kept.watched[norm]
-        watched.start(self._before[norm].get("forward"), self._comes_by)
+        watched.start(self._before[norm].get("forward"), self._on_forward)
         # A method, not an object to call: torch.compile has one program for all modules with that.
         vars(norm)["forward"] = watched.forward
 
-    def _comes_by(self, norm: _BatchNorm, again: bool) -> None:
+    def _on_forward(self, norm: _BatchNorm, again: bool) -> None:
         """A module called twice, or with a caller's buffers (``functional_call``), has no single
         set of batch statistics: from here on it runs as an ordinary forward."""
         if norm not in self._of_batch:
@@ -264,15 +264,15 @@ class Watched:
         self.norm = norm
 
     def start(
-        self, own: Callable[..., Tensor] | None, comes_by: Callable[[_BatchNorm, bool], None]
+        self, own: Callable[..., Tensor] | None, on_forward: Callable[[_BatchNorm, bool], None]
     ) -> None:
         """A pass; ``own`` is the module's forward, if it has another than its class."""
-        self.own, self.comes_by, self.calls = own, comes_by, 0
+        self.own, self.on_forward, self.calls = own, on_forward, 0
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         if not torch.compiler.is_compiling():
             self.calls += 1
-            self.comes_by(self.norm, self.calls > 1)
+            self.on_forward(self.norm, self.calls > 1)
         if self.own is not None:
             return self.own(*inputs, **options)
         return type(self.norm).forward(self.norm, *inputs, **options)

@@ -18,7 +18,7 @@ from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
 from ksam.parts import Subset
 from ksam.passes import PerSampleLoss, containers_copied, joined, per_sample
-from ksam.radius import check_rho
+from ksam.radius import check_not_negative
 from ksam.result import StepResult
 from ksam.tables import Index, check_rows, sample_rows
 from ksam.writers import Row, Writer
@@ -235,7 +235,7 @@ def _random_state_kept(params: Iterable[Tensor]) -> AbstractContextManager[None]
 
 
 def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
-    copies.forget()  # of other weights, or without gradients
+    copies.drop_cached_weights()  # of other weights, or without gradients
     output = per_sample_loss(containers_copied(batch))
     return per_sample(output, ksam_kernels.batch_size(batch))[0]
 
@@ -295,7 +295,7 @@ def sharpness(
         TypeError, ValueError: no batch, or an argument out of its range.
         NotImplementedError: parameters that are DTensors.
     """
-    check_rho(rho)
+    check_not_negative("rho", rho)
     check_count("directions", directions, 1)
     check_count("seed", seed, 0)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -348,7 +348,7 @@ def _perturbed(params: Sequence[Tensor], direction: Sequence[Tensor], rho: float
         if moved:
             with interrupts.deferred():
                 ksam_kernels.restore_(params, backup)
-        copies.forget()  # of the perturbed weights
+        copies.drop_cached_weights()  # of the perturbed weights
 
     with interrupts.undone(back):
         with interrupts.deferred():

@@ -120,7 +120,7 @@ def check_synchronizes(model: nn.Module | None, params: list[Tensor]) -> None:
             )
 
 
-def gather_anew(model: nn.Module | None, params: list[Tensor]) -> None:
+def reshard(model: nn.Module | None, params: list[Tensor]) -> None:
     """FSDP2's modules forget the weights that they have gathered, and gather them in the next pass.
 
     A forward pass without gradients leaves those of the outermost module where they are, which are
@@ -130,8 +130,8 @@ def gather_anew(model: nn.Module | None, params: list[Tensor]) -> None:
         module.reshard()
 
 
-def begin_anew(model: nn.Module | None, params: list[Tensor]) -> None:
-    """:func:`gather_anew` after a pass that broke off, in the midst of which FSDP2's modules are.
+def reset_after_failure(model: nn.Module | None, params: list[Tensor]) -> None:
+    """:func:`reshard` after a pass that broke off, in the midst of which FSDP2's modules are.
 
     PyTorch can end that from 2.13 on, but for the gradients of gathered weights, which the next
     backward pass would add to: modules that are in a pass have these weights for parameters.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ksam_kernels
 from ksam.parts import Part
-from ksam.radius import check_rho
+from ksam.radius import check_not_negative
 from ksam_kernels.checks import check_number
 from ksam_kernels.perturb.others import with_norm_of_others
 
@@ -78,7 +78,7 @@ class Geometry(Part):
 
     def __init__(self, adaptive: bool = False, eta: float = 0.0) -> None:
         self.adaptive = adaptive
-        self.eta = check_rho(eta, "eta")
+        self.eta = check_not_negative("eta", eta)
 
     def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:
         """Perturb; every moved parameter stands in ``moved`` with its backup, also on a failure.

@@ -11,12 +11,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import ksam_kernels
-from ksam import batchnorm, copies, interrupts
+from ksam import batchnorm, copies, distributed, interrupts
 from ksam.arguments import check_arguments, check_batch, check_call
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
 from ksam.composed import OPTIONS, Composed
-from ksam.distributed import averaged, begin_anew, check_synchronizes, data_parallel, gather_anew
+from ksam.distributed import averaged, check_synchronizes, data_parallel
 from ksam.geometry import Geometry, Moving
 from ksam.gradients import clear, set_aside
 from ksam.momentum import Momentum
@@ -244,8 +244,8 @@ class SharpnessAware(Composed):
         with interrupts.deferred():
             self._update.by_grad()
             self._has_grad = False
-            gather_anew(self.model, self._parameters())
-        copies.forget()
+            distributed.reshard(self.model, self._parameters())
+        copies.drop_cached_weights()
         return returned
 
     def _run(
@@ -289,7 +289,7 @@ class SharpnessAware(Composed):
                     ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
                 done = True
                 self._has_grad = weight is not None
-                gather_anew(self.model, params)
+                distributed.reshard(self.model, params)
                 self._finish(passes, cost if sharp else 1.0, probe)
         except BaseException:
             with interrupts.deferred():
@@ -297,10 +297,10 @@ class SharpnessAware(Composed):
                 if not done:
                     ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
                     self._snapshot.put_back()
-            begin_anew(self.model, params)
+            distributed.reset_after_failure(self.model, params)
             raise
         finally:
-            copies.forget()  # of the perturbed weights
+            copies.drop_cached_weights()  # of the perturbed weights
         return result
 
     def _passes(
@@ -319,7 +319,7 @@ class SharpnessAware(Composed):
             scale=self._update.scale,
             step=step,
             seed=self.seed,
-            whole=not sharp or any(sampler.whole(step) for sampler in self._samplers()),
+            whole=not sharp or any(sampler.sees_batch(step) for sampler in self._samplers()),
             norms=norms,
             wrapped=None if self.micro_batch_size is None else data_parallel(self.model),
             micro_batch_size=self.micro_batch_size,
@@ -389,5 +389,5 @@ class SharpnessAware(Composed):
             moving.names = [names[p] for p in moving.params if p in names]
         with interrupts.deferred():
             norm = self.geometry.perturb(moving, perturbed, f"{self.seed}/{self.steps_done}")
-            gather_anew(self.model, params)
+            distributed.reshard(self.model, params)
         return norm

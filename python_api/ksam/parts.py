@@ -60,7 +60,7 @@ class Sampler(Part):
 
     scored = False
 
-    def whole(self, step: int) -> bool:
+    def sees_batch(self, step: int) -> bool:
         """Whether choosing them, or their gradient, evaluates the whole batch."""
         return True
 
@@ -98,7 +98,7 @@ class Sampler(Part):
     def cost(self, samples: int, step: int) -> int:
         """Of choosing and of the gradient: a forward pass over one sample is 1, a backward 2."""
         size = self.size(samples, step)
-        return 3 * size + (samples if size < samples and self.whole(step) else 0)
+        return 3 * size + (samples if size < samples and self.sees_batch(step) else 0)
 
     def observe(self, passes: Passes) -> None:
         """Remember what a completed step found out."""

@@ -220,7 +220,7 @@ class Passes:
         at_once = subset.keep if len(parts) == 1 else None  # with the losses
         found = []
         for part in parts:
-            copies.forget()
+            copies.drop_cached_weights()
             with without_sync(self._wrapped, part is not parts[-1]):
                 found.append(self._micro_batch(part, at_once, reports, backward))
         losses = joined([of_part.losses for of_part in found])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ksam_kernels.checks import check_finite, check_range
 
 
-def check_rho(value: object, name: str = "rho") -> float:
+def check_not_negative(name: str, value: object) -> float:
     """A finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
@@ -39,7 +39,7 @@ class ByLearningRate:
     rho: float
 
     def __post_init__(self) -> None:
-        check_rho(self.rho)
+        check_not_negative("rho", self.rho)
 
     def of(self, group: dict[str, Any]) -> float:
         """Of a group; waits for a learning rate that is a tensor on a device."""
@@ -56,11 +56,13 @@ Rho = float | Callable[[int], float | int] | ByLearningRate
 
 def check_radius(rho: object, name: str = "rho") -> Rho:
     """A number >= 0, or what gives one at every step."""
-    return rho if callable(rho) or isinstance(rho, ByLearningRate) else check_rho(rho, name)
+    if callable(rho) or isinstance(rho, ByLearningRate):
+        return rho
+    return check_not_negative(name, rho)
 
 
 def radius_at(rho: Rho, step: int, group: dict[str, Any]) -> float:
     """At a step, of a group."""
     if isinstance(rho, ByLearningRate):
         return rho.of(group)
-    return check_rho(rho(step) if callable(rho) else rho)
+    return check_not_negative("rho", rho(step) if callable(rho) else rho)

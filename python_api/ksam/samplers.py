@@ -87,7 +87,7 @@ class Random(_Some):
     def __init__(self, share: K | Schedule) -> None:
         super().__init__(Amount(share, "share"))
 
-    def whole(self, step: int) -> bool:
+    def sees_batch(self, step: int) -> bool:
         return False
 
     def _some(self, passes: Passes, size: int) -> Subset:

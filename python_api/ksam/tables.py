@@ -141,14 +141,14 @@ class StaleTopK(_Table):
         check_count("refresh", refresh, 1)
         self.refresh = refresh
 
-    def whole(self, step: int) -> bool:
+    def sees_batch(self, step: int) -> bool:
         return step % self.refresh == 0
 
     def choose(self, passes: Passes) -> Subset:
         size = self.size(passes.samples, passes.step)
         if size == passes.samples:
             return passes.everything()
-        if self.whole(passes.step):
+        if self.sees_batch(passes.step):
             passes.forward(size)
             assert passes.top is not None
             return passes.select(passes.top)
@@ -210,7 +210,7 @@ class SharpnessSample(_Table):
     def _epoch(self, samples: int, step: int) -> int:
         return step // math.ceil(self.entries / max(self._largest, samples))
 
-    def whole(self, step: int) -> bool:
+    def sees_batch(self, step: int) -> bool:
         return False
 
     def size(self, samples: int, step: int) -> int:
