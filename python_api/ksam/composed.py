@@ -160,10 +160,10 @@ class Composed(OverBase):
 
     def _look_for_gradients(self) -> None:
         """Warn, once, of a step that trains nothing, after its descent pass."""
-        params = self._parameters()
+        params = (p for group in self.param_groups for p in group["params"])
         if self._told_of_no_gradient or any(p.grad is not None for p in params):
-            return
-        if any(p.requires_grad for p in params):
+            return  # mostly at the first one
+        if any(p.requires_grad for p in self._parameters()):
             self._told_of_no_gradient = True
             warn(
                 "the step trains nothing: the function used none of the optimizer's parameters; "

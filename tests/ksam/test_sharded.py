@@ -249,8 +249,14 @@ def check_diagnostics(rank: int) -> None:
 
 def check_without_the_model(rank: int) -> None:
     model = sharded(network())
-    with pytest.raises(ValueError, match="model must be given where parameters are DTensors"):
+    needs_model = "model must be given where parameters are DTensors"
+    with pytest.raises(ValueError, match=needs_model):
         KSAM(model.parameters(), SGD, lr=0.1)
+    with pytest.raises(ValueError, match=needs_model):
+        KSAM(model.named_parameters(), SGD, lr=0.1)
+    optimizer = KSAM(network().named_parameters(), SGD, lr=0.1)
+    with pytest.raises(ValueError, match=needs_model):
+        optimizer.add_param_group({"params": list(model.named_parameters("more"))})
 
 
 def check_tensor_parallel(rank: int) -> None:
