@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from ksam_kernels.warn import warn
 
 Kernel = Callable[..., Any]
 K = TypeVar("K", bound=Kernel)
@@ -218,8 +219,7 @@ def _warn_of_reference(operator: str, device: torch.device) -> None:
         return
     _warned.add(device)
     reasons = [f"{name}: {why_not(name, operator, device)}" for name in BACKENDS[:-1]]
-    warnings.warn(
+    warn(
         f"ksam_kernels runs on {device} as plain PyTorch, without kernels. {'. '.join(reasons)}. "
-        'KSAM_BACKEND=reference or use_backend("reference") asks for that without this warning.',
-        stacklevel=2,
+        'KSAM_BACKEND=reference or use_backend("reference") asks for that without this warning.'
     )

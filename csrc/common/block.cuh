@@ -150,8 +150,8 @@ __device__ __forceinline__ T block_sum(T value) {
   return sum;
 }
 
-// atomicInc; before it comes all that the thread has written or seen at a barrier, after it what the
-// threads that counted before had then.
+// atomicInc that releases what the thread has written or seen at a barrier, and acquires what those
+// that counted before it have released.
 __device__ __forceinline__ unsigned count_in_order(unsigned* counter, unsigned last) {
 #if defined(KSAM_SIMT) || __CUDA_ARCH__ < 700
   __threadfence();

@@ -12,12 +12,12 @@ void cross_entropy_in_planes(const CrossEntropy& args, Stream stream);
 void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream);
 
 // Blocks of a multiprocessor that there are registers for, with none of them in memory, as
-// tests/cuda/resources.csv has it: of losses (in planes, and of gradients there, `by_block`), of
-// gradients in rows.
+// tests/cuda/resources.csv has it. Of losses; in planes, and for gradients there, it is `by_block`.
 constexpr Resident resident_blocks(Kind kind, int itemsize) {
   if (itemsize == 8 || kind == Kind::probabilities) return {2, 2};
   return {kind == Kind::classes ? 4 : 3, 4};
 }
+// Of gradients in rows.
 constexpr int resident_row_gradients(Kind kind, int itemsize) {
   if (itemsize == 8 || kind != Kind::classes) return 2;
   return itemsize == 4 ? 4 : 3;

@@ -189,17 +189,22 @@ def check_names(group: Mapping[str, Any], model: nn.Module | None) -> None:
     Raises:
         ValueError: one has none.
     """
-    of_model = set() if model is None else set(model.parameters())
-    for position, (name, p) in enumerate(entries(group)):
-        if name is None and isinstance(p, Tensor) and p.requires_grad and p not in of_model:
+    nameless = [
+        (position, p)
+        for position, (name, p) in enumerate(entries(group))
+        if name is None and isinstance(p, Tensor) and p.requires_grad
+    ]
+    of_model = set() if model is None or not nameless else set(model.parameters())
+    for position, p in nameless:
+        if p not in of_model:
             raise ValueError(
                 f"names of all parameters are needed to tell weights from others, got none for "
-                f"{_which(position, name, p)}; pass model.named_parameters() as params, or model="
+                f"{_which(position, None, p)}; pass model.named_parameters() as params, or model="
             )
 
 
-def check_call(per_sample_loss: object, batch: object) -> None:
-    """Of a step on a batch.
+def check_call(per_sample_loss: object, batch: object, advice: str = "") -> None:
+    """Of a step on a batch; advice: to those who give none.
 
     Raises:
         TypeError: no function, or no batch.
@@ -208,10 +213,7 @@ def check_call(per_sample_loss: object, batch: object) -> None:
         found = reprlib.repr(per_sample_loss)
         raise TypeError(f"per_sample_loss must be a function of the batch, got {found}")
     if batch is None:
-        raise TypeError(
-            "batch must be given with per_sample_loss, got None (a closure without arguments is "
-            "given by name: step(closure=...))"
-        )
+        raise TypeError(f"batch must be given with per_sample_loss, got None{advice}")
 
 
 def check_batch(batch: Any, samples: int, gathers: bool) -> None:

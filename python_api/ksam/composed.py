@@ -15,9 +15,10 @@ from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.over_base import OverBase
 from ksam.parts import Part, Sampler, Subset
-from ksam.passes import Passes, warn
+from ksam.passes import Passes
 from ksam.update import Update
 from ksam.when import Policy
+from ksam_kernels.warn import warn
 
 _PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
 #: What is checked when it is set.
@@ -43,7 +44,7 @@ class Composed(OverBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Of the options, also after they were given: none is set that the constructor refuses."""
-        if name == "rho":
+        if name == "rho" and self._built and self._perturbs() and not hasattr(type(self), name):
             raise AttributeError(f"rho stands in param_groups: set it there, got rho = {value!r}")
         before = vars(self).get(name)
         super().__setattr__(name, value)
@@ -164,11 +165,11 @@ class Composed(OverBase):
         if self._told_of_no_gradient or any(p.grad is not None for p in params):
             return  # mostly at the first one
         if any(p.requires_grad for p in self._parameters()):
-            self._told_of_no_gradient = True
             warn(
-                "the step trains nothing: the function used none of the optimizer's parameters; "
-                "build the optimizer after the model was copied or its layers were replaced"
+                "the step trains nothing: the function used none of the optimizer's parameters; if "
+                "it should, build the optimizer after the model is copied or its layers replaced"
             )
+            self._told_of_no_gradient = True
 
     def _parameters(self) -> list[Tensor]:
         """In every step, so without the look at each entry that ``parameters`` takes."""

@@ -88,7 +88,9 @@ class SharpnessAware(Composed):
         base_kwargs: for the class of the base optimizer.
 
     Attributes:
-        ascent, ..., seed: the arguments; they may be set, and are checked then, too.
+        ascent, ..., seed: the arguments but ``rho``, which stands in ``param_groups``. They may be
+            set, and are checked then as here, one by one: parts that need each other are set in an
+            order that leaves no combination which would be refused here.
         report_share: compute ``share`` for the result of every step; False at first.
 
     Raises:
@@ -187,7 +189,7 @@ class SharpnessAware(Composed):
         """
         if per_sample_loss is None and batch is None:
             return self._step_by_grad(closure)
-        check_call(per_sample_loss, batch)
+        check_call(per_sample_loss, batch, " (a closure is given by name: step(closure=...))")
         assert per_sample_loss is not None
         if closure is not None:
             raise TypeError(f"closure must be None with per_sample_loss and batch, got {closure!r}")
@@ -325,7 +327,7 @@ class SharpnessAware(Composed):
             micro_batch_size=self.micro_batch_size,
             scored=self._wants_share(sharp) or (sharp and any(s.scored for s in self._samplers())),
             trainable=any(p.requires_grad for p in self._parameters()),
-            watch=not norms.modules and not self._looked_for_batchnorm,
+            watch=self.model is None and not self._looked_for_batchnorm,
         )
 
     def _descent_gradient(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from ksam.parts import Subset
 from ksam.selection import recording
 from ksam_kernels.checks import FLOATING, check_dtype
 from ksam_kernels.compact.tree import batched_tensors, map_tensors
+from ksam_kernels.warn import warn
 
 PerSampleLoss = Callable[[Any], Any]
 Backward = Callable[[Tensor, Subset], None]
@@ -79,7 +78,8 @@ class Passes:
         batch, samples, step: the whole batch, its size M, the number of steps before this one.
         losses, aux: those of the reported pass, detached.
         top: indices of the highest losses of the pass that was asked for them.
-        subset: the samples of the ascent gradient, or where it has none, of the descent.
+        subset: the samples of the ascent gradient, or where it has none, of the descent; not there
+            before the first of these is chosen.
         before, after: the losses of the ascent's and of the descent's gradient pass.
         taken: passes so far.
     """
@@ -289,18 +289,6 @@ class Passes:
             assert self.top is not None
             return self.top
         return torch.arange(self.samples, device=self.losses.device)
-
-
-#: Modules between the user's call of a step and a pass.
-OF_THE_STEP = ("ksam.", "torch.", "contextlib")
-
-
-def warn(message: str) -> None:
-    """At the line of the user's that called the step."""
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").startswith(OF_THE_STEP):
-        level += 1
-    warnings.warn(message, stacklevel=level + 1)
 
 
 def _warn_of_batchnorm() -> None:

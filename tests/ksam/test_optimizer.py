@@ -293,12 +293,9 @@ def test_batchnorm_statistics_are_those_of_one_pass_over_the_whole_batch(
     assert int(model[1].num_batches_tracked) == 3
 
 
-@pytest.mark.parametrize("given", [None, network()], ids=["no model", "one without it"])
-def test_batchnorm_without_its_model_is_left_alone_and_told_once(
-    backend: str, given: nn.Module | None
-) -> None:
+def test_batchnorm_without_its_model_is_left_alone_and_told_once(backend: str) -> None:
     model = network(batchnorm=True)
-    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=given)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step(loss_of(model), batch())
@@ -306,6 +303,19 @@ def test_batchnorm_without_its_model_is_left_alone_and_told_once(
     assert ["pass model=" in str(warning.message) for warning in caught] == [True]
     assert caught[0].filename == __file__
     assert int(model[1].num_batches_tracked) == 6
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_model_that_is_given_is_not_watched(training: bool) -> None:
+    """torch.compile would warn of the hook, and compile the model once more for it."""
+    model = network(batchnorm=not training).train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            optimizer.step(loss_of(compiled), batch(step))
 
 
 def test_batchnorm_of_another_thread_is_no_reason_to_warn() -> None:

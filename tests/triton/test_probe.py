@@ -105,8 +105,10 @@ def test_a_gpu_without_kernels_is_told_once(use: Any, monkeypatch: pytest.Monkey
     use(Driver(None))
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setitem(backends._kernels["reference"], "mse", lambda: "done")
-    with pytest.warns(UserWarning, match=r"cuda:0 as plain PyTorch.*Failed to find C compiler"):
+    told = r"cuda:0 as plain PyTorch.*Failed to find C compiler"
+    with pytest.warns(UserWarning, match=told) as caught:
         assert backends.call("mse", GPU) == "done"
+    assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backends.call("mse", GPU)
