@@ -79,6 +79,7 @@ def test_a_machine_without_pytest_has_failed_the_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Share, "command", [sys.executable, "-m", "no_such_pytest"])
+    monkeypatch.delenv("KSAM_TEST_BACKENDS", raising=False)
     context = Context(CPU, tmp_path, dry_run=True)
     run_in_process("tests", context)
     left = PartFile("tests", context).load()
