@@ -107,7 +107,7 @@ def test_use_backend_nests_and_gives_back_what_was_before() -> None:
 
 
 @pytest.mark.usefixtures("only_reference")
-def test_blocks_of_threads_may_overlap(only_reference: None) -> None:
+def test_blocks_of_threads_may_overlap() -> None:
     first, second = use_backend("reference"), use_backend("native")
     first.__enter__()
     second.__enter__()  # in another thread, say
@@ -118,6 +118,7 @@ def test_blocks_of_threads_may_overlap(only_reference: None) -> None:
     assert requested_backend() == "auto"
 
 
+@pytest.mark.usefixtures("only_reference")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_use_backend_gives_back_what_was_before_an_exception(error: type[BaseException]) -> None:
     with pytest.raises(error), use_backend("triton"):
