@@ -161,9 +161,10 @@ def upload(values: array[int], device: torch.device) -> Tensor:
     """
     if is_capturing(device):
         return _by_value(values, device)
+    if not values:  # of which frombuffer makes no tensor
+        return torch.empty(0, dtype=torch.int64, device=device)
     # From the array's memory: from a list of ints it would take torch a hundred times as long.
-    empty = torch.empty(0, dtype=torch.int64, device="cpu")  # of which frombuffer makes no tensor
-    host = torch.frombuffer(values, dtype=torch.int64) if values else empty
+    host = torch.frombuffer(values, dtype=torch.int64)
     if device.type != "cuda":
         return host.clone()
     # The allocator of pinned memory knows of the copy: it reuses none before it is done.

@@ -152,16 +152,7 @@ def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
     rows.finish()
 
 
-def _addresses(steps: list[Tensor]) -> Tensor | None:
-    """Of the step counters, for :func:`_count_steps`; None if there are none."""
-    if not steps:
-        return None
-    return device_ints(tuple(step.data_ptr() for step in steps), steps[0].device)
-
-
-def _count_steps(addresses: Tensor | None, found_inf: Tensor | None) -> None:
-    if addresses is None:
-        return
+def _count_steps(addresses: Tensor, found_inf: Tensor | None) -> None:
     blocks = -(-len(addresses) // _STEPS_BLOCK)
     triton_updates.count_steps_kernel[(blocks,)](
         addresses, len(addresses), found_inf, BLOCK=_STEPS_BLOCK, **EXACT
@@ -191,9 +182,10 @@ def restore_sgd_(
     """Launches: one for each combination of dtypes, and one that counts steps."""
     lists = [params, backup, grads, *([momentum_buffers] if momentum != 0 else [])]
     grad_scale, found_inf = _scalar_at(grad_scale, params), _scalar_at(found_inf, params)
-    counters = _addresses(steps)  # all memory is taken before the first weight is written
-    values = [step.data_ptr() for step in steps] if steps else None
-    rows = Rows(*lists, written=(0, 3), values=values)
+    addresses = [step.data_ptr() for step in steps]
+    # All memory is taken before the first weight is written.
+    counters = device_ints(tuple(addresses), params[0].device) if steps else None
+    rows = Rows(*lists, written=(0, 3), values=addresses or None)
     doubles = [double_bits(x) for x in (lr, momentum, 1 - dampening, weight_decay)]
     for table in rows.tables():
         constants = {"V": tl.float32, **_types(table.dtypes, "P", "_", "G", "V")}
@@ -209,7 +201,8 @@ def restore_sgd_(
             COUNTED=bool(steps),
         )
     rows.finish()
-    _count_steps(counters, found_inf)
+    if counters is not None:
+        _count_steps(counters, found_inf)
 
 
 def _log2(beta: float) -> float:
@@ -236,9 +229,11 @@ def restore_adam_(
 ) -> None:
     """Launches: one for each combination of dtypes, and one that counts steps."""
     grad_scale, found_inf = _scalar_at(grad_scale, params), _scalar_at(found_inf, params)
-    counters = _addresses(steps)  # all memory is taken before the first weight is written
+    addresses = [step.data_ptr() for step in steps]
+    # All memory is taken before the first weight is written.
+    counters = device_ints(tuple(addresses), params[0].device)
     lists = (params, backup, grads, exp_avgs, exp_avg_sqs)
-    rows = Rows(*lists, written=(0, 3, 4), values=[step.data_ptr() for step in steps])
+    rows = Rows(*lists, written=(0, 3, 4), values=addresses)
     decay = 1 - lr * weight_decay if decoupled_weight_decay else weight_decay
     doubles = (lr, _log2(beta1), _log2(beta2), beta1, 1 - beta1, beta2, 1 - beta2, eps, decay)
     for table in rows.tables():
