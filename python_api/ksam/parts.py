@@ -27,7 +27,7 @@ class Part:
         """Take what :meth:`state_dict` gave."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Subset:
     """Samples to take a gradient on.
 
@@ -37,6 +37,7 @@ class Subset:
         indices: where they stand in the whole batch, int64 ``[n]``; None: it is the whole batch.
         weights: factors of their losses before the mean, ``[n]``; None: 1.
         keep: the gradient is that of the ``keep`` highest losses among them; None: of all.
+        top: where these stand, from the first pass over them on.
     """
 
     batch: Any
@@ -44,6 +45,7 @@ class Subset:
     indices: Tensor | None = None
     weights: Tensor | None = None
     keep: int | None = None
+    top: Tensor | None = None
 
     @property
     def is_selection(self) -> bool:

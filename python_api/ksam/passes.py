@@ -77,7 +77,6 @@ class Passes:
     Attributes:
         batch, samples, step: the whole batch, its size M, the number of steps before this one.
         losses, aux: those of the reported pass, detached.
-        top: indices of the highest losses of the pass that was asked for them.
         subset: the samples of the ascent gradient, or where it has none, of the descent; not there
             before the first of these is chosen.
         before, after: the losses of the ascent's and of the descent's gradient pass.
@@ -106,7 +105,6 @@ class Passes:
     ) -> None:
         self.batch, self.samples, self.step = batch, samples, step
         self.aux: Any = None
-        self.top: Tensor | None = None
         self.before: Tensor | None = None
         self.after: Tensor | None = None
         self.taken = 0
@@ -153,11 +151,21 @@ class Passes:
         """``size`` random samples without replacement, ascending."""
         return ksam_kernels.topk_indices(self.random(), size)
 
-    def forward(self, k: int | None = None) -> Tensor:
-        """Losses of the whole batch ``[M]`` without gradients; with k also :attr:`top`."""
+    def forward(self) -> Tensor:
+        """Losses of the whole batch ``[M]`` without gradients."""
+        return self._forward(self.everything())
+
+    def forward_top(self, k: int) -> Tensor:
+        """Indices of the k highest of these losses."""
+        whole = self.everything(keep=k)
+        self._forward(whole)
+        assert whole.top is not None
+        return whole.top
+
+    def _forward(self, whole: Subset) -> Tensor:
         try:
             with torch.no_grad():
-                return self._pass(self.everything(keep=k))
+                return self._pass(whole)
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
@@ -186,9 +194,8 @@ class Passes:
         return self._pass(subset, backward)
 
     def _objective(self, losses: Tensor, part: Subset) -> Tensor:
-        if part.keep is not None:
-            assert self.top is not None
-            losses = losses.index_select(0, self.top)
+        if part.top is not None:
+            losses = losses.index_select(0, part.top)
         if part.weights is not None:
             losses = losses * part.weights
         return losses.mean()
@@ -217,15 +224,16 @@ class Passes:
 
     def _in_micro_batches(self, subset: Subset, reports: bool, backward: Backward | None) -> Tensor:
         parts = micro_batches.split(subset, self._micro_batch_size)
-        at_once = subset.keep if len(parts) == 1 else None  # with the losses
+        # With the losses, where they are all there at once and it is not known yet.
+        at_once = subset.keep if len(parts) == 1 and subset.top is None else None
         found = []
         for part in parts:
             copies.drop_cached_weights()
             with without_sync(self._wrapped, part is not parts[-1]):
                 found.append(self._micro_batch(part, at_once, reports, backward))
         losses = joined([of_part.losses for of_part in found])
-        if subset.keep is not None and at_once is None:
-            self.top = ksam_kernels.topk_indices(losses, subset.keep)
+        if subset.keep is not None and subset.top is None:
+            subset.top = ksam_kernels.topk_indices(losses, subset.keep)
         if reports:
             self.losses, self._reported = losses, True
             scores = [of_part.scores for of_part in found if of_part.scores is not None]
@@ -238,12 +246,12 @@ class Passes:
     def _micro_batch(
         self, part: Subset, k: int | None, reports: bool, backward: Backward | None
     ) -> _Found:
-        """With k also :attr:`top`. What is found has no graph."""
+        """With k also :attr:`Subset.top`. What is found has no graph."""
         is_whole = part.indices is None
         with recording(part.samples if is_whole else -1, k) as recorded:
             losses, aux = per_sample(self._function(containers_copied(part.batch)), part.samples)
             if k is not None:
-                self.top = recorded.indices(losses)
+                part.top = recorded.indices(losses)
             scores = recorded.scores(losses) if reports and self._scored else None
             if backward is not None:
                 with self._norms.recomputing() if reports else nullcontext():
@@ -270,8 +278,6 @@ class Passes:
 
     def highest(self, count: int) -> Tensor:
         """Indices of the highest of the reported losses."""
-        if self.top is not None and self.top.shape[0] == count:
-            return self.top
         return ksam_kernels.topk_indices(self.losses, count)
 
     def share(self, indices: Tensor) -> Tensor:
@@ -285,9 +291,8 @@ class Passes:
         """The selected samples, int64, ascending."""
         if self.subset.indices is not None:
             return self.subset.indices
-        if self.subset.keep is not None:
-            assert self.top is not None
-            return self.top
+        if self.subset.top is not None:
+            return self.subset.top
         return torch.arange(self.samples, device=self.losses.device)
 
 

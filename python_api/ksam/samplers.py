@@ -21,8 +21,8 @@ class All(Sampler):
         return passes.everything()
 
 
-class _Some(Sampler):
-    """An amount of the batch; the whole batch, without choosing, where it is all of it."""
+class _OfAmount(Sampler):
+    """An amount of the batch, whose state, if it has one, is the sampler's."""
 
     def __init__(self, amount: Amount) -> None:
         self.amount = amount
@@ -32,6 +32,10 @@ class _Some(Sampler):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.amount.load_state_dict(state)
+
+
+class Some(_OfAmount):
+    """Chooses an amount of the batch: where that is all of it, the batch, without choosing."""
 
     def size(self, samples: int, step: int) -> int:
         return self.amount.of(samples, step)
@@ -44,7 +48,7 @@ class _Some(Sampler):
         raise NotImplementedError
 
 
-class TopK(_Some):
+class TopK(Some):
     """The k highest losses of a forward pass over the batch (Ni et al. 2022).
 
     Args:
@@ -60,17 +64,14 @@ class TopK(_Some):
 
     def _some(self, passes: Passes, size: int) -> Subset:
         drawn = round(self.random * size)
-        # With random=1 no loss ranks anything, but this is still the pass that reports the losses
-        # and updates BatchNorm.
-        passes.forward(size - drawn if drawn < size else None)
-        return passes.select(self._indices(passes, size))
+        if drawn < size:
+            return passes.select(self._completed(passes.forward_top(size - drawn), drawn, passes))
+        # No loss ranks anything, but this is the pass that reports them and updates BatchNorm.
+        passes.forward()
+        return passes.select(passes.draw(size))
 
-    def _indices(self, passes: Passes, size: int) -> Tensor:
-        """By the losses that are known."""
-        drawn = round(self.random * size)
-        if drawn == size:
-            return passes.draw(size)
-        top = passes.highest(size - drawn)
+    def _completed(self, top: Tensor, drawn: int, passes: Passes) -> Tensor:
+        """With as many drawn from the rest."""
         if drawn == 0:
             return top
         others = ksam_kernels.topk_indices(passes.random().index_fill(0, top, -1.0), drawn)
@@ -78,10 +79,14 @@ class TopK(_Some):
 
     def candidates(self, passes: Passes) -> Tensor:
         """Those that would have been selected."""
-        return self._indices(passes, self.size(passes.samples, passes.step))
+        size = self.size(passes.samples, passes.step)
+        drawn = round(self.random * size)
+        if drawn == size:
+            return passes.draw(size)
+        return self._completed(passes.highest(size - drawn), drawn, passes)
 
 
-class Random(_Some):
+class Random(Some):
     """A random subset, without replacement and without looking at the losses."""
 
     def __init__(self, share: K | Schedule) -> None:
@@ -94,7 +99,7 @@ class Random(_Some):
         return passes.select(passes.draw(size))
 
 
-class Importance(_Some):
+class Importance(Some):
     r"""k samples drawn with replacement, :math:`p_i \propto` gradient bound, weighted by 1 / (M p).
 
     :math:`\frac{1}{k} \sum_j \frac{1}{M p_{i_j}} \nabla L_{i_j}` is an unbiased estimate of the
@@ -127,7 +132,7 @@ class Importance(_Some):
         return passes.select(indices, 1 / (passes.samples * p[indices]))
 
 
-class LossIncrease(_Some):
+class LossIncrease(Some):
     r"""The samples whose loss the perturbation raised most (ESAM's SDS, Du et al. 2022).
 
     For the descent only: a forward pass at :math:`\hat w`, without gradients, gives
@@ -145,7 +150,7 @@ class LossIncrease(_Some):
         return passes.select(ksam_kernels.topk_indices(increase, size))
 
 
-class Ordered(Sampler):
+class Ordered(_OfAmount):
     """The q highest losses of the descent's own forward pass over the batch.
 
     The mean of the q largest losses is differentiated (average top-k: Fan et al. 2017; Ordered SGD:
@@ -154,13 +159,7 @@ class Ordered(Sampler):
     """
 
     def __init__(self, q: K | Schedule) -> None:
-        self.amount = Amount(q, "q")
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.amount.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.amount.load_state_dict(state)
+        super().__init__(Amount(q, "q"))
 
     def selects(self, samples: int, step: int) -> int:
         return self.amount.of(samples, step)

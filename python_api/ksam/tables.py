@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import ksam_kernels
-from ksam.parts import Sampler, Subset
+from ksam.parts import Subset
 from ksam.passes import Passes
+from ksam.samplers import Some
 from ksam.selection import Amount, K, Schedule
 from ksam_kernels.checks import INDEX, check_count, check_dtype, check_range, check_shape
 
@@ -52,7 +53,7 @@ def check_rows(rows: Tensor, samples: int, size: int) -> None:
             )
 
 
-class _Table(Sampler):
+class _Table(Some):
     """Figures of every sample of the data set, float32, found by the sample's index.
 
     Args:
@@ -67,15 +68,13 @@ class _Table(Sampler):
 
     def __init__(self, amount: Amount, size: int, index: Index) -> None:
         check_count("size", size, 1)
-        self.amount, self.entries, self.index = amount, size, index
+        super().__init__(amount)
+        self.entries, self.index = size, index
         # Not by torch's defaults: losses come as float32, and the table moves to its indices.
         self._columns = {
             name: torch.full((size,), begin, dtype=torch.float32, device="cpu")
             for name, begin in self.COLUMNS.items()
         }
-
-    def size(self, samples: int, step: int) -> int:
-        return self.amount.of(samples, step)
 
     def check(self, batch: Any, samples: int) -> None:
         check_rows(sample_rows(batch, self.index), samples, self.entries)
@@ -91,7 +90,7 @@ class _Table(Sampler):
         return self._columns[name]
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._columns, "amount": self.amount.state_dict()}
+        return {**self._columns, "amount": super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         missing = [name for name in self.COLUMNS if name not in state]
@@ -108,7 +107,7 @@ class _Table(Sampler):
                     f"got shape {tuple(column.shape)}"
                 )
         self._columns = {name: column.clone() for name, column in columns.items()}
-        self.amount.load_state_dict(state["amount"])
+        super().load_state_dict(state["amount"])
 
     def seen(self, passes: Passes) -> Tensor:
         """The indices of the samples that the step took its ascent gradient on.
@@ -144,21 +143,15 @@ class StaleTopK(_Table):
     def sees_batch(self, step: int) -> bool:
         return step % self.refresh == 0
 
-    def choose(self, passes: Passes) -> Subset:
-        size = self.size(passes.samples, passes.step)
-        if size == passes.samples:
-            return passes.everything()
+    def _some(self, passes: Passes, size: int) -> Subset:
         if self.sees_batch(passes.step):
-            passes.forward(size)
-            assert passes.top is not None
-            return passes.select(passes.top)
+            return passes.select(passes.forward_top(size))
         rows = self.rows(passes.batch)  # first: it moves the columns
         stale = self._columns["loss"][rows]
         return passes.select(ksam_kernels.topk_indices(stale, size))
 
     def observe(self, passes: Passes) -> None:
-        everything = passes.losses.shape[0] == passes.samples
-        rows = self.rows(passes.batch) if everything else self.seen(passes)
+        rows = self.rows(passes.batch) if passes.knows_the_batch else self.seen(passes)
         losses = passes.losses.to(rows.device, torch.float32)
         self._columns["loss"].index_copy_(0, rows, losses)
 
@@ -216,10 +209,7 @@ class SharpnessSample(_Table):
     def size(self, samples: int, step: int) -> int:
         return samples if self._epoch(samples, step) == 0 else self.amount.of(samples, step)
 
-    def choose(self, passes: Passes) -> Subset:
-        size = self.size(passes.samples, passes.step)
-        if size == passes.samples:
-            return passes.everything()
+    def _some(self, passes: Passes, size: int) -> Subset:
         # The sum of logarithm and Gumbel noise: its top k is a draw without replacement.
         p = self.probabilities(passes)
         noise = -passes.random().to(p.device).clamp_min(1e-20).log()

@@ -201,6 +201,7 @@ def test_the_batch_may_be_on_another_device_than_the_losses(selected: str, seen:
             step=101,
             subset=Subset(None, 8, torch.arange(8, device=selected)),
             losses=torch.ones(seen, device="cuda"),
+            knows_the_batch=seen == 24,
             before=torch.ones(8, device="cuda"),
             after=torch.ones(8, device="cuda"),
             random=lambda: torch.ones(24, device="cuda"),
