@@ -35,6 +35,11 @@ class GlueSplit:
     sentences: tuple[list[str], ...]
     labels: list[int]
 
+    def take(self, rows: list[int]) -> GlueSplit:
+        """Return the given rows."""
+        columns = tuple([column[row] for row in rows] for column in self.sentences)
+        return GlueSplit(columns, [self.labels[row] for row in rows])
+
 
 def load_glue(root: Path, name: str, split: str) -> GlueSplit:
     """Read a split of a task, e.g. `load_glue(root, "rte", "dev")` for root/RTE/dev.tsv."""

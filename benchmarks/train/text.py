@@ -39,13 +39,13 @@ class TextWorkload(Workload):
                 "(there is no config.json in it)"
             )
         tokenizer = self._load("AutoTokenizer")
+        train = train.take(subset_rows(len(train.labels), train_samples).tolist())
         clean = torch.tensor(train.labels)
         noisy = with_noise(clean, label_noise, _CLASSES)
         self._train = _Tokens(GlueSplit(train.sentences, noisy.tolist()), tokenizer, device)
         self._test = _Tokens(test, tokenizer, device)
-        self._rows = subset_rows(len(train.labels), train_samples)
-        self.train_size, self.test_size = len(self._rows), len(test.labels)
-        self.wrong = (noisy != clean)[self._rows].nonzero().flatten()
+        self.train_size, self.test_size = len(train.labels), len(test.labels)
+        self.wrong = (noisy != clean).nonzero().flatten()
 
     def build_model(self) -> nn.Module:
         model: nn.Module = self._load("AutoModelForSequenceClassification", num_labels=_CLASSES)
@@ -61,7 +61,7 @@ class TextWorkload(Workload):
         order = torch.randperm(self.train_size, generator=generator)
         for step in range(self.steps_per_epoch(batch_size)):
             rows = order[step * batch_size : (step + 1) * batch_size]
-            yield {**self._train.batch(self._rows[rows]), INDEX: rows.to(self.device)}
+            yield {**self._train.batch(rows), INDEX: rows.to(self.device)}
 
     def test_batches(self) -> Iterator[Batch]:
         # Sentences of like length together: less padding to compute.

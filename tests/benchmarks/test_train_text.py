@@ -12,7 +12,7 @@ import torch
 from benchmarks.errors import UsageError
 from benchmarks.train.glue import GlueSplit
 from benchmarks.train.text import TextWorkload
-from benchmarks.train.workload import LABEL
+from benchmarks.train.workload import INDEX, LABEL
 from tests.helpers import read_rows
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra: text)")
@@ -66,6 +66,22 @@ def test_batches_are_padded_to_their_longest_sentence(bert: Path, pairs: bool) -
             assert batch["token_type_ids"].any()
     tests = list(workload.test_batches())
     assert torch.cat([batch[LABEL] for batch in tests]).sum() == 5
+
+
+def test_label_noise_is_exact_in_a_subset(bert: Path) -> None:
+    """Of the samples that are trained on, not of those that they are taken from."""
+    split = split_of(60)
+    workloads = [
+        TextWorkload(split, split_of(10), str(bert), CPU, train_samples=20, label_noise=noise)
+        for noise in (0.25, 0.0)
+    ]
+    noisy, clean = workloads
+    assert len(noisy.wrong) == 5
+    assert len(clean.wrong) == 0
+    batches = [next(w.train_batches(20, torch.Generator().manual_seed(0))) for w in workloads]
+    wrong = batches[0][INDEX][batches[0][LABEL] != batches[1][LABEL]]
+    assert wrong.sort().values.tolist() == noisy.wrong.tolist()
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
 
 
 def test_padding_does_not_change_the_logits(bert: Path) -> None:
