@@ -118,9 +118,10 @@ def cross_entropy(
         IndexError: on the CPU, a class outside [0, C) that is not ``ignore_index`` (a GPU raises a
             device-side assertion instead).
     """
-    quick = native.try_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+    options = weight, ignore_index, label_smoothing
+    quick = native.try_forward("cross_entropy", logits, target, *options)
     if quick is not None:
-        return quick
+        return quick[0]
     _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
     label_smoothing = plain_number(label_smoothing)
     if library.is_transformed():
@@ -155,9 +156,10 @@ def select_cross_entropy(
             :func:`cross_entropy` raises.
     """
     options = weight, ignore_index, label_smoothing
-    quick = native.try_select_cross_entropy(logits, target, k, *options)
+    quick = native.try_forward("select_cross_entropy", logits, target, k, *options)
     if quick is not None:
-        return quick
+        losses, _, indices = quick
+        return losses, indices
     _check_cross_entropy(logits, target, *options)
     options = weight, ignore_index, plain_number(label_smoothing)
     if logits.dim() != 2:

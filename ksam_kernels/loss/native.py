@@ -7,6 +7,7 @@ kernel declines are the arguments rearranged, the logits last.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,38 +40,17 @@ def _wants_grad(input: Tensor, *constants: Tensor | None) -> bool | None:
     return None if any(map(wants_grad, constants)) else wants_grad(input)
 
 
-def try_cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, *options: float
-) -> Tensor | None:
-    """The losses, if the kernel takes the arguments as they are."""
-    kernel = direct("cross_entropy")
-    with_stats = _wants_grad(logits, target, weight)
+def try_forward(name: str, logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...] | None:
+    """What ``cross_entropy`` or ``select_cross_entropy`` returns, if the kernel takes the arguments
+    as they are; rest: [k,] weight, ignore_index, label_smoothing."""
+    kernel = direct(name)
+    with_stats = _wants_grad(logits, target, rest[-3])
     if kernel is None or with_stats is None:
         return None
-    outputs = kernel(logits, target, weight, *options, with_stats)
-    if outputs is None:
-        return None
-    if with_stats:
-        return attach("cross_entropy", outputs, logits, target, weight, *options)
-    losses: Tensor = outputs[0]
-    return losses
-
-
-def try_select_cross_entropy(
-    logits: Tensor, target: Tensor, k: int, weight: Tensor | None, *options: float
-) -> tuple[Tensor, Tensor] | None:
-    """Losses and indices, if the kernel takes the arguments as they are."""
-    kernel = direct("select_cross_entropy")
-    with_stats = _wants_grad(logits, target, weight)
-    if kernel is None or with_stats is None:
-        return None
-    outputs = kernel(logits, target, k, weight, *options, with_stats)
-    if outputs is None:
-        return None
-    losses, _, indices = outputs
-    if with_stats:
-        losses = attach("select_cross_entropy", outputs, logits, target, k, weight, *options)
-    return losses, indices
+    outputs: tuple[Tensor, ...] | None = kernel(logits, target, *rest, with_stats)
+    if outputs is not None and with_stats:
+        return attach(name, outputs, logits, target, *rest), *outputs[1:]
+    return outputs
 
 
 def try_elementwise(name: str, input: Tensor, *constants: Tensor | None) -> Tensor | None:
@@ -96,119 +76,55 @@ def try_backward(name: str, grad: Tensor, *args: Any) -> Tensor | None:
 def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
     """Make the kernels of a compiled module a backend's implementations on some devices."""
 
-    @implements(backend, "cross_entropy", devices=devices)
-    def cross_entropy(
-        logits: Tensor,  # [..., C]
-        target: Tensor,  # [...] or [..., C]
-        weight: Tensor | None,  # [C]
-        ignore_index: int,
-        label_smoothing: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Losses [...] float32 and row statistics [..., 3] for the backward pass."""
+    def forward(name: str, logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        """Losses, row statistics for the backward pass and, of a selection, indices."""
+        *k, weight, ignore_index, label_smoothing = rest
         options = ignore_index, label_smoothing, True
-        outputs: tuple[Tensor, Tensor] | None
-        outputs = kernels.cross_entropy(logits, target, weight, *options)
+        outputs: tuple[Tensor, ...] | None
+        outputs = getattr(kernels, name)(logits, target, *k, weight, *options)
         if outputs is None:
-            args = _target(target, logits), _weight(weight, logits), *options
-            outputs = kernels.cross_entropy(logits, *args)
+            args = _target(target, logits), *k, _weight(weight, logits), *options
+            outputs = getattr(kernels, name)(logits, *args)
         if outputs is None:
-            outputs = run(kernels, "cross_entropy", logits.contiguous(), *args)
+            outputs = run(kernels, name, logits.contiguous(), *args)
         return outputs
 
-    @implements(backend, "select_cross_entropy", devices=devices)
-    def select_cross_entropy(
-        logits: Tensor,  # [B, C]
-        target: Tensor,  # [B] or [B, C]
-        k: int,
-        weight: Tensor | None,  # [C]
-        ignore_index: int,
-        label_smoothing: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [B], row statistics [B, 3] and indices [k] of the k largest losses."""
-        options = ignore_index, label_smoothing, True
-        outputs: tuple[Tensor, Tensor, Tensor] | None
-        outputs = kernels.select_cross_entropy(logits, target, k, weight, *options)
-        if outputs is None:
-            args = _target(target, logits), k, _weight(weight, logits), *options
-            outputs = kernels.select_cross_entropy(logits, *args)
-        if outputs is None:
-            outputs = run(kernels, "select_cross_entropy", logits.contiguous(), *args)
-        return outputs
-
-    @implements(backend, "cross_entropy_backward", devices=devices)
-    def cross_entropy_backward(
-        grad: Tensor,  # [...]
-        logits: Tensor,  # [..., C]
-        target: Tensor,  # [...] or [..., C]
-        stats: Tensor,  # [..., 3]
-        weight: Tensor | None,  # [C]
-        ignore_index: int,
-        label_smoothing: float,
+    def backward(
+        name: str, grad: Tensor, logits: Tensor, target: Tensor, stats: Tensor, *rest: Any
     ) -> Tensor:
-        """Gradient [..., C] of the logits, in their dtype."""
-        options = ignore_index, label_smoothing
-        dx: Tensor | None
-        dx = kernels.cross_entropy_backward(grad, logits, target, stats, weight, *options)
+        """The gradient of the logits, in their dtype."""
+        weight, *options = rest
+        dx: Tensor | None = getattr(kernels, name)(grad, logits, target, stats, *rest)
         if dx is None:
             grad, stats = grad.float().contiguous(), stats.contiguous()
             args = _target(target, logits), stats, _weight(weight, logits), *options
-            dx = kernels.cross_entropy_backward(grad, logits, *args)
+            dx = getattr(kernels, name)(grad, logits, *args)
         if dx is None:
-            dx = run(kernels, "cross_entropy_backward", grad, logits.contiguous(), *args)
+            dx = run(kernels, name, grad, logits.contiguous(), *args)
             dx = as_gradient(dx, logits)
         return dx
 
-    def _pos_weight(pos_weight: Tensor | None, logits: Tensor) -> Tensor | None:
-        """One weight per element of a sample."""
-        return _weight(None if pos_weight is None else pos_weight.expand(logits.shape[1:]), logits)
-
-    def _elementwise(
-        name: str, input: Tensor, target: Tensor, *rest: Tensor | None, grad: Tensor | None = None
-    ) -> Tensor:
-        first = () if grad is None else (grad.float(),)
+    def elementwise(name: str, *args: Any) -> Tensor:
+        """Losses or, of upstream gradients before the others, the gradient of the input."""
+        grad = [args[0].float()] if name.endswith("_backward") else []
+        input, target, *pos_weight = args[len(grad) :]
         input, target = input.contiguous(), target.contiguous()
-        result: Tensor | None = getattr(kernels, name)(*first, input, target, *rest)
+        # One weight per element of a sample.
+        weight = [_weight(p if p is None else p.expand(input.shape[1:]), input) for p in pos_weight]
+        result: Tensor | None = getattr(kernels, name)(*grad, input, target, *weight)
         if result is None:
-            result = run(kernels, name, *first, input, _target(target, input), *rest)
+            result = run(kernels, name, *grad, input, _target(target, input), *weight)
         return result
 
-    @implements(backend, "binary_cross_entropy_with_logits", devices=devices)
-    def binary_cross_entropy_with_logits(
-        logits: Tensor,  # [B, ...]
-        target: Tensor,  # [B, ...]
-        pos_weight: Tensor | None,  # broadcasts to the trailing dimensions
-    ) -> Tensor:
-        """Losses [B] float32."""
-        weight = _pos_weight(pos_weight, logits)
-        return _elementwise("binary_cross_entropy_with_logits", logits, target, weight)
-
-    @implements(backend, "binary_cross_entropy_with_logits_backward", devices=devices)
-    def binary_cross_entropy_with_logits_backward(
-        grad: Tensor,  # [B]
-        logits: Tensor,  # [B, ...]
-        target: Tensor,  # [B, ...]
-        pos_weight: Tensor | None,
-    ) -> Tensor:
-        """Gradient [B, ...] of the logits, in their dtype."""
-        name = "binary_cross_entropy_with_logits_backward"
-        return _elementwise(name, logits, target, _pos_weight(pos_weight, logits), grad=grad)
-
-    @implements(backend, "mse", devices=devices)
-    def mse(
-        pred: Tensor,  # [B, ...]
-        target: Tensor,  # [B, ...]
-    ) -> Tensor:
-        """Losses [B] float32."""
-        return _elementwise("mse", pred, target)
-
-    @implements(backend, "mse_backward", devices=devices)
-    def mse_backward(
-        grad: Tensor,  # [B]
-        pred: Tensor,  # [B, ...]
-        target: Tensor,  # [B, ...]
-    ) -> Tensor:
-        """Gradient [B, ...] of pred, in its dtype."""
-        return _elementwise("mse_backward", pred, target, grad=grad)
+    calls: dict[str, Any] = {
+        **dict.fromkeys(("cross_entropy", "select_cross_entropy"), forward),
+        "cross_entropy_backward": backward,
+        **dict.fromkeys(("mse", "mse_backward"), elementwise),
+        "binary_cross_entropy_with_logits": elementwise,
+        "binary_cross_entropy_with_logits_backward": elementwise,
+    }
+    for name, call in calls.items():
+        implements(backend, name, devices=devices)(partial(call, name))
 
 
 if extension is not None:
