@@ -80,11 +80,9 @@ backends.except_where("triton", _cannot_compile)
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
-def register(
-    room: str, *operators: str, backend: str = "triton", devices: tuple[str, ...] = ("cuda",)
-) -> None:
-    """Make functions of ``ksam_kernels.<room>.triton`` a backend's implementations, if Triton is
-    there."""
+def register(room: str, *, backend: str = "triton", devices: tuple[str, ...] = ("cuda",)) -> None:
+    """Make the functions of ``ksam_kernels.<room>.triton`` that are named as operators a backend's
+    implementations, if Triton is there."""
     if MISSING is not None:
         return
 
@@ -94,7 +92,7 @@ def register(
 
         return launch
 
-    for operator in operators:
+    for operator in backends.OPERATORS[room]:
         backends.implements(backend, operator, devices=devices)(launcher(operator))
 
 

@@ -7,6 +7,6 @@ from ksam_kernels.compact.functional import compact_batch
 from ksam_kernels.compact.tree import batch_size
 from ksam_kernels.triton_support import register
 
-register("compact", "compact")
+register("compact")
 
 __all__ = ["batch_size", "compact_batch"]

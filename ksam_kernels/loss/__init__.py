@@ -11,15 +11,6 @@ from ksam_kernels.loss.functional import (
 )
 from ksam_kernels.triton_support import register
 
-register(
-    "loss",
-    "cross_entropy",
-    "cross_entropy_backward",
-    "select_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "binary_cross_entropy_with_logits_backward",
-    "mse",
-    "mse_backward",
-)
+register("loss")
 
 __all__ = ["binary_cross_entropy_with_logits", "cross_entropy", "mse", "select_cross_entropy"]

@@ -12,6 +12,6 @@ from ksam_kernels.perturb.functional import (
 )
 from ksam_kernels.triton_support import register
 
-register("perturb", "grad_norm", "perturb_", "restore_", "restore_sgd_", "restore_adam_")
+register("perturb")
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]

@@ -6,6 +6,6 @@ from ksam_kernels.topk import reference as reference
 from ksam_kernels.topk.functional import topk_indices
 from ksam_kernels.triton_support import register
 
-register("topk", "topk_indices")
+register("topk")
 
 __all__ = ["topk_indices"]

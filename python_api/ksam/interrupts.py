@@ -31,6 +31,7 @@ def deferred() -> Iterator[None]:
         return
     found = {number: _signal.getsignal(number) for number in _SIGNALS}
     handlers: dict[int, Handler] = {n: h for n, h in found.items() if callable(h)}
+    put_back = [(_signal.signal, number, handler) for number, handler in handlers.items()]
     arrived: dict[int, FrameType | None] = {}
 
     try:
@@ -40,31 +41,22 @@ def deferred() -> Iterator[None]:
                 _signal.signal(number, arrived.setdefault)
             yield
         finally:
-            _give_back(list(handlers.items()))
+            _call_all(put_back)
     except BaseException:
-        _give_back(list(handlers.items()))
+        _call_all(put_back)
         raise
     finally:
-        _deliver([(handlers[number], number, frame) for number, frame in arrived.items()])
+        _call_all([(handlers[number], number, frame) for number, frame in arrived.items()])
 
 
-def _give_back(handlers: list[tuple[int, Handler]]) -> None:
-    """What a handler that is back raises does not keep the others away."""
-    if handlers:
+def _call_all(calls: list[tuple[Callable[..., Any], int, Any]]) -> None:
+    """What one of them raises, or a handler that is back, does not keep the others away."""
+    if calls:
+        function, number, argument = calls[0]
         try:
-            _signal.signal(*handlers[0])
+            function(number, argument)
         finally:
-            _give_back(handlers[1:])
-
-
-def _deliver(arrived: list[tuple[Handler, int, FrameType | None]]) -> None:
-    """What the first handler raises does not keep the others away."""
-    if arrived:
-        handler, number, frame = arrived[0]
-        try:
-            handler(number, frame)
-        finally:
-            _deliver(arrived[1:])
+            _call_all(calls[1:])
 
 
 @contextmanager
