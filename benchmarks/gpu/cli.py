@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive_float
+from benchmarks.arguments import positive_float, some_of
 from benchmarks.environment import device_name, select_device
 from benchmarks.errors import UsageError
 from benchmarks.gpu.part import PARTS, Context
@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `gpu` to `parser`."""
     parser.add_argument(
         "--only",
-        type=_parse_parts,
+        type=some_of(PARTS),
         default=tuple(PARTS),
         metavar="LIST",
-        help=f"comma-separated, in the order in which they run: {', '.join(PARTS)}; default: all",
+        help=f"comma-separated, run in the order given: {', '.join(PARTS)}; default: all",
     )
     parser.add_argument(
         "--out",
@@ -79,14 +79,3 @@ def default_folder(device: torch.device) -> Path:
     backend = requested_backend()
     name = device_name(device) if backend == "auto" else f"{device_name(device)} {backend}"
     return _RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _parse_parts(text: str) -> tuple[str, ...]:
-    """Parse "build,tests" into names of parts, in the order in which they are named."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in PARTS]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a comma-separated list of {', '.join(PARTS)}"
-        )
-    return tuple(dict.fromkeys(names))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive_int
+from benchmarks.arguments import positive_int, some_of
 from benchmarks.environment import select_device
 from benchmarks.kernels.run import ROOMS, Settings, run_benchmark
 from ksam_kernels import backends, requested_backend, use_backend
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--rooms",
-        type=_parse_rooms,
+        type=some_of(ROOMS),
         default=ROOMS,
         metavar="LIST",
         help=f"comma-separated: {', '.join(ROOMS)}; default: all",
@@ -67,14 +67,3 @@ def run(args: argparse.Namespace) -> None:
     )
     with use_backend(args.backend):
         run_benchmark(settings, device)
-
-
-def _parse_rooms(text: str) -> tuple[str, ...]:
-    """Parse "loss,topk" into names of rooms."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in ROOMS]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a comma-separated list of {', '.join(ROOMS)}"
-        )
-    return tuple(name for name in ROOMS if name in names)

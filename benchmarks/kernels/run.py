@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import make_folder
 from benchmarks.environment import (
     describe_environment,
     device_name,
     package_version,
 )
-from benchmarks.errors import UsageError
 from benchmarks.kernels import compact, loss, perturb, topk
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.measure import Row, measure_case
@@ -53,7 +53,7 @@ def run_benchmark(settings: Settings, device: torch.device) -> None:
     require_matplotlib()
     paths = (settings.csv, settings.json, settings.plot)
     for path in paths:
-        _make_folder(path)
+        make_folder(path.parent)
     environment = describe_environment(device)
     bandwidth = copy_bandwidth(device)
     print(_describe(settings, device, bandwidth), flush=True)
@@ -113,13 +113,6 @@ def _measure_section(
         print(table.line(case, rows), flush=True)
         yield rows
     print("\n".join(table.notes(legend)), flush=True)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot make the folder: {error}") from error
 
 
 def _gigabytes(bytes_per_second: float) -> str:

@@ -13,6 +13,7 @@ from benchmarks.arguments import (
     positive_float,
     positive_int,
     share,
+    some_of,
 )
 from benchmarks.environment import select_device
 from benchmarks.train.config import (
@@ -20,10 +21,10 @@ from benchmarks.train.config import (
     DATA,
     DEFAULT_METHODS,
     DEFAULT_MSAM_RHO,
-    METHODS,
     parse_k,
     resolve,
 )
+from benchmarks.train.methods import METHODS
 from benchmarks.train.run import run_benchmark
 
 
@@ -96,7 +97,7 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer (defaults depend on --data and --base)")
     group.add_argument(
         "--methods",
-        type=_parse_methods,
+        type=some_of(METHODS),
         default=DEFAULT_METHODS,
         metavar="LIST",
         help=f"comma-separated, of {', '.join(METHODS)}; sgd is the base optimizer alone; "
@@ -173,14 +174,3 @@ def run(args: argparse.Namespace) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     run_benchmark(resolve(args), device)
-
-
-def _parse_methods(text: str) -> tuple[str, ...]:
-    """Parse "sgd,ksam" into method names, in the order given and without repeats."""
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a comma-separated list of {', '.join(METHODS)}"
-        )
-    return names

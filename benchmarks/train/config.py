@@ -11,16 +11,6 @@ from benchmarks.errors import UsageError
 from ksam.selection import check_k
 
 DEFAULT_METHODS = ("sgd", "sam", "ksam")
-METHODS = (
-    *DEFAULT_METHODS,
-    *("ksam-auto", "late-ksam", "late-sam", "nth-sam"),
-    *("asam", "esam"),
-    *("random-sam", "ordered", "ordered-half", "msam", "msam-lr", "ausam", "stale-ksam"),
-    # Parts of K-SAM in isolation.
-    *("importance-ksam", "random-ksam", "mixed-ksam", "ksam-batch", "ksam-share"),
-    *("ksam-full", "ksam-matched", "ksam-running"),
-    *("ksam-auto-plain", "ksam-auto-mean", "ksam-auto-matched"),
-)
 BASES = ("sgd", "adamw")
 IMAGE_MODELS = ("cnn", "resnet8", "resnet20", "resnet18", "vit")
 

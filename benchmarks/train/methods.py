@@ -135,6 +135,7 @@ SPECS: dict[str, Spec] = {
         "K-SAM, k={k}, running BN", lambda run: run.ksam(statistics="running"), k=_K
     ),
 }
+METHODS = ("sgd", *SPECS)
 
 
 def _ordered(run: Run, q: float | None) -> SharpnessAware:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.arguments import make_folder
 from benchmarks.environment import device_name
-from benchmarks.errors import UsageError
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.data import load_workload
 from benchmarks.train.loop import EpochResult, train
@@ -24,7 +24,7 @@ def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     """Run all methods and seeds, print the table and write the files."""
     require_matplotlib()
     workload = load_workload(config, device)
-    _make_folder(config)
+    make_folder(config.out)
     machine = device_name(device)
     methods = [make_method(name, config) for name in config.methods]
     batch_size = min(config.batch_size, workload.train_size)
@@ -45,13 +45,6 @@ def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     plot_accuracy(plot_path, config, methods, results)
     print(f"\n{format_table(config, summaries, batch_size)}\n")
     print("\n".join(f"wrote {path}" for path in paths))
-
-
-def _make_folder(config: TrainConfig) -> None:
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {config.out}: cannot make the folder: {error}") from error
 
 
 def _train_all(

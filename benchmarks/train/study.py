@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import positive_float, positive_int
+from benchmarks.arguments import make_folder, positive_float, positive_int
 from benchmarks.environment import device_name, select_device
 from benchmarks.errors import UsageError
 from benchmarks.train import cli
-from benchmarks.train.config import METHODS, TrainConfig, resolve
+from benchmarks.train.config import TrainConfig, resolve
 from benchmarks.train.data import load_workload
 from benchmarks.train.loop import EpochResult, train
-from benchmarks.train.methods import make_method
+from benchmarks.train.methods import METHODS, make_method
 from benchmarks.train.plot import plot_accuracy, require_matplotlib
 from benchmarks.train.report import TrainResults, format_table
 from benchmarks.train.summary import summarize
@@ -161,10 +161,7 @@ def _late(worker: _Worker) -> bool:
 @contextlib.contextmanager
 def _folder(config: TrainConfig) -> Iterator[Path]:
     """The CSV's path in a folder that no other study writes to meanwhile."""
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {config.out}: cannot make the folder: {error}") from error
+    make_folder(config.out)
     folder = os.open(config.out, os.O_RDONLY)
     try:
         try:

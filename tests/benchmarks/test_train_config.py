@@ -95,7 +95,7 @@ def test_theoretical_cost_counts_passes(k: str, batch_size: int, cost: float) ->
             "{tmp}/RTE/train.tsv is missing",
         ),
         (["--train-samples", "5000"], "--train-samples 5000: the training set has 1347"),
-        (["--out", "{tmp}/file"], "--out {tmp}/file: cannot make the folder"),
+        (["--out", "{tmp}/file"], "{tmp}/file: cannot make the folder"),
         (["--k", "2.5"], "argument --k: '2.5' is neither a fraction"),
         (
             ["--methods", "sgd,adam"],

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks.__main__ import build_parser
-from benchmarks.train.config import DEFAULT_METHODS, METHODS, TrainConfig, resolve
+from benchmarks.train.config import TrainConfig, resolve
 from benchmarks.train.images import ImageWorkload, load_digits
 from benchmarks.train.loop import seeded_model, train
-from benchmarks.train.methods import SPECS, make_method, make_step
+from benchmarks.train.methods import METHODS, make_method, make_step
 from benchmarks.train.workload import INDEX, LABEL, with_noise
 from ksam import From, OrderedSGD, Representative, SharpnessAware
 from tests.helpers import read_rows
@@ -29,11 +29,6 @@ def config(*arguments: str) -> TrainConfig:
 @pytest.fixture(scope="module")
 def workload() -> ImageWorkload:
     return ImageWorkload(load_digits(), "cnn", CPU, 128)
-
-
-def test_every_name_has_a_method() -> None:
-    assert set(METHODS) == {"sgd", *SPECS}
-    assert METHODS[:3] == DEFAULT_METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -282,7 +282,8 @@ def test_negative_losses_have_a_share_and_can_be_drawn(backend: str) -> None:
         positive = result.losses.clamp_min(0)
         assert 0 < int((positive > 0).sum()) < 24
         assert all(torch.isfinite(p).all() for p in model.parameters())
-        assert 0 <= float(result.share) <= 1
+        # The samples with a gradient may all be drawn, and are added up in another order.
+        assert 0 <= float(result.share) <= 1 + 24 * torch.finfo(torch.float32).eps
     ksam_step = build("KSAM", model, random=0.0)
     ksam_step.report_share = True
     assert 0 <= float(ksam_step.step(shifted, data_of(0)).share) <= 1
