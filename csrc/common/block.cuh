@@ -15,18 +15,6 @@ constexpr int kVectorBytes = 16;  // of the widest load and store that all archi
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// The type of the arithmetic on elements of type T.
-template <class T>
-struct OpmathOf {
-  using type = float;
-};
-template <>
-struct OpmathOf<double> {
-  using type = double;
-};
-template <class T>
-using Opmath = typename OpmathOf<T>::type;
-
 template <class A>
 __device__ __forceinline__ A to(float x) {
   return static_cast<A>(x);
@@ -74,11 +62,6 @@ struct Rounded<f16> {
   static __device__ __forceinline__ f16 from(A x) {
     return __float2half_rn(static_cast<float>(x));
   }
-};
-
-template <class T>
-struct Type {
-  using type = T;
 };
 
 // body(Type<T>{}) with T the element type of a floating dtype.

@@ -6,11 +6,6 @@
 
 namespace ksam::KSAM_ISA {
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
 // body(Type<T>{}) with T the element type of a floating dtype.
 template <class Body>
 KSAM_INLINE void on_floating(DType dtype, const Body& body) {

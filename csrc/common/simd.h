@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/tensor.h"
+
 #ifndef KSAM_ISA
 #error "KSAM_ISA names the instruction set: simd.h belongs in the <room>_cpu.cpp files"
 #endif
@@ -36,17 +38,6 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-
-template <class T>
-struct OpmathOf {
-  using type = float;
-};
-template <>
-struct OpmathOf<double> {
-  using type = double;
-};
-template <class T>
-using Opmath = typename OpmathOf<T>::type;
 
 template <class To, class From>
 KSAM_INLINE To bit_cast(const From& from) {

@@ -19,6 +19,24 @@ KSAM_FORMULA constexpr int size_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
 
+// The type of the arithmetic on elements of type T.
+template <class T>
+struct OpmathOf {
+  using type = float;
+};
+template <>
+struct OpmathOf<double> {
+  using type = double;
+};
+template <class T>
+using Opmath = typename OpmathOf<T>::type;
+
+// A type as an argument.
+template <class T>
+struct Type {
+  using type = T;
+};
+
 // Borrowed: shape and strides point into the torch tensor, which must outlive the view.
 struct Tensor {
   char* data = nullptr;
