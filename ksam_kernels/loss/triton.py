@@ -70,21 +70,17 @@ def matrix_of(x: Tensor, columns: int) -> Tensor:
     return aligned(x, vector_of(columns, x.itemsize))
 
 
-def _rows(name: str, x: Tensor, target: Tensor, columns: int) -> dict[str, Any]:
-    """Arguments that say where x [..., columns] and its target lie, which kernels call `name`."""
-    x = matrix_of(x, columns)
-    vector, target_vector = vector_of(columns, x.itemsize), 1
-    if target.is_floating_point():
-        target_vector = vector_of(columns, target.itemsize)
-        target = matrix_of(target, columns)
-    else:
-        target = target.reshape(-1)
+def _layout(
+    name: str, x: Tensor, target: Tensor, vectors: tuple[int, int], rows: int
+) -> dict[str, Any]:
+    """Arguments that say where x and its target lie, which kernels call `name`."""
+    vector, target_vector = vectors
     return {
         name: x,
         f"{name}_stride": x.stride(0),
         "target": target,
         "target_stride": target.stride(0),
-        "rows": x.shape[0],
+        "rows": rows,
         "VECTOR": vector,
         "TARGET_VECTOR": target_vector,
         "INPUT_BYTES": vector * x.itemsize,
@@ -92,7 +88,19 @@ def _rows(name: str, x: Tensor, target: Tensor, columns: int) -> dict[str, Any]:
     }
 
 
-def _matrices(
+def _rows(name: str, x: Tensor, target: Tensor, columns: int) -> dict[str, Any]:
+    """:func:`_layout` of x [..., columns] and its target."""
+    x = matrix_of(x, columns)
+    vector, target_vector = vector_of(columns, x.itemsize), 1
+    if target.is_floating_point():
+        target_vector = vector_of(columns, target.itemsize)
+        target = matrix_of(target, columns)
+    else:
+        target = target.reshape(-1)
+    return _layout(name, x, target, (vector, target_vector), x.shape[0])
+
+
+def _arguments(
     layout: dict[str, Any],
     dtype: torch.dtype,  # of the input
     weight: Tensor | None,  # [columns]
@@ -152,19 +160,8 @@ def _planes(logits: Tensor, target: Tensor, *gradient: Tensor) -> dict[str, Any]
     if soft:
         target_vector = vector_of(group, t.itemsize)
         t = aligned(t, target_vector)
-    return {
-        "logits": x,
-        "logits_stride": x.stride(0),
-        "target": t,
-        "target_stride": t.stride(0),
-        "rows": x.shape[0] * group,
-        "group": group,
-        "PLANES": True,
-        "VECTOR": vector,
-        "TARGET_VECTOR": target_vector,
-        "INPUT_BYTES": vector * x.itemsize,
-        "TARGET_BYTES": target_vector * t.itemsize,
-    }
+    layout = _layout("logits", x, t, (vector, target_vector), x.shape[0] * group)
+    return {**layout, "group": group, "PLANES": True}
 
 
 def tile_of_planes(group: int, columns: int, tile: int) -> tuple[int, int, int]:
@@ -200,7 +197,7 @@ def _cross_entropy_arguments(
     if layout["target"].is_floating_point():
         kind = kernels.PROBABILITIES
     return {
-        **_matrices(layout, logits.dtype, weight, columns),
+        **_arguments(layout, logits.dtype, weight, columns),
         "ignore_index": ignore_index,
         "kept": double_bits(1 - label_smoothing),
         "share": double_bits(label_smoothing / columns),
@@ -284,7 +281,7 @@ def _sample_arguments(input: Tensor, target: Tensor, weight: Tensor | None) -> d
     if weight is not None:
         weight = weight.expand(input.shape[1:])
     layout = _rows("input", input, target, per_sample)
-    return _matrices(layout, input.dtype, weight, per_sample)
+    return _arguments(layout, input.dtype, weight, per_sample)
 
 
 def _means(input: Tensor, target: Tensor, weight: Tensor | None, binary: bool) -> Tensor:

@@ -46,7 +46,7 @@ def build(
     t = like if not target else torch.zeros(like.shape[:-1], dtype=torch.int64)
     layout = loss._planes(like, t) if group else loss._rows(name, like, t, columns)
     assert layout is not None
-    known = {"PLANES": False, **loss._matrices(layout, dtype, weight, columns)}
+    known = {"PLANES": False, **loss._arguments(layout, dtype, weight, columns)}
     rows, block, warps = tile
     checks = assertions(amd=isinstance(architecture, str)) if name == "logits" else {}
     values = {**known, "ROWS": rows, "BLOCK": block, "TRAPS": checks.pop("TRAPS", None), **more}
