@@ -65,10 +65,9 @@ def _csv_row(row: Row) -> dict[str, Any]:
     return {**figures, **quartiles}
 
 
-def write_summary(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    """Write the facts about the run, and all rows, as JSON."""
-    content = {**facts, "results": [dataclasses.asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+def write_summary(path: Path, facts: dict[str, Any]) -> None:
+    """Write the facts about the run as JSON; its rows are in the CSV."""
+    path.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class Table:

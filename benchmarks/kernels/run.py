@@ -71,7 +71,7 @@ def run_benchmark(settings: Settings, device: torch.device) -> None:
         "quick": settings.quick,
         "copy_bytes_per_second": {"before": bandwidth, "after": bandwidth_after},
     }
-    write_summary(settings.json, rows, facts)
+    write_summary(settings.json, facts)
     plot_ratios(settings.plot, rows, f"{device_name(device)}, torch {torch.__version__}")
     print("", *summary_lines(rows), sep="\n")
     print(f"copy bandwidth after the run: {_gigabytes(bandwidth_after)}\n")
