@@ -214,7 +214,7 @@ KSAM_INLINE V square_root(V x) {
 // a * b + c, rounded once; twice where the machine has no fused multiply-add.
 template <class V>
 KSAM_INLINE V fma(V a, V b, V c) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   V r;
   for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) {
     if constexpr (sizeof(a[0]) == 4) {
