@@ -48,7 +48,8 @@ def _average(of_batch: Mapping[_BatchNorm, Statistics]) -> None:
         for running, new in zip(_running(norm), statistics, strict=True):
             if norm.momentum is None:  # a cumulative average; its count is on the device
                 assert norm.num_batches_tracked is not None
-                running += (new - running) / norm.num_batches_tracked
+                # 0 where nothing has used it yet: it keeps its statistics.
+                running += (new - running) / norm.num_batches_tracked.clamp_min(1)
             else:
                 runnings, news = by_weight.setdefault(norm.momentum, ([], []))
                 runnings.append(running)
@@ -203,7 +204,7 @@ class Norms:
                         self._kept.matched[norm] = Matched(norm)
                     self._kept.matched[norm].start(of_batch, part, perturbed)
                     vars(norm)["forward"] = self._kept.matched[norm].forward
-                self._has_matched = True
+                self._has_matched = bool(self._of_batch)
             yield
 
 
@@ -220,11 +221,14 @@ class Matched:
         self.norm = norm
         self.of_batch = _running(norm)
         self.part, self.perturbed = 1.0, False
-        self.r = self.d = torch.empty(0)
+        self.r: Tensor | None = None
+        self.d: Tensor | None = None
 
     def start(self, of_batch: Statistics, part: float, perturbed: bool) -> None:
         """A pass: the whole batch's mean and unbiased variance, and how much of it is seen."""
         self.of_batch, self.part, self.perturbed = of_batch, part, perturbed
+        if not perturbed:  # the pass need not come by, and those of the step before are not its
+            self.r = self.d = None
 
     def forward(self, x: Tensor) -> Tensor:
         """BatchNorm with :math:`\\gamma r` for weight and :math:`\\gamma d + \\beta` for bias."""
@@ -234,6 +238,8 @@ class Matched:
             values = x.numel() / x.shape[1] / self.part  # of a channel, in the whole batch
             biased = var * (1 - 1 / values)  # as the pass over the whole batch normalizes with
             self.r, self.d = _match(x, (mean, biased), norm.eps)
+        if self.r is None or self.d is None:  # the ascent's pass did not come by
+            return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
         weight, bias = self.r, self.d
         if norm.weight is not None:
             weight, bias = norm.weight * weight, norm.weight * bias

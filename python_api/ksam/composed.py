@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from ksam.momentum import Momentum
 from ksam.over_base import OverBase
 from ksam.parts import Part, Sampler, Subset
 from ksam.passes import Passes
+from ksam.radius import ByLearningRate
 from ksam.update import Update
 from ksam.when import Policy
 from ksam_kernels.warn import warn
@@ -56,6 +58,9 @@ class Composed(OverBase):
             except BaseException:
                 super().__setattr__(name, before)
                 raise
+            if name in _PARTS:  # a checkpoint that has no state of it brings this one back
+                part = self._parts().get(name)
+                self._initial[name] = {} if part is None else copy.deepcopy(part.state_dict())
 
     @property
     def grad_scaler(self) -> GradScaler | None:
@@ -115,6 +120,14 @@ class Composed(OverBase):
         if isinstance(self.when, Policy):
             return self.when.decide(self.steps_done, cost)
         return bool(self.when(self.steps_done))
+
+    def _schedule_rho(self) -> None:
+        super()._schedule_rho()
+        # The highest learning rate so far may be that of a step that another part takes.
+        for part in (self.ascent, self.otherwise):
+            if isinstance(part, Momentum) and isinstance(part.rho, ByLearningRate):
+                for group in self.param_groups:
+                    part.rho.of(group)
 
     def _probes(self) -> bool:
         """Whether the step's share is for a policy."""

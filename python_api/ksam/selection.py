@@ -55,7 +55,7 @@ class Amount(Part):
         return self.value.state_dict() if isinstance(self.value, Part) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if isinstance(self.value, Part):
+        if isinstance(self.value, Part) and state:
             self.value.load_state_dict(state)
 
 

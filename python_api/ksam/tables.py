@@ -232,5 +232,6 @@ class SharpnessSample(_Table):
             return
         rows = self.seen(passes)
         change = (passes.after - passes.before).abs().to(rows.device, torch.float32)
-        self._columns["total"].index_add_(0, rows, change)
-        self._columns["count"].index_add_(0, rows, torch.ones_like(change))
+        known = change.isfinite()  # an overflow would be in every mean from then on
+        self._columns["total"].index_add_(0, rows, change.where(known, 0.0))
+        self._columns["count"].index_add_(0, rows, known.to(change.dtype))

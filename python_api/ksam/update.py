@@ -211,7 +211,10 @@ class Update:
         """What an enabled scaler has done with the optimizer since its update; None without one."""
         if self.scaler is None or not self.scaler.is_enabled():
             return None
-        stage: OptState = self.scaler._per_optimizer_states[id(optimizer)]["stage"]
+        states = self.scaler._per_optimizer_states
+        if id(optimizer) not in states:  # a look would make an entry, and copies of the scaler fail
+            return OptState.READY
+        stage: OptState = states[id(optimizer)]["stage"]
         return stage
 
 

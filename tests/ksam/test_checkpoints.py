@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from ksam import KSAM, AutoKSAM, EveryNth, Momentum, Representative
+from ksam import KSAM, AccuracySchedule, AutoKSAM, EveryNth, Momentum, Representative
+from ksam.tables import SharpnessSample
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, build, data_of, loss_of, losses, network, weights
+from tests.ksam.models import SIZE, batch, build, data_of, loss_of, losses, network, weights
 
 
 def hooked(optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -76,6 +77,28 @@ def test_parts_begin_anew_where_the_checkpoint_has_none() -> None:
     assert own["when"] == fresh["when"]
     assert own["steps_done"] == 0
     assert torch.equal(own["ascent"]["loss"], fresh["ascent"]["loss"])
+
+
+def test_so_do_parts_that_were_set_later() -> None:
+    model = network(dtype=torch.float64)
+    optimizer = build("StaleKSAM", model)
+    table = SharpnessSample(8, SIZE, "index")
+    policy = Representative(every=1)
+    optimizer.ascent, optimizer.when = table, policy
+    fresh = copy.deepcopy(optimizer.state_dict()["ksam"])
+    optimizer.step(losses(model), data_of(0))
+    assert optimizer.state_dict()["ksam"]["when"] != fresh["when"]
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    assert optimizer.state_dict()["ksam"]["when"] == fresh["when"]
+    assert not table.column("count").any()
+
+
+@pytest.mark.parametrize("name", ["KSAM", "StaleKSAM"])
+def test_a_schedule_goes_on_where_the_checkpoint_has_none(name: str) -> None:
+    constant = build(name, network(dtype=torch.float64))
+    scheduled = build(name, network(dtype=torch.float64), k=AccuracySchedule())
+    scheduled.load_state_dict(constant.state_dict())
+    assert scheduled.selected(24) == 24
 
 
 def test_the_base_may_load_by_itself(backend: str) -> None:

@@ -174,6 +174,19 @@ def test_a_copy_has_a_scaler_of_its_own(backend: str) -> None:
     assert all_same_bits(weights(model), weights(twin_model))
 
 
+def test_a_scaler_can_be_copied_between_the_two_calls(backend: str) -> None:
+    """As before a step of torch's own optimizers: nothing was unscaled."""
+    model = network()
+    grad_scaler = scaler()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, grad_scaler=grad_scaler)
+    optimizer.backward(loss_of(model), batch())
+    twin_model, twin, twin_scaler = copy.deepcopy((model, optimizer, grad_scaler))
+    twin.backward(loss_of(twin_model), batch())  # a copy of a parameter has no gradient
+    grad_scaler.step(optimizer)
+    twin_scaler.step(twin)
+    assert all_same_bits(weights(model), weights(twin_model))
+
+
 def test_another_type_is_refused() -> None:
     with pytest.raises(TypeError, match=r"grad_scaler must be a torch\.amp\.GradScaler or None"):
         KSAM(network().parameters(), torch.optim.SGD, lr=0.1, grad_scaler=1024.0)

@@ -121,6 +121,18 @@ def test_steps_along_the_momentum_follow_it_too(backend: str) -> None:
     assert not all_same_bits(weights(constant), weights(twin))
 
 
+def test_the_peak_may_be_that_of_a_step_that_another_part_took(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(
+        model.parameters(), torch.optim.SGD, lr=0.2, momentum=0.9, k=8,
+        when=lambda step: step == 0, otherwise=Momentum(ByLearningRate(0.3)),
+    )  # fmt: skip
+    optimizer.step(loss_of(model), batch())
+    optimizer.param_groups[0]["lr"] = 0.02
+    optimizer.step(loss_of(model), batch())
+    assert optimizer.param_groups[0]["peak_lr"] == 0.2
+
+
 @pytest.mark.parametrize(
     ("rho", "error"), [(-0.1, ValueError), (float("nan"), ValueError), ("1", TypeError)]
 )

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ksam import ESAM, KSAM, cross_entropy
+from ksam import ESAM, KSAM, SharpnessAware, cross_entropy
 from ksam.arguments import STATISTICS
+from ksam.samplers import Random, TopK
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
 from tests.ksam.models import Batch, batch, loss_of, network, weights
@@ -292,10 +293,13 @@ def test_buffers_that_a_functional_call_is_given_are_updated(
     assert all(buffer is given[name] for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("statistics", STATISTICS)
-def test_a_layer_that_no_pass_comes_by_keeps_its_statistics(backend: str, statistics: str) -> None:
+def test_a_layer_that_no_pass_comes_by_keeps_its_statistics(
+    backend: str, statistics: str, momentum: float | None
+) -> None:
     model = network(batchnorm=True)
-    model[1].unused = nn.BatchNorm1d(3)
+    model[1].unused = nn.BatchNorm1d(3, momentum=momentum)
     model[1].unused.running_mean.fill_(2.5)
     before = [b.clone() for b in model[1].unused.buffers()]
     optimizer = KSAM(
@@ -303,6 +307,50 @@ def test_a_layer_that_no_pass_comes_by_keeps_its_statistics(backend: str, statis
     )
     optimizer.step(loss_of(model), batch())
     assert all_same_bits([*model[1].unused.buffers()], before)
+
+
+class Sometimes(nn.Module):
+    """A BatchNorm that is used in the calls that are told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.uses = iter(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) if next(self.uses) else x
+
+
+def test_matching_knows_nothing_of_the_step_before(backend: str) -> None:
+    """Where a layer is dropped from the ascent's pass, the descent's has the subset's."""
+    grads = []
+    for uses in ((True, True, True), (True, False, False)):
+        layer = Sometimes()
+        model = nn.Sequential(layer, *network())
+        optimizer = KSAM(
+            model.parameters(), torch.optim.SGD, lr=0.0, k=8, model=model, statistics="matched"
+        )
+        for seed, calls in enumerate((uses, (True, False, True))):
+            layer.uses = iter(calls)
+            optimizer.step(loss_of(model), batch(seed))
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all_same_bits(*grads)
+
+
+def test_without_a_pass_over_the_batch_before_the_ascent_matching_is_as_with_the_subset(
+    backend: str,
+) -> None:
+    """The descent makes that pass: its statistics are there too late for the ascent."""
+    found = []
+    for statistics in ("subset", "matched"):
+        model = network(batchnorm=True)
+        optimizer = SharpnessAware(
+            model.parameters(), torch.optim.SGD, lr=0.1, ascent=Random(8), descent=TopK(8),
+            model=model, statistics=statistics,
+        )  # fmt: skip
+        optimizer.step(loss_of(model), batch())
+        found.append(weights(model))
+    assert all_same_bits(*found)
 
 
 class Block(nn.Module):

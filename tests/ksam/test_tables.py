@@ -15,7 +15,17 @@ from ksam.parts import Subset
 from ksam.tables import SharpnessSample, StaleTopK
 from tests.helpers import all_same_bits, default_dtype
 from tests.ksam import plain
-from tests.ksam.models import SIZE, STEPS, batch, build, data_of, losses, network, weights
+from tests.ksam.models import (
+    SIZE,
+    STEPS,
+    batch,
+    build,
+    data_of,
+    losses,
+    network,
+    scaler,
+    weights,
+)
 
 TABLES = ("StaleKSAM", "AUSAM")
 
@@ -159,6 +169,20 @@ def test_a_loss_that_falls_has_changed_too(backend: str) -> None:
     optimizer.step(lambda b: losses(model)(b) * next(factors), data_of(0))
     table: Any = optimizer.ascent
     assert (table.column("total")[:24] > 0).all()
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_losses_that_are_not_finite_leave_no_trace(backend: str, factor: float) -> None:
+    """As in a step that a GradScaler skips: they would be in every mean from then on."""
+    optimizer = build("AUSAM", network(dtype=torch.float64), grad_scaler=scaler())
+    table: Any = optimizer.ascent
+    function = losses(optimizer.model)  # type: ignore[arg-type]
+    optimizer.step(function, data_of(0))
+    before = copy.deepcopy(table.state_dict())
+    optimizer.grad_scaler.update()  # type: ignore[union-attr]
+    optimizer.step(lambda b: function(b) * factor, data_of(0))
+    assert torch.equal(table.column("total"), before["total"])
+    assert torch.equal(table.column("count"), before["count"])
 
 
 def test_the_length_of_an_epoch_survives_a_resume(backend: str) -> None:
