@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from ksam import interrupts
+from ksam import distributed, interrupts
 from ksam.identity import same
 
 
@@ -97,6 +97,10 @@ class Norms:
         self._before = {norm: _settings(norm) for norm in self.modules}
         self._of_batch: dict[_BatchNorm, Statistics] = {}
         self._has_matched = False
+        # Which would take rank 0's statistics in place of the batch's own, or of the running ones
+        # that the pass before had.
+        constant = statistics in ("full", "running")
+        self._wrapped = distributed.data_parallel(model) if constant else None
 
     def put_back(self, *names: str) -> None:
         """The modules' settings of these names as they were when the step began."""
@@ -180,7 +184,8 @@ class Norms:
         Without ``track_running_stats`` a training forward touches neither the statistics nor
         ``num_batches_tracked``, whatever the momentum (None included).
         """
-        with interrupts.undone(lambda: self.put_back("track_running_stats")):
+        undo = interrupts.undone(lambda: self.put_back("track_running_stats"))
+        with distributed.own_buffers(self._wrapped), undo:
             # As plain attributes, without nn.Module's search for a parameter of that name.
             for norm in self.modules:
                 vars(norm)["track_running_stats"] = False

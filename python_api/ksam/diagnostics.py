@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ksam_kernels
-from ksam import batchnorm, copies, interrupts, micro_batches, page
+from ksam import batchnorm, copies, distributed, interrupts, micro_batches, page
 from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
 from ksam.parts import Subset
@@ -203,6 +203,7 @@ def alignment(
     of_batch, of_top = ([torch.zeros_like(p) for p in params] for _ in range(2))
     with (
         torch.enable_grad(),
+        distributed.apart(optimizer.model),
         batchnorm.Norms(optimizer.model).frozen(),
         _random_state_kept(params),
     ):

@@ -11,6 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ksam import interrupts
 from ksam_kernels.dtensor import first_dtensor
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,6 +68,42 @@ def without_sync(
     The pass after them averages the sum over the ranks, once.
     """
     return wrapped.no_sync() if accumulates and wrapped is not None else nullcontext()
+
+
+@contextmanager
+def own_buffers(wrapped: DistributedDataParallel | None) -> Iterator[None]:
+    """Forward passes within leave a rank's buffers as they are: none come from rank 0."""
+    if wrapped is None or not wrapped.broadcast_buffers:
+        yield
+        return
+
+    def put_back() -> None:
+        wrapped.broadcast_buffers = True
+
+    with interrupts.undone(put_back):
+        wrapped.broadcast_buffers = False
+        yield
+
+
+@contextmanager
+def apart(model: nn.Module | None) -> Iterator[None]:
+    """Passes within are a rank's own, and nothing of them is left in DistributedDataParallel.
+
+    A forward pass with gradients prepares it to average those of the next backward pass, and a
+    gradient that ``torch.autograd.grad`` takes is none: the average would be of the pass after.
+    """
+    wrapped = data_parallel(model)
+    if wrapped is None:
+        yield
+        return
+    before = wrapped.require_forward_param_sync
+
+    def put_back() -> None:
+        wrapped.require_forward_param_sync = before
+
+    with interrupts.undone(put_back), wrapped.no_sync():
+        wrapped.require_forward_param_sync = False  # of buffers; within no_sync() it stays so
+        yield
 
 
 @contextmanager

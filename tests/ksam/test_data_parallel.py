@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from ksam import KSAM, AutoKSAM, StepResult, cross_entropy
+from ksam.diagnostics import alignment
 from tests import ranks
 from tests.helpers import all_same_bits
 from tests.ksam.models import THRESHOLD, batch, loss_of, network, weights
@@ -131,6 +132,38 @@ def _train_in_three_calls(rank: int, views: bool) -> dict[str, Any]:
     return {"weights": weights(net)}
 
 
+def _train_beside_alignment(rank: int, looks: bool) -> dict[str, Any]:
+    """Steps whose first call is a rank's own, with a look at the alignment before each."""
+    net = network(batchnorm=True)
+    model = DistributedDataParallel(net)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, model=model, rho=RHO, **OPTIONS)
+    for step in range(3):
+        if looks:
+            before = [buffer.clone() for buffer in net.buffers()]
+            alignment(optimizer, loss_of(model), batch(rank), K)
+            assert all_same_bits([*net.buffers()], before)
+        optimizer.zero_grad()
+        for call in (2 * step, 2 * step + 1):
+            with model.no_sync() if call == 2 * step else nullcontext():
+                optimizer.backward(loss_of(model), batch(RANKS * call + rank), weight=0.5)
+        optimizer.step()
+    return {"weights": weights(net)}
+
+
+def _see_statistics(rank: int, statistics: str) -> list[Tensor]:
+    """BatchNorm's running means in the passes of steps, three each."""
+    net = network(batchnorm=True)
+    model = DistributedDataParallel(net)
+    optimizer = KSAM(
+        model.parameters(), torch.optim.SGD, model=model, rho=RHO, statistics=statistics, **OPTIONS
+    )
+    seen: list[Tensor] = []
+    net[1].register_forward_pre_hook(lambda norm, _: seen.append(norm.running_mean.clone()))
+    for step in range(2):
+        optimizer.step(loss_of(model), batch(RANKS * step + rank))
+    return seen
+
+
 def _train_all(rank: int, folder: Path) -> None:
     """A process: what its runs end with goes to a file."""
     static = DistributedDataParallel(network(), static_graph=True)
@@ -140,7 +173,9 @@ def _train_all(rank: int, folder: Path) -> None:
     found = {run: _train(rank, *run) for run in runs}
     unused = {("unused", views): _train_with_unused(rank, views) for views in (False, True)}
     three = {("three", views): _train_in_three_calls(rank, views) for views in (False, True)}
-    torch.save({**found, **unused, **three}, folder / f"{rank}.pt")
+    beside = {("beside", looks): _train_beside_alignment(rank, looks) for looks in (False, True)}
+    seen = {(name, False): _see_statistics(rank, name) for name in ("full", "running")}
+    torch.save({**found, **unused, **three, **beside, **seen}, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +274,24 @@ def test_calls_within_no_sync_climb_along_a_rank_s_own_gradient(
             lambda model, step: _plain_gradient(model, 3 * step + 2),
         ],
     )
+
+
+def test_a_look_at_the_alignment_changes_nothing(found: list[Found]) -> None:
+    """Neither the average of a later pass nor the statistics of a rank."""
+    for of_rank in found:
+        without, beside = (of_rank["beside", looks]["weights"] for looks in (False, True))
+        assert all_same_bits(without, beside)
+
+
+@pytest.mark.parametrize("statistics", ["full", "running"])
+def test_constant_statistics_are_a_rank_s_own_in_both_passes(
+    found: list[Found], statistics: str
+) -> None:
+    first, second = (of_rank[statistics, False] for of_rank in found)
+    for ascent, descent in ((1, 2), (4, 5)):
+        assert not torch.equal(first[ascent], second[ascent])
+        assert torch.equal(first[ascent], first[descent])
+        assert torch.equal(second[ascent], second[descent])
 
 
 def _check_weights(
