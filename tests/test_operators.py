@@ -352,7 +352,7 @@ def test_a_batch_of_open_size_is_exported(backend: str, strict: bool) -> None:
     assert torch.equal(program.module()(x, torch.tensor([8, 2])), x[[8, 2]])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is (deprecated|not supported)")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_function_computes_anew(backend: str) -> None:
     def losses_and_indices(x: Tensor) -> tuple[Tensor, Tensor]:

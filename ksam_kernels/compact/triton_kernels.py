@@ -68,12 +68,13 @@ def gather_kernel(
     here = lanes < k.to(tl.int64) * row_vectors - begin
 
     at = (first_row + past) * index_stride.to(tl.int64)
-    index = tl.load(indices + at, mask=here, other=0).to(tl.int64)
+    index = tl.load(indices + at, mask=here, other=0)
     in_range = (index >= 0) & (index < rows)
     check(in_range | (here == 0), "index in range", TRAPS)
-    # Nothing is read out of range, whatever becomes of the check.
+    # Nothing is read out of range, whatever becomes of the check. Widened after the choice: Triton
+    # 3.7 cannot compile one between widened indices and 0.
     readable = here & in_range
-    vector = tl.where(readable, index * source_stride + column, 0)
+    vector = tl.where(readable, index, 0).to(tl.int64) * source_stride + column
 
     if log2_vector == 4:  # no integer has 16 bytes: two of 8, which are loaded as one vector
         _move(source, out, vector, begin, readable, here, tl.int64, 2, TILE)

@@ -306,6 +306,7 @@ def test_batchnorm_without_its_model_is_left_alone_and_told_once(backend: str) -
 
 
 @pytest.mark.parametrize("training", [True, False])
+@torch._dynamo.config.patch(issue_3_13_0_warning=False)  # of that Python, not of ours
 def test_a_compiled_model_that_is_given_is_not_watched(training: bool) -> None:
     """torch.compile would warn of the hook, and compile the model once more for it."""
     model = network(batchnorm=not training).train(training)

@@ -213,6 +213,7 @@ def test_numbers_of_numpy_are_numbers(backend: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["KSAM", "SAM"])
+@torch._dynamo.config.patch(issue_3_13_0_warning=False)  # of that Python, not of ours
 def test_a_step_that_is_compiled_whole_is_the_step_and_warns_of_nothing(method: str) -> None:
     model = network()
     twin = network()
