@@ -122,13 +122,13 @@ def cross_entropy(
     quick = native.try_forward("cross_entropy", logits, target, *options)
     if quick is not None:
         return quick[0]
-    _check_cross_entropy(logits, target, weight, ignore_index, label_smoothing)
-    label_smoothing = plain_number(label_smoothing)
+    _check_cross_entropy(logits, target, *options)
+    options = weight, ignore_index, plain_number(label_smoothing)
     if library.is_transformed():
-        return composed.cross_entropy(logits, target, weight, ignore_index, label_smoothing)
+        return composed.cross_entropy(logits, target, *options)
     logits, target = _as_kernels_take_them(logits, target)
     losses: Tensor
-    losses, _ = library.call("cross_entropy", logits, target, weight, ignore_index, label_smoothing)
+    losses, _ = library.call("cross_entropy", logits, target, *options)
     return losses
 
 

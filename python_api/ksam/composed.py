@@ -59,8 +59,7 @@ class Composed(OverBase):
                 super().__setattr__(name, before)
                 raise
             if name in _PARTS:  # a checkpoint that has no state of it brings this one back
-                part = self._parts().get(name)
-                self._initial[name] = {} if part is None else copy.deepcopy(part.state_dict())
+                self._initial[name] = copy.deepcopy(self._states().get(name, {}))
 
     @property
     def grad_scaler(self) -> GradScaler | None:

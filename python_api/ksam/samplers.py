@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,15 +64,20 @@ class TopK(Some):
         self.random = random
 
     def _some(self, passes: Passes, size: int) -> Subset:
-        drawn = round(self.random * size)
-        if drawn < size:
-            return passes.select(self._completed(passes.forward_top(size - drawn), drawn, passes))
-        # No loss ranks anything, but this is the pass that reports them and updates BatchNorm.
-        passes.forward()
-        return passes.select(passes.draw(size))
+        if self._drawn(size) == size:
+            # No loss ranks anything, but this is the pass that reports them and updates BatchNorm.
+            passes.forward()
+        return passes.select(self._indices(passes, size, passes.forward_top))
 
-    def _completed(self, top: Tensor, drawn: int, passes: Passes) -> Tensor:
-        """With as many drawn from the rest."""
+    def _drawn(self, size: int) -> int:
+        return round(self.random * size)
+
+    def _indices(self, passes: Passes, size: int, highest: Callable[[int], Tensor]) -> Tensor:
+        """``highest(count)`` finds the samples that are not drawn."""
+        drawn = self._drawn(size)
+        if drawn == size:
+            return passes.draw(size)
+        top = highest(size - drawn)
         if drawn == 0:
             return top
         others = ksam_kernels.topk_indices(passes.random().index_fill(0, top, -1.0), drawn)
@@ -80,10 +86,7 @@ class TopK(Some):
     def candidates(self, passes: Passes) -> Tensor:
         """Those that would have been selected."""
         size = self.size(passes.samples, passes.step)
-        drawn = round(self.random * size)
-        if drawn == size:
-            return passes.draw(size)
-        return self._completed(passes.highest(size - drawn), drawn, passes)
+        return self._indices(passes, size, passes.highest)
 
 
 class Random(Some):

@@ -164,9 +164,8 @@ class SharpnessSample(_Table):
     :math:`\alpha M` samples are drawn without replacement. f rises from ``low`` to ``high`` over
     the first ``ramp`` epochs; the first epoch takes every sample. An epoch is ``size`` / M steps,
     rounded up, with the largest M so far, as the last batch may be smaller: on R ranks that share
-    the data set, R of its epochs. Settings and rule are
-    those of the authors' code; they give probabilities proportional to the scaled scores within the
-    batch.
+    the data set, R of its epochs. Settings and rule are those of the authors' code; they give
+    probabilities proportional to the scaled scores within the batch.
 
     Args:
         alpha: fraction of the batch (float), count (int), or a function of the step.

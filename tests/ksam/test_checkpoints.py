@@ -94,7 +94,7 @@ def test_so_do_parts_that_were_set_later() -> None:
 
 
 @pytest.mark.parametrize("name", ["KSAM", "StaleKSAM"])
-def test_a_schedule_goes_on_where_the_checkpoint_has_none(name: str) -> None:
+def test_a_schedule_takes_a_checkpoint_that_has_none(name: str) -> None:
     constant = build(name, network(dtype=torch.float64))
     scheduled = build(name, network(dtype=torch.float64), k=AccuracySchedule())
     scheduled.load_state_dict(constant.state_dict())

@@ -12,8 +12,9 @@ from ksam import SharpnessAware
 from ksam.parts import Sampler
 from ksam.samplers import All, Importance, LossIncrease, Ordered, Random, TopK
 from ksam.tables import SharpnessSample, StaleTopK
+from tests.helpers import all_same_bits
 from tests.ksam import plain
-from tests.ksam.models import SIZE, Batch, batch, data_of, losses, network
+from tests.ksam.models import SIZE, Batch, batch, data_of, loss_of, losses, network, weights
 
 M = 24
 RADIUS = 50.0  # so large that other samples have the highest losses after the perturbation
@@ -110,3 +111,19 @@ def test_the_samples_of_an_ascent_s_own_pass_descend(backend: str) -> None:
     plain.sam(other, chosen, chosen, RADIUS)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_without_a_pass_over_the_batch_before_the_ascent_matching_is_as_with_the_subset(
+    backend: str,
+) -> None:
+    """The descent makes that pass: its statistics are there too late for the ascent."""
+    found = []
+    for statistics in ("subset", "matched"):
+        model = network(batchnorm=True)
+        optimizer = SharpnessAware(
+            model.parameters(), torch.optim.SGD, lr=0.1, ascent=Random(8), descent=TopK(8),
+            model=model, statistics=statistics,
+        )  # fmt: skip
+        optimizer.step(loss_of(model), batch())
+        found.append(weights(model))
+    assert all_same_bits(*found)

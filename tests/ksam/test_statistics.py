@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ksam import ESAM, KSAM, SharpnessAware, cross_entropy
+from ksam import ESAM, KSAM, cross_entropy
 from ksam.arguments import STATISTICS
-from ksam.samplers import Random, TopK
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
 from tests.ksam.models import Batch, batch, loss_of, network, weights
@@ -335,22 +334,6 @@ def test_matching_knows_nothing_of_the_step_before(backend: str) -> None:
             optimizer.step(loss_of(model), batch(seed))
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all_same_bits(*grads)
-
-
-def test_without_a_pass_over_the_batch_before_the_ascent_matching_is_as_with_the_subset(
-    backend: str,
-) -> None:
-    """The descent makes that pass: its statistics are there too late for the ascent."""
-    found = []
-    for statistics in ("subset", "matched"):
-        model = network(batchnorm=True)
-        optimizer = SharpnessAware(
-            model.parameters(), torch.optim.SGD, lr=0.1, ascent=Random(8), descent=TopK(8),
-            model=model, statistics=statistics,
-        )  # fmt: skip
-        optimizer.step(loss_of(model), batch())
-        found.append(weights(model))
-    assert all_same_bits(*found)
 
 
 class Block(nn.Module):
