@@ -184,8 +184,11 @@ class Norms:
         Without ``track_running_stats`` a training forward touches neither the statistics nor
         ``num_batches_tracked``, whatever the momentum (None included).
         """
-        undo = interrupts.undone(lambda: self.put_back("track_running_stats"))
-        with distributed.own_buffers(self._wrapped), undo:
+        with (
+            distributed.own_buffers(self._wrapped),
+            # Not a variable of this frame: Ctrl-C just before the block is left would keep it.
+            interrupts.undone(lambda: self.put_back("track_running_stats")),
+        ):
             # As plain attributes, without nn.Module's search for a parameter of that name.
             for norm in self.modules:
                 vars(norm)["track_running_stats"] = False

@@ -33,9 +33,13 @@ BASES = [
 
 
 def network(*, batchnorm: bool = False, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    norm = [nn.BatchNorm1d(16)] if batchnorm else []
+    """The same weights on every device, whose random numbers are others: the shares of the batches
+    depend on them."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(8, 16), *norm, nn.Tanh(), nn.Linear(16, 5)).to(dtype)
+    with torch.device("cpu"):
+        norm = [nn.BatchNorm1d(16)] if batchnorm else []
+        model = nn.Sequential(nn.Linear(8, 16), *norm, nn.Tanh(), nn.Linear(16, 5))
+    return model.to(DEVICE, dtype)
 
 
 def batch(seed: int = 0, size: int = 24, dtype: torch.dtype = torch.float32) -> Batch:

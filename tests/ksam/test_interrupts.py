@@ -43,6 +43,7 @@ def _interruptible() -> Iterator[None]:
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _preempt}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
+    _raised.clear()
     after = {number: signal.signal(number, handler) for number, handler in before.items()}
     assert after[signal.SIGTERM] is _preempt
 
@@ -74,15 +75,20 @@ def lines_of(function: Callable[[], object]) -> dict[str, int]:
     return {where: n for n, where in enumerate(trace.lines)}
 
 
+#: The last one, which keeps the frames that it came through, as in a notebook.
+_raised: list[BaseException] = []
+
+
 @contextmanager
 def interrupted_at(n: int, number: signal.Signals = signal.SIGINT) -> Iterator[None]:
     tracing = sys.gettrace()
     sys.settrace(AtLine(n, number))
     try:
-        with pytest.raises(RAISED[number]):
+        with pytest.raises(RAISED[number]) as caught:
             yield
     finally:
         sys.settrace(tracing)
+    _raised[:] = [caught.value]
 
 
 class Run:

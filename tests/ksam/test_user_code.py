@@ -212,17 +212,35 @@ def test_numbers_of_numpy_are_numbers(backend: str) -> None:
     assert all_same_bits(found[0], found[2])
 
 
+@pytest.mark.parametrize("compiled_model", [False, True])
+@pytest.mark.parametrize("two_calls", [False, True])
 @pytest.mark.parametrize("method", ["KSAM", "SAM"])
 @torch._dynamo.config.patch(issue_3_13_0_warning=False)  # of that Python, not of ours
-def test_a_step_that_is_compiled_whole_is_the_step_and_warns_of_nothing(method: str) -> None:
-    model = network()
-    twin = network()
-    optimizer, other = (METHODS[method](m.parameters(), SGD, **MOMENTUM) for m in (model, twin))
+def test_a_step_that_is_compiled_whole_is_the_step_and_warns_of_nothing(
+    method: str, two_calls: bool, compiled_model: bool
+) -> None:
+    """The compiler sees nothing of it, but for what is compiled in it."""
+    model, twin = network(), network()
+    optimizer, other = (
+        METHODS[method](m.parameters(), SGD, model=m, **MOMENTUM) for m in (model, twin)
+    )
     torch._dynamo.reset()
+    programs = []
 
-    @torch.compile(backend="eager")
+    def noted(program: torch.fx.GraphModule, _: object) -> Any:
+        programs.append(program)
+        return program
+
+    function = loss_of(torch.compile(model, backend=noted) if compiled_model else model)
+
+    @torch.compile(backend=noted)
     def step(data: dict[str, Tensor]) -> Tensor:
-        return optimizer.step(loss_of(model), data).loss
+        if not two_calls:
+            return optimizer.step(function, data).loss
+        optimizer.zero_grad()
+        loss = optimizer.backward(function, data).loss
+        optimizer.step()
+        return loss
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -231,6 +249,7 @@ def test_a_step_that_is_compiled_whole_is_the_step_and_warns_of_nothing(method: 
             other.step(loss_of(twin), batch(number))
     assert [str(warning.message) for warning in caught] == []
     assert all_same_bits(weights(model), weights(twin))
+    assert bool(programs) == compiled_model
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -251,7 +251,9 @@ def copied_by(
     def spy(x: Tensor) -> Tensor:
         if not x.is_contiguous():
             copies.append(tuple(x.shape))
-        return contiguous(x)
+        # The mode that places the tests' tensors calls what has the method's name now: this again.
+        with torch._C.DisableTorchFunction():
+            return contiguous(x)
 
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "contiguous", spy)
