@@ -7,10 +7,10 @@ namespace ksam::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoads = 2;  // of a thread, all in flight at once
+constexpr int kLoads = 4;  // of a thread, all in flight at once
 constexpr int kTileVectors = kThreads * kLoads;
 // Blocks of a multiprocessor, as many as there are registers for.
-[[maybe_unused]] constexpr int kBlocks = 6;
+[[maybe_unused]] constexpr int kBlocks = 5;
 
 // A leaf as it lies in the kernel's parameters.
 struct PackedLeaf {

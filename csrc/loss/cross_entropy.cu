@@ -22,7 +22,8 @@ constexpr int64_t kSelectedByBlock = 2048;
 constexpr int kHeld = 8;
 #endif
 
-template <class T, class Q, Kind kKind>
+// kWhole: rows are of whole vectors at their boundaries, which takes fewer registers.
+template <class T, class Q, Kind kKind, bool kWhole>
 struct RowLosses : Losses<T, Q, kKind> {
   using Base = Losses<T, Q, kKind>;
   using typename Base::A;
@@ -31,6 +32,8 @@ struct RowLosses : Losses<T, Q, kKind> {
   using typename Base::TargetOf;
   using Base::target;
   static constexpr int N = kPerVector<T>;
+  static constexpr int kResident = kWhole ? resident_whole_rows(kKind) : Base::kResident;
+  static constexpr int kBatches = batches_of_span(kKind, sizeof(T));
   static constexpr bool kHasSpread = TargetOf::kHasSpread;
 
   const T* logits;  // [rows, classes]
@@ -52,30 +55,36 @@ struct RowLosses : Losses<T, Q, kKind> {
     typename TargetOf::Probabilities t;
   };
 
+  template <class Team>
   __device__ __forceinline__ void add(Row* row, const Team& team, Sums* sums) const {
     const T* x = logits + row->i * stride;
     const Q* t = target.row(TargetOf::kHasHot ? 0 : row->i);
-    const int offset = offset_of(x);
+    const int offset = kWhole ? 0 : offset_of(x);
     const bool t_aligned = TargetOf::kHasHot || offset_of(t) == 0;
     const bool w_aligned = offset_of(target.weight) == 0;
     const T none = Rounded<T>::from(-HUGE_VALF);  // adds exp(-inf)
-    for_each_batch<N, TargetOf::kMayShift>(
-        target.classes, 0, t_aligned ? offset : -1, team,
-        [&](const Piece& piece, Loads loads) {
-          return Item{TargetOf::load_logits(x, piece, loads, offset, none),
-                      target.load(t, piece, loads, t_aligned)};
-        },
-        [&](const Piece* pieces, const Item* items) {
-          if (!row->is_settled) Base::find_class(row);
-          if (row->y == kIgnored) return false;
-          raise(items, sums);
-          if (!row->is_settled) Base::ask_for_logit(row, x, 1);
+    const auto load = [&](const Piece& piece, Loads loads) {
+      return Item{TargetOf::load_logits(x, piece, loads, offset, none),
+                  target.load(t, piece, loads, t_aligned)};
+    };
+    const auto use = [&](const Piece* pieces, const Item* items) {
+      if (!row->is_settled) Base::find_class(row);
+      if (row->y == kIgnored) return false;
+      raise(items, sums);
+      if (!row->is_settled) Base::ask_for_logit(row, x, 1);
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            if (pieces[u].end > 0) add_piece(pieces[u], items[u], w_aligned, sums);
-          }
-          return true;
-        });
+      for (int u = 0; u < kUnroll; ++u) {
+        if (kHasSpread && pieces[u].end <= 0) continue;  // exp(-inf) adds nothing
+        add_piece(pieces[u], items[u], w_aligned, sums);
+      }
+      return true;
+    };
+    if constexpr (kWhole) {
+      for_each_whole_batch<N, kBatches>(target.classes, team, load, use);
+    } else {
+      for_each_batch<N, TargetOf::kMayShift, kBatches>(target.classes, 0, t_aligned ? offset : -1,
+                                                       team, load, use);
+    }
   }
 
   // Where the largest of some logits is larger than all before, it becomes the maximum.
@@ -127,6 +136,14 @@ struct RowLosses : Losses<T, Q, kKind> {
 
   __device__ __forceinline__ void add_spread(const Piece& piece, const A (&z)[N], const Item& item,
                                              bool w_aligned, Sums* sums) const {
+    if (kKind == Kind::smoothed && target.weight == nullptr) {  // all classes have the same
+      A sum = 0;
+#pragma unroll
+      for (int j = 0; j < N; ++j) sum += piece.has(j) ? z[j] : A(0);
+      sums->mass = ::fma(target.share, static_cast<A>(piece.end - piece.begin), sums->mass);
+      sums->dot = ::fma(target.share, sum, sums->dot);
+      return;
+    }
     const auto q = target.spread(item.t, piece, w_aligned);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -170,24 +187,43 @@ struct Selection {
   }
 };
 
+// Whether all rows are of whole vectors at vectors' boundaries.
+bool is_whole(const CrossEntropy& args) {
+  const int64_t itemsize = size_of(args.logits.dtype);
+  const auto address = reinterpret_cast<uintptr_t>(args.logits.data);
+  return address % kVectorBytes == 0 && args.logits.stride * itemsize % kVectorBytes == 0 &&
+         args.logits.columns * itemsize % kVectorBytes == 0 &&
+         args.logits.columns * itemsize / kVectorBytes < kMostWholeVectors;
+}
+
 RowPlan plan_of(const CrossEntropy& args) {
-  const int itemsize = size_of(args.logits.dtype);
-  return plan_rows(args.logits.rows, args.logits.columns, kVectorBytes / itemsize,
-                   resident_blocks(kind_of(args), itemsize));
+  const int itemsize = size_of(args.logits.dtype), per_vector = kVectorBytes / itemsize;
+  const Kind kind = kind_of(args);
+  const int batches = batches_of_span(kind, itemsize);
+  const bool whole = batches > 1 && is_whole(args);
+  return plan_rows(args.logits.rows, args.logits.columns, per_vector, batches * kUnroll,
+                   whole ? resident_whole_rows(kind) : resident_losses(kind, itemsize));
 }
 
 void run(const CrossEntropy& args, const Selection& selection, void* scratch, Stream stream) {
   on_target(args, [&](auto type) {
     using Types = decltype(type);
-    const RowLosses<typename Types::Logit, typename Types::Probability, Types::kind> rows(args);
-    launch_reduction(rows, args.logits.rows, plan_of(args), selection, selection.k > 0, scratch,
-                     stream);
+    using T = typename Types::Logit;
+    using Q = typename Types::Probability;
+    const auto launch_rows = [&](const auto& rows) {
+      launch_reduction(rows, args.logits.rows, plan_of(args), selection, selection.k > 0, scratch,
+                       stream);
+    };
+    if constexpr (batches_of_span(Types::kind, sizeof(T)) > 1) {
+      if (is_whole(args)) return launch_rows(RowLosses<T, Q, Types::kind, true>(args));
+    }
+    launch_rows(RowLosses<T, Q, Types::kind, false>(args));
   });
 }
 
 int64_t scratch_bytes(const CrossEntropy& args, bool selects) {
   if (args.logits.rows == 0 || args.logits.in_planes()) return 0;
-  using Largest = RowLosses<double, double, Kind::probabilities>;
+  using Largest = RowLosses<double, double, Kind::probabilities, false>;
   return reduction_scratch_bytes<Largest>(args.logits.rows, plan_of(args), selects);
 }
 

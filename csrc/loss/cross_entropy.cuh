@@ -12,15 +12,20 @@ void cross_entropy_in_planes(const CrossEntropy& args, Stream stream);
 void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream);
 
 // Blocks of a multiprocessor that there are registers for, with none of them in memory, as
-// tests/cuda/resources.csv has it. Of losses; in planes, and for gradients there, it is `by_block`.
-constexpr Resident resident_blocks(Kind kind, int itemsize) {
-  if (itemsize == 8 || kind == Kind::probabilities) return {2, 2};
-  return {kind == Kind::classes ? 4 : 3, 4};
+// tests/cuda/resources.csv has it. Of losses, of gradients in planes too.
+constexpr int resident_losses(Kind kind, int itemsize) {
+  return itemsize == 8 || kind == Kind::probabilities ? 2 : 4;
+}
+// Of losses of whole rows.
+constexpr int resident_whole_rows(Kind kind) { return kind == Kind::classes ? 4 : 3; }
+// Batches of logits in a span.
+constexpr int batches_of_span(Kind kind, int itemsize) {
+  return itemsize == 8 || kind == Kind::probabilities ? 1 : kSpan;
 }
 // Of gradients in rows.
 constexpr int resident_row_gradients(Kind kind, int itemsize) {
-  if (itemsize == 8 || kind != Kind::classes) return 2;
-  return itemsize == 4 ? 4 : 3;
+  if (itemsize == 8 || kind == Kind::probabilities) return 2;
+  return kind == Kind::classes ? 4 : 3;
 }
 
 // exp(z) for z <= 0, to 2 |z| + 4 units of rounding: a multiplication and the processor's power of
@@ -45,7 +50,7 @@ struct Losses {
   using A = Opmath<T>;
   using Sums = RowSums<A>;
   using TargetOf = Target<T, Q, kKind>;
-  static constexpr Resident kResident = resident_blocks(kKind, sizeof(T));
+  static constexpr int kResident = resident_losses(kKind, sizeof(T));
 
   TargetOf target;
   float* losses;  // [rows]
@@ -107,11 +112,40 @@ struct Losses {
 // What the gradient of a row is made of.
 template <class A>
 struct Slope {
-  A max, log_s, mass, grad, hot;
+  A max, log_s, mass;
+  float grad;
+  A hot;
 
   // dx_c of a logit x, q being what the target has on its class.
   __device__ __forceinline__ A at(A x, A q) const {
-    return grad * ::fma(mass, exponential(x - max - log_s), -q);
+    return static_cast<A>(grad) * ::fma(mass, exponential(x - max - log_s), -q);
+  }
+};
+
+template <class T, class Q, Kind kKind>
+struct Gradients {
+  using A = Opmath<T>;
+  using TargetOf = Target<T, Q, kKind>;
+
+  TargetOf target;
+  const A* stats;       // [rows, 3]
+  const float* grad;    // [rows]
+  int64_t grad_stride;  // between rows
+
+  explicit Gradients(const CrossEntropyGradient& args)
+      : target(args.forward),
+        stats(static_cast<const A*>(args.forward.stats)),
+        grad(reinterpret_cast<const float*>(args.grad.data)),
+        grad_stride(args.grad.stride) {}
+
+  // The class of row i, or kIgnored, and its slope: all of it is asked for before the class is waited
+  // for.
+  __device__ __forceinline__ int64_t read_row(int64_t i, Slope<A>* slope) const {
+    const int64_t read = target.read(i);
+    *slope = {stats[3 * i], stats[3 * i + 1], stats[3 * i + 2], grad[i * grad_stride], 0};
+    const int64_t y = target.class_of(read);
+    if (y != kIgnored) slope->hot = target.hot(y);
+    return y;
   }
 };
 

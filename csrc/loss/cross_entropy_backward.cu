@@ -9,27 +9,22 @@ namespace ksam::gpu {
 namespace {
 
 template <class T, class Q, Kind kKind>
-struct RowGradients {
-  using A = Opmath<T>;
-  using TargetOf = Target<T, Q, kKind>;
+struct RowGradients : Gradients<T, Q, kKind> {
+  using Base = Gradients<T, Q, kKind>;
+  using typename Base::A;
+  using typename Base::TargetOf;
+  using Base::target;
   static constexpr int N = kPerVector<T>;
   static constexpr int kResident = resident_row_gradients(kKind, sizeof(T));
 
   const T* logits;  // [rows, classes]
   int64_t stride;   // between rows
-  TargetOf target;
-  const A* stats;       // [rows, 3]
-  const float* grad;    // [rows]
-  int64_t grad_stride;  // between rows
-  T* out;               // [rows, classes], contiguous
+  T* out;           // [rows, classes], contiguous
 
   explicit RowGradients(const CrossEntropyGradient& args)
-      : logits(reinterpret_cast<const T*>(args.forward.logits.data)),
+      : Base(args),
+        logits(reinterpret_cast<const T*>(args.forward.logits.data)),
         stride(args.forward.logits.stride),
-        target(args.forward),
-        stats(static_cast<const A*>(args.forward.stats)),
-        grad(reinterpret_cast<const float*>(args.grad.data)),
-        grad_stride(args.grad.stride),
         out(reinterpret_cast<T*>(args.out.data)) {}
 
   struct Item {
@@ -38,13 +33,13 @@ struct RowGradients {
   };
 
   // A thread's share of a row. Vectors begin at the boundaries of the gradient's memory.
+  template <class Team>
   __device__ __forceinline__ void write(int64_t i, const Team& team) const {
     T* to = out + i * target.classes;
     const int lead = offset_of(to);
-    const int64_t y = target.class_of(target.read(i));
+    Slope<A> slope;
+    const int64_t y = Base::read_row(i, &slope);
     if (y == kIgnored) return clear(to, lead, team);
-    const Slope<A> slope{stats[3 * i], stats[3 * i + 1], stats[3 * i + 2],
-                         static_cast<A>(grad[i * grad_stride]), target.hot(y)};
     const T* x = logits + i * stride;
     const Q* t = target.row(TargetOf::kHasHot ? 0 : i);
     const int offset = offset_of(x, lead);
@@ -84,6 +79,7 @@ struct RowGradients {
     return dx;
   }
 
+  template <class Team>
   __device__ __forceinline__ void clear(T* to, int lead, const Team& team) const {
     struct Nothing {};
     const Elements<A, N> zeros{};

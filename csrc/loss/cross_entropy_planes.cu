@@ -79,12 +79,12 @@ struct PlaneLosses : Losses<T, Q, kKind> {
       : Base(args), logits(args.logits), probabilities(args.target) {}
 
   // The share of a thread of a row's classes.
-  __device__ __forceinline__ void add(typename Base::Row* row, const T* x, const Team& team,
+  __device__ __forceinline__ void add(typename Base::Row* row, const T* x, const Team<1>& team,
                                       Sums* sums) const {
     const Q* t = TargetOf::kHasHot ? nullptr : probabilities.row(row->i);
     const T none = Rounded<T>::from(-HUGE_VALF);  // adds exp(-inf)
-    for (int64_t first = team.thread * kClasses; first < target.classes;
-         first += team.threads * kClasses) {
+    for (int64_t first = team.part * kClasses; first < target.classes;
+         first += team.parts * kClasses) {
       const Batch<T, Q, kKind> batch(x, logits.stride, t, probabilities.stride, first,
                                      target.classes, none);
       if (!row->is_settled) Base::find_class(row);
@@ -112,11 +112,11 @@ struct PlaneLosses : Losses<T, Q, kKind> {
 
 // 2^shift threads of a block share a row, a warp having 32 rows.
 template <class L>
-__global__ void __launch_bounds__(kRowThreads, L::kResident.by_block)
+__global__ void __launch_bounds__(kRowThreads, L::kResident)
     plane_losses_kernel(KSAM_PARAMETER(L) losses, int64_t rows, int shift) {
   __shared__ typename L::Sums shares[kRowThreads];
   const int per_block = kRowThreads >> shift;
-  const Team team{threadIdx.x / per_block, 1 << shift};
+  const Team<1> team{0, 1, static_cast<int>(threadIdx.x) / per_block, 1 << shift};
   const int lane = static_cast<int>(threadIdx.x) % per_block;
   for (int64_t base = int64_t{blockIdx.x} * per_block; base < rows;
        base += int64_t{gridDim.x} * per_block) {
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kRowThreads, L::kResident.by_block)
     if (shift > 0) {
       shares[threadIdx.x] = sums;  // a block has one turn: log2_shares()
       __syncthreads();
-      if (team.thread > 0) return;
-      for (int64_t share = 1; share < team.threads; ++share) {
+      if (team.part > 0) return;
+      for (int share = 1; share < team.parts; ++share) {
         L::merge(&sums, shares[share * per_block + lane]);
       }
     }
@@ -144,40 +144,35 @@ __global__ void __launch_bounds__(kRowThreads, L::kResident.by_block)
 }
 
 template <class T, class Q, Kind kKind>
-struct PlaneGradients {
-  using A = Opmath<T>;
-  using TargetOf = Target<T, Q, kKind>;
-  static constexpr int kResident = resident_blocks(kKind, sizeof(T)).by_block;
+struct PlaneGradients : Gradients<T, Q, kKind> {
+  using Base = Gradients<T, Q, kKind>;
+  using typename Base::A;
+  using typename Base::TargetOf;
+  using Base::target;
+  static constexpr int kResident = sizeof(T) == 8 ? 2 : 4;
 
   Planes<const T> logits;
   Planes<const Q> probabilities;  // for classes nothing
   Planes<T> out;
-  TargetOf target;
-  const A* stats;       // [rows, 3]
-  const float* grad;    // [rows]
-  int64_t grad_stride;  // between rows
 
   explicit PlaneGradients(const CrossEntropyGradient& args)
-      : logits(args.forward.logits),
+      : Base(args),
+        logits(args.forward.logits),
         probabilities(args.forward.target),
-        out(args.out),
-        target(args.forward),
-        stats(static_cast<const A*>(args.forward.stats)),
-        grad(reinterpret_cast<const float*>(args.grad.data)),
-        grad_stride(args.grad.stride) {}
+        out(args.out) {}
 
   // A thread's share of a row.
+  template <class Team>
   __device__ __forceinline__ void write(int64_t i, const Team& team) const {
     T* to_ = out.row(i);
-    const int64_t y = target.class_of(target.read(i));
+    Slope<A> slope;
+    const int64_t y = Base::read_row(i, &slope);
     if (y == kIgnored) return clear(to_, team);
-    const Slope<A> slope{stats[3 * i], stats[3 * i + 1], stats[3 * i + 2],
-                         static_cast<A>(grad[i * grad_stride]), target.hot(y)};
     const T* x = logits.row(i);
     const Q* t = TargetOf::kHasHot ? nullptr : probabilities.row(i);
     const T none = Rounded<T>::from(0.0f);
-    for (int64_t first = team.thread * kClasses; first < target.classes;
-         first += team.threads * kClasses) {
+    for (int64_t first = team.part * kClasses; first < target.classes;
+         first += team.parts * kClasses) {
       const Batch<T, Q, kKind> batch(x, logits.stride, t, probabilities.stride, first,
                                      target.classes, none);
 #pragma unroll
@@ -194,9 +189,10 @@ struct PlaneGradients {
     }
   }
 
+  template <class Team>
   __device__ __forceinline__ void clear(T* to_, const Team& team) const {
     const T zero = Rounded<T>::from(0.0f);
-    for (int64_t c = team.thread; c < target.classes; c += team.threads) to_[c * out.stride] = zero;
+    for (int64_t c = team.part; c < target.classes; c += team.parts) to_[c * out.stride] = zero;
   }
 };
 
@@ -218,7 +214,7 @@ void cross_entropy_in_planes(const CrossEntropy& args, Stream stream) {
   on_target(args, [&](auto type) {
     using Types = decltype(type);
     using Rows = PlaneLosses<typename Types::Logit, typename Types::Probability, Types::kind>;
-    constexpr int kResident = Rows::kResident.by_block;
+    constexpr int kResident = Rows::kResident;
     const int shift = log2_shares(args, kResident, kMostShares);
     const int per_block = kRowThreads >> shift;
     const int64_t needed = (args.logits.rows + per_block - 1) / per_block;

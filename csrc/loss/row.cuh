@@ -6,6 +6,8 @@
 // slice as in a copy, with or without a selection after it, on every run.
 #pragma once
 
+#include <algorithm>
+
 #include "loss/loss.h"
 #include "loss/pieces.cuh"
 
@@ -20,6 +22,7 @@ constexpr int kRowShift = 8;
 constexpr int kTurnsOfWarp = 4;   // the longest row of a warp, in batches of its lanes
 constexpr int kBlocksWanted = 2;  // of a multiprocessor, which have then enough loads in flight
 #endif
+constexpr int kManyWarps = 32;  // of a multiprocessor
 constexpr int kRowThreads = 1 << kRowShift;  // of a block
 
 constexpr int kWarpShift = 5;
@@ -37,11 +40,6 @@ struct RowPlan {
   bool is_split() const { return grid.y > 1; }
 };
 
-// Blocks of a multiprocessor that there are registers for, where lanes or a block have a row.
-struct Resident {
-  int by_lanes, by_block;
-};
-
 inline int log2_ceil(int64_t n) {
   int log = 0;
   while (int64_t{1} << log < n) ++log;
@@ -56,21 +54,23 @@ inline unsigned row_blocks(int64_t needed, int resident) {
   return static_cast<unsigned>((needed + turns - 1) / turns);
 }
 
-// rows > 0; a thread takes per_vector elements at once.
-inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, Resident resident) {
+// rows > 0; a thread takes `pieces` vectors of per_vector elements at once, and a multiprocessor has
+// registers for `resident` blocks.
+inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int pieces, int resident) {
   const int64_t vectors = (columns + per_vector - 1) / per_vector;
-  if (vectors <= kWarp * kUnroll * kTurnsOfWarp) {
-    // Few lanes with kUnroll vectors each: sums across lanes cost more than those in a lane.
-    const int needed = log2_ceil((vectors + kUnroll - 1) / kUnroll);
-    const int shift = needed < kWarpShift ? needed : kWarpShift;
+  // A row costs a warp less than a block, and is worth it longer where there are rows for many warps.
+  const bool many = rows >= int64_t{kManyWarps} * multiprocessors();
+  if (vectors <= kTurnsOfWarp * kWarp * (many ? pieces : kUnroll)) {
+    // Few lanes with `pieces` vectors each: sums across lanes cost more than those in a lane.
+    const int needed = log2_ceil((vectors + pieces - 1) / pieces);
+    const int shift = std::min(needed, kWarpShift);
     const int per_block = kRowThreads >> shift;
-    return {shift, dim3(row_blocks((rows + per_block - 1) / per_block, resident.by_lanes), 1)};
+    return {shift, dim3(row_blocks((rows + per_block - 1) / per_block, resident), 1)};
   }
   const int64_t wanted = int64_t{kBlocksWanted} * multiprocessors() / rows;
-  const int64_t worth = vectors / (kRowThreads * kUnroll);
+  const int64_t worth = vectors / (kRowThreads * pieces);
   const int64_t parts = wanted < worth ? wanted : worth;
-  return {kRowShift,
-          dim3(row_blocks(rows, resident.by_block), static_cast<unsigned>(parts > 1 ? parts : 1))};
+  return {kRowShift, dim3(row_blocks(rows, resident), static_cast<unsigned>(parts > 1 ? parts : 1))};
 }
 
 // --- Gradients ----------------------------------------------------------------------------------
@@ -80,8 +80,9 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, Resident
 template <class G>
 __global__ void __launch_bounds__(kRowThreads, G::kResident)
     gradient_kernel(KSAM_PARAMETER(G) gradients, int64_t rows, int shift) {
-  const int64_t per_block = kRowThreads >> shift, threads = int64_t{1} << shift;
-  const Team team{blockIdx.y * threads + (threadIdx.x & (threads - 1)), gridDim.y * threads};
+  const int64_t per_block = kRowThreads >> shift;
+  const int threads = 1 << shift, thread = static_cast<int>(threadIdx.x) & (threads - 1);
+  const Team<0> team{thread, threads, static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
   for (int64_t i = blockIdx.x * per_block + (threadIdx.x >> shift); i < rows;
        i += gridDim.x * per_block) {
     gradients.write(i, team);
@@ -112,7 +113,7 @@ void launch_gradient(const G& gradients, int64_t rows, int64_t columns, int per_
 // --- Reductions ---------------------------------------------------------------------------------
 //
 // A reduction has
-//   kResident                 of its kernels, a Resident
+//   kResident                 blocks of a multiprocessor that there are registers for
 //   struct Sums               what is added up over a row; at first, what no element gives
 //   struct Row; row(i)        what is known of row i beforehand
 //   settle(&row)              what there is to find out about a row before it is finished
@@ -141,9 +142,8 @@ template <class R, class Add>
 __device__ __forceinline__ void rows_by_lanes(const R& reduction, int64_t rows, int shift,
                                               int64_t warp, int64_t warps, const Add& add) {
   const int per_warp = kWarp >> shift;
-  const int lane = lane_of_thread() & ((1 << shift) - 1);
-  for (int64_t base = warp * per_warp; base < rows; base += warps * per_warp) {
-    const int64_t i = base + (lane_of_thread() >> shift);
+  const int lane = lane_of_thread() & ((1 << shift) - 1), of_warp = lane_of_thread() >> shift;
+  for (int64_t i = warp * per_warp + of_warp; i - of_warp < rows; i += warps * per_warp) {
     typename R::Sums sums{};
     typename R::Row row{};
     if (i < rows) {
@@ -182,23 +182,24 @@ struct NoTail {
 
 // Short rows.
 template <class R, class Tail>
-__global__ void __launch_bounds__(kRowThreads, R::kResident.by_lanes)
+__global__ void __launch_bounds__(kRowThreads, R::kResident)
     lanes_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, int shift, KSAM_PARAMETER(Tail) tail) {
   constexpr int kWarps = kRowThreads / kWarp;
   rows_by_lanes(reduction, rows, shift, int64_t{blockIdx.x} * kWarps + warp_of_thread(),
                 int64_t{gridDim.x} * kWarps, [&](int64_t, auto* row, int lane, auto* sums) {
-                  reduction.add(row, Team{lane, int64_t{1} << shift}, sums);
+                  reduction.add(row, Team<0>{lane, 1 << shift, 0, 1}, sums);
                 });
   if (tail.is_wanted() && last_block(tail.ticket, gridDim.x)) tail.run();
 }
 
 // Long rows. The last of all blocks puts the parts of split rows together, partial[rows, gridDim.y].
 template <class R, class Tail>
-__global__ void __launch_bounds__(kRowThreads, R::kResident.by_block)
+__global__ void __launch_bounds__(kRowThreads, R::kResident)
     blocks_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, typename R::Sums* partial,
                   KSAM_PARAMETER(Tail) tail) {
-  const int64_t parts = gridDim.y;
-  const Team team{int64_t{blockIdx.y} * kRowThreads + threadIdx.x, parts * kRowThreads};
+  const int parts = static_cast<int>(gridDim.y);
+  const Team<kRowThreads> team{static_cast<int>(threadIdx.x), kRowThreads,
+                               static_cast<int>(blockIdx.y), parts};
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     auto row = reduction.row(i);
     typename R::Sums sums{};

@@ -187,8 +187,8 @@ _LOSS = (
     Mutation(
         "no barrier before the shares of a row are read",
         "loss/cross_entropy_planes.cu",
-        "      __syncthreads();\n      if (team.thread > 0) return;",
-        "      if (team.thread > 0) return;",
+        "      __syncthreads();\n      if (team.part > 0) return;",
+        "      if (team.part > 0) return;",
         "tests/loss/test_planes.py",
     ),
     Mutation(
