@@ -194,12 +194,12 @@ def _of_kernels(results: Results) -> list[Aim]:
     ours = _ours(results)
     return [
         _share(
-            *("loss forward, C >= 4096", 0.95, 6, ours),
+            *("loss forward, C >= 4096", 0.95, 7, ours),
             lambda r: r["operation"] == "cross_entropy" and not r["extra"] and _classes(r) >= 4096,
         ),
         _selection(results),
         _share(
-            *("compact, rows of 1 KB and more", 0.85, 3, ours),
+            *("compact, rows of 1 KB and more", 0.85, 4, ours),
             lambda r: r["room"] == "compact" and "labels" not in r["extra"],
         ),
         _share(

@@ -18,6 +18,8 @@ _BF16 = torch.bfloat16
 
 # 2^26 logits, 268 MB in float32: more than twice any cache. Rows x classes.
 _LOGITS = {1000: 65536, 4096: 16384, 32000: 2048, 128256: 512}
+# GPT-2's vocabulary: no row but the first of 8 begins at a vector's boundary.
+_UNALIGNED = (1335, 50257)
 # torch.compile takes seconds for each of these, so few of the cases have it.
 _COMPILED = (
     CrossEntropy(_LOGITS[4096], 4096),
@@ -33,6 +35,7 @@ def loss_cases() -> Iterator[CrossEntropy]:
     for classes, rows in _LOGITS.items():
         yield CrossEntropy(rows, classes)
         yield CrossEntropy(rows, classes, _BF16)
+    yield CrossEntropy(_UNALIGNED[0], _UNALIGNED[1], _BF16)
     yield CrossEntropy(1024, 1000, _BF16, k=341)
     for classes in (4096, 32000):
         yield CrossEntropy(_LOGITS[classes], classes, backward=True)
@@ -60,13 +63,13 @@ def _labels(samples: int) -> Callable[[torch.device], compact.Batch]:
 
 
 def compact_cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
-    """Rows of 12 KB, 602 KB, 4 KB and 8 bytes."""
+    """Rows of 12 KB, of few and of many images, 602 KB, 4 KB and 8 bytes."""
 
     def samples(count: int) -> int:
         return 8 if tiny else count
 
-    n, side = samples(4096), 32
-    yield compact.case("images", n, f"{n}x3x{side}x{side}", _images(n, side), device)
+    for n in (samples(4096),) if tiny else (4096, 16384):
+        yield compact.case("images", n, f"{n}x3x32x32", _images(n, 32), device)
     n, side = samples(384), 8 if tiny else 224
     yield compact.case("large images", n, f"{n}x3x{side}x{side}", _images(n, side), device)
     n, length = samples(8192), 512

@@ -28,18 +28,18 @@ from ksam_kernels import backends
 
 _ROOT = Path(__file__).parent.parent.parent
 
-# room: (what pytest is told, shares of it per backend). All take about as long; to start a process
-# takes some seconds, so there are no more than the balance needs.
+# room: (what pytest is told, shares of it per backend), what tells most first. Shares take about as
+# long as each other; to start a process takes seconds, so the balance has no more than it needs.
 SHARES: dict[str, tuple[tuple[str, ...], int]] = {
-    "ksam": (("tests/ksam", "tests/topk"), 8),
-    "fuzz-perturb": (("tests/fuzz/test_fuzz_perturb.py",), 5),
-    "operators": (("tests/test_operators.py",), 4),
-    "fuzz-loss": (("tests/fuzz/test_fuzz_loss.py",), 4),
-    "fuzz-others": (("tests/fuzz/test_fuzz_compact.py", "tests/fuzz/test_fuzz_topk.py"), 1),
-    "perturb": (("tests/perturb",), 8),
     "loss": (("tests/loss",), 4),
     "compact": (("tests/test_device_assertions.py", "tests/compact"), 3),
+    "perturb": (("tests/perturb",), 8),
+    "operators": (("tests/test_operators.py",), 4),
+    "ksam": (("tests/ksam", "tests/topk"), 8),
     "others": (("tests/test_native.py", "tests/test_negative.py", "tests/test_docs.py"), 1),
+    "fuzz-loss": (("tests/fuzz/test_fuzz_loss.py",), 4),
+    "fuzz-perturb": (("tests/fuzz/test_fuzz_perturb.py",), 5),
+    "fuzz-others": (("tests/fuzz/test_fuzz_compact.py", "tests/fuzz/test_fuzz_topk.py"), 1),
 }
 _DRY_SHARES = {"topk": (("tests/topk/test_topk.py", "-k", "no_losses"), 1)}
 

@@ -86,7 +86,7 @@ def test_the_report_is_a_page_that_says_what_it_is(out: Path) -> None:
     assert "A dry run on the CPU: no figure here means anything." in text
     measured = [line for line in text.splitlines() if line.startswith("| loss forward")]
     assert "8 cases" not in measured[0]
-    assert "6 cases" in measured[0]
+    assert "7 cases" in measured[0]
     assert "| contract tests | all pass | not measured | not measured |" in text
     assert (out / "dry-run-ratios.png").read_bytes().startswith(b"\x89PNG")
     summary = read(out, "summary")

@@ -105,14 +105,19 @@ def test_probabilities_of_another_dtype(
     check_losses_and_gradient(Case(torch.randn(5, classes).to(dtype), target))
 
 
+# Rows of whole vectors among them, which other code than those anywhere may read: short ones, long
+# ones, so many that a warp has each, so few that several blocks do.
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("classes", [5, 16, 33, 4097])
+@pytest.mark.parametrize(
+    ("count", "classes"),
+    [(19, 5), (19, 16), (19, 33), (19, 1000), (19, 4096), (19, 4097), (97, 512), (2, 8192)],
+)
 def test_any_stride_between_rows_gives_the_same_bits(
-    backend: str, classes: int, dtype: torch.dtype
+    backend: str, count: int, classes: int, dtype: torch.dtype
 ) -> None:
-    wide = torch.full((37, classes + 3), NAN, dtype=dtype)
+    wide = torch.full((2 * count, classes + 3), NAN, dtype=dtype)
     rows = wide[::2, 1 : 1 + classes]
-    rows.copy_(torch.randn(19, classes))
+    rows.copy_(torch.randn(count, classes))
     for kind in KINDS:
         case = make_case(kind, rows)
         strided = cross_entropy(rows, case.target, **case.options)
