@@ -79,15 +79,18 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the clone that this is, with "-dirty" where files differ; of no clone what
-    KSAM_COMMIT says, or None."""
+    """What KSAM_COMMIT says, for copies without a clone or with another one's; or the commit of the
+    clone that this is, with "-dirty" where files differ; or None."""
+    named = os.environ.get("KSAM_COMMIT")
+    if named:
+        return named
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("KSAM_COMMIT")
+        return None
     return found.stdout.strip()
 
 

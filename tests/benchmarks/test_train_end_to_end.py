@@ -63,24 +63,30 @@ def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert "±" not in result.out
 
 
-def test_results_name_the_commit_they_are_of() -> None:
+def test_results_name_the_commit_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (ROOT / ".git").exists():
         assert commit() == os.environ.get("KSAM_COMMIT")
         return
+    monkeypatch.delenv("KSAM_COMMIT", raising=False)
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert commit() in (head.strip(), f"{head.strip()}-dirty")
 
 
+@pytest.mark.parametrize("clone", [True, False])
 @pytest.mark.parametrize("named", ["0123456789ab", None])
-def test_where_there_is_no_clone_the_environment_names_the_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+def test_the_environment_may_name_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None, clone: bool
 ) -> None:
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    """A copy on another machine may lie in a clone that is at some other commit."""
     monkeypatch.delenv("KSAM_COMMIT", raising=False)
+    if not clone:
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    of_clone = commit()
+    assert clone or of_clone is None
     if named is not None:
         monkeypatch.setenv("KSAM_COMMIT", named)
-    assert commit() == named
+    assert commit() == (named or of_clone)
 
 
 def test_seeds_are_averaged(cli: Callable[..., Any], tmp_path: Path) -> None:
