@@ -32,7 +32,8 @@ struct RowLosses : Losses<T, Q, kKind> {
   using typename Base::TargetOf;
   using Base::target;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = kWhole ? resident_whole_rows(kKind) : Base::kResident;
+  static constexpr int kResident =
+      kWhole ? resident_whole_rows(kKind) : resident_row_losses(kKind, sizeof(T));
   static constexpr int kBatches = batches_of_span(kKind, sizeof(T));
   static constexpr bool kHasSpread = TargetOf::kHasSpread;
 
@@ -202,7 +203,7 @@ RowPlan plan_of(const CrossEntropy& args) {
   const int batches = batches_of_span(kind, itemsize);
   const bool whole = batches > 1 && is_whole(args);
   return plan_rows(args.logits.rows, args.logits.columns, per_vector, batches * kUnroll,
-                   whole ? resident_whole_rows(kind) : resident_losses(kind, itemsize));
+                   whole ? resident_whole_rows(kind) : resident_row_losses(kind, itemsize));
 }
 
 void run(const CrossEntropy& args, const Selection& selection, void* scratch, Stream stream) {

@@ -12,20 +12,22 @@ void cross_entropy_in_planes(const CrossEntropy& args, Stream stream);
 void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream);
 
 // Blocks of a multiprocessor that there are registers for, with none of them in memory, as
-// tests/cuda/resources.csv has it. Of losses, of gradients in planes too.
+// tests/cuda/resources.csv has it: of losses in planes, in rows and in rows of whole vectors, and of
+// gradients in rows.
 constexpr int resident_losses(Kind kind, int itemsize) {
   return itemsize == 8 || kind == Kind::probabilities ? 2 : 4;
 }
-// Of losses of whole rows.
+constexpr int resident_row_losses(Kind kind, int itemsize) {
+  return kind == Kind::smoothed && itemsize < 8 ? 3 : resident_losses(kind, itemsize);
+}
 constexpr int resident_whole_rows(Kind kind) { return kind == Kind::classes ? 4 : 3; }
+constexpr int resident_row_gradients(Kind kind, int itemsize) {
+  if (itemsize == 8 || kind == Kind::probabilities) return 2;
+  return kind == Kind::classes && itemsize == 2 ? 4 : 3;
+}
 // Batches of logits in a span.
 constexpr int batches_of_span(Kind kind, int itemsize) {
   return itemsize == 8 || kind == Kind::probabilities ? 1 : kSpan;
-}
-// Of gradients in rows.
-constexpr int resident_row_gradients(Kind kind, int itemsize) {
-  if (itemsize == 8 || kind == Kind::probabilities) return 2;
-  return kind == Kind::classes ? 4 : 3;
 }
 
 // exp(z) for z <= 0, to 2 |z| + 4 units of rounding: a multiplication and the processor's power of
@@ -144,7 +146,11 @@ struct Gradients {
     const int64_t read = target.read(i);
     *slope = {stats[3 * i], stats[3 * i + 1], stats[3 * i + 2], grad[i * grad_stride], 0};
     const int64_t y = target.class_of(read);
-    if (y != kIgnored) slope->hot = target.hot(y);
+    if (kKind == Kind::classes) {
+      slope->hot = slope->mass;  // nothing else is in the mass
+    } else if (y != kIgnored) {
+      slope->hot = target.hot(y);
+    }
     return y;
   }
 };

@@ -260,30 +260,42 @@ __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int of
                                                const Team& team, const Load& load, const Use& use) {
   using Item = decltype(load(Piece{}, Loads::careful));
   const int64_t step = int64_t{team.threads()} * N, batch = kUnroll * step;
+  const int64_t skipped = (team.parts - 1) * kBatches * batch;
   int64_t first = team.part * kBatches * batch + team.thread * N - lead;
   for (int done = 1; first < columns; ++done, first += batch) {
     Piece pieces[kUnroll];
     Item items[kUnroll];
     load_batch<N, kMayShift>(first, step, columns, offset, load, pieces, items);
     if (!use(pieces, items)) return;
-    if (done % kBatches == 0) first += (team.parts - 1) * kBatches * batch;
+    if (done % kBatches == 0) first += skipped;
   }
 }
 
 // The same, bit for bit, of a row of whole vectors at their boundaries, fewer than kMostWholeVectors:
-// that leaves registers for asking for kBatches batches before the first of them is used.
+// that leaves registers for asking for a whole span before its first batch is used.
 constexpr int64_t kMostWholeVectors = int64_t{1} << 30;
+
+// Of the batches of a span; older GPUs' code takes more registers, and their memory less.
+template <int kBatches>
+__device__ __forceinline__ constexpr int batches_at_once() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 1;
+#else
+  return kBatches;
+#endif
+}
 
 template <int N, int kBatches, class Team, class Load, class Use>
 __device__ __forceinline__ void for_each_whole_batch(int64_t columns, const Team& team,
                                                      const Load& load, const Use& use) {
   using Item = decltype(load(Piece{}, Loads::careful));
-  constexpr int kPieces = kBatches * kUnroll;
+  constexpr int kAtOnce = batches_at_once<kBatches>(), kPieces = kAtOnce * kUnroll;
   const int vectors = static_cast<int>(columns / N), threads = team.threads();
-  const int span = kPieces * threads;
-  for (int first = team.part * span + team.thread; first < vectors; first += team.parts * span) {
-    Piece pieces[kBatches][kUnroll];
-    Item items[kBatches][kUnroll];
+  const int batch = kUnroll * threads, skipped = (team.parts - 1) * kBatches * batch;
+  int first = team.part * kBatches * batch + team.thread;
+  for (int done = kAtOnce; first < vectors; done += kAtOnce, first += kAtOnce * batch) {
+    Piece pieces[kAtOnce][kUnroll];
+    Item items[kAtOnce][kUnroll];
     if (first + (kPieces - 1) * threads < vectors) {
 #pragma unroll
       for (int u = 0; u < kPieces; ++u) {
@@ -301,10 +313,11 @@ __device__ __forceinline__ void for_each_whole_batch(int64_t columns, const Team
       }
     }
 #pragma unroll
-    for (int b = 0; b < kBatches; ++b) {
-      if (b > 0 && first + b * kUnroll * threads >= vectors) return;
+    for (int b = 0; b < kAtOnce; ++b) {
+      if (b > 0 && first + b * batch >= vectors) return;
       if (!use(pieces[b], items[b])) return;
     }
+    if (kAtOnce == kBatches || done % kBatches == 0) first += skipped;
   }
 }
 

@@ -171,6 +171,20 @@ _LOSS = (
         LOSS,
     ),
     Mutation(
+        "a span of whole vectors past the end of its row",
+        "loss/pieces.cuh",
+        "if (first + (kPieces - 1) * threads < vectors) {",
+        "if (first < vectors) {",
+        LOSS,
+    ),
+    Mutation(
+        "the batches of a span for other parts of a row",
+        "loss/pieces.cuh",
+        "if (done % kBatches == 0) first += skipped;",
+        "first += skipped;",
+        "tests/loss/test_blocks_of_rows.py",
+    ),
+    Mutation(
         "elements read past the end of a row, and left out after it",
         "loss/pieces.cuh",
         "put(&to, j, piece.has(j) ? p[j] : fill);",
