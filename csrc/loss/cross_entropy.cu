@@ -22,7 +22,7 @@ constexpr int64_t kSelectedByBlock = 2048;
 constexpr int kHeld = 8;
 #endif
 
-// kWhole: rows are of whole vectors at their boundaries, which takes fewer registers.
+// kWhole: rows are of whole vectors at their boundaries, so that there is no choice of how to load.
 template <class T, class Q, Kind kKind, bool kWhole>
 struct RowLosses : Losses<T, Q, kKind> {
   using Base = Losses<T, Q, kKind>;
@@ -32,8 +32,7 @@ struct RowLosses : Losses<T, Q, kKind> {
   using typename Base::TargetOf;
   using Base::target;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident =
-      kWhole ? resident_whole_rows(kKind) : resident_row_losses(kKind, sizeof(T));
+  static constexpr Resident kResident = resident_row_losses(kKind, sizeof(T), kWhole);
   static constexpr int kBatches = batches_of_span(kKind, sizeof(T));
   static constexpr bool kHasSpread = TargetOf::kHasSpread;
 
@@ -56,8 +55,8 @@ struct RowLosses : Losses<T, Q, kKind> {
     typename TargetOf::Probabilities t;
   };
 
-  template <class Team>
-  __device__ __forceinline__ void add(Row* row, const Team& team, Sums* sums) const {
+  template <int kThreads>
+  __device__ __forceinline__ void add(Row* row, const Team<kThreads>& team, Sums* sums) const {
     const T* x = logits + row->i * stride;
     const Q* t = target.row(TargetOf::kHasHot ? 0 : row->i);
     const int offset = kWhole ? 0 : offset_of(x);
@@ -75,7 +74,8 @@ struct RowLosses : Losses<T, Q, kKind> {
       if (!row->is_settled) Base::ask_for_logit(row, x, 1);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (kHasSpread && pieces[u].end <= 0) continue;  // exp(-inf) adds nothing
+        // Without a spread an empty piece may be added, too: exp(-inf) is 0.
+        if (kHasSpread && pieces[u].end <= 0) continue;
         add_piece(pieces[u], items[u], w_aligned, sums);
       }
       return true;
@@ -127,7 +127,7 @@ struct RowLosses : Losses<T, Q, kKind> {
       sums->exp += quick_exponential(z[j]);
     }
     if constexpr (kHasSpread) {
-      if (piece.begin == 0 && piece.end == N) {  // most are, and need no look at their elements
+      if (kWhole || (piece.begin == 0 && piece.end == N)) {  // most are, and need no look at their elements
         add_spread({piece.first, 0, N}, z, item, w_aligned, sums);
       } else {
         add_spread(piece, z, item, w_aligned, sums);
@@ -140,9 +140,9 @@ struct RowLosses : Losses<T, Q, kKind> {
     if (kKind == Kind::smoothed && target.weight == nullptr) {  // all classes have the same
       A sum = 0;
 #pragma unroll
-      for (int j = 0; j < N; ++j) sum += piece.has(j) ? z[j] : A(0);
+      for (int j = 0; j < N; ++j) sum = ::fma(target.share, piece.has(j) ? z[j] : A(0), sum);
       sums->mass = ::fma(target.share, static_cast<A>(piece.end - piece.begin), sums->mass);
-      sums->dot = ::fma(target.share, sum, sums->dot);
+      sums->dot += sum;
       return;
     }
     const auto q = target.spread(item.t, piece, w_aligned);
@@ -188,35 +188,36 @@ struct Selection {
   }
 };
 
-// Whether all rows are of whole vectors at vectors' boundaries.
+// Whether the kernel of whole rows may run: all rows are of whole vectors at vectors' boundaries.
 bool is_whole(const CrossEntropy& args) {
   const int64_t itemsize = size_of(args.logits.dtype);
   const auto address = reinterpret_cast<uintptr_t>(args.logits.data);
-  return address % kVectorBytes == 0 && args.logits.stride * itemsize % kVectorBytes == 0 &&
+  return batches_of_span(kind_of(args), static_cast<int>(itemsize)) > 1 &&
+         address % kVectorBytes == 0 && args.logits.stride * itemsize % kVectorBytes == 0 &&
          args.logits.columns * itemsize % kVectorBytes == 0 &&
          args.logits.columns * itemsize / kVectorBytes < kMostWholeVectors;
 }
 
-RowPlan plan_of(const CrossEntropy& args) {
+RowPlan plan_of(const CrossEntropy& args, bool whole) {
   const int itemsize = size_of(args.logits.dtype), per_vector = kVectorBytes / itemsize;
   const Kind kind = kind_of(args);
-  const int batches = batches_of_span(kind, itemsize);
-  const bool whole = batches > 1 && is_whole(args);
-  return plan_rows(args.logits.rows, args.logits.columns, per_vector, batches * kUnroll,
-                   whole ? resident_whole_rows(kind) : resident_row_losses(kind, itemsize));
+  return plan_rows(args.logits.rows, args.logits.columns, per_vector,
+                   kUnroll * batches_of_span(kind, itemsize),
+                   resident_row_losses(kind, itemsize, whole));
 }
 
 void run(const CrossEntropy& args, const Selection& selection, void* scratch, Stream stream) {
+  const bool whole = is_whole(args);
   on_target(args, [&](auto type) {
     using Types = decltype(type);
     using T = typename Types::Logit;
     using Q = typename Types::Probability;
     const auto launch_rows = [&](const auto& rows) {
-      launch_reduction(rows, args.logits.rows, plan_of(args), selection, selection.k > 0, scratch,
-                       stream);
+      launch_reduction(rows, args.logits.rows, plan_of(args, whole), selection, selection.k > 0,
+                       scratch, stream);
     };
     if constexpr (batches_of_span(Types::kind, sizeof(T)) > 1) {
-      if (is_whole(args)) return launch_rows(RowLosses<T, Q, Types::kind, true>(args));
+      if (whole) return launch_rows(RowLosses<T, Q, Types::kind, true>(args));
     }
     launch_rows(RowLosses<T, Q, Types::kind, false>(args));
   });
@@ -225,7 +226,8 @@ void run(const CrossEntropy& args, const Selection& selection, void* scratch, St
 int64_t scratch_bytes(const CrossEntropy& args, bool selects) {
   if (args.logits.rows == 0 || args.logits.in_planes()) return 0;
   using Largest = RowLosses<double, double, Kind::probabilities, false>;
-  return reduction_scratch_bytes<Largest>(args.logits.rows, plan_of(args), selects);
+  const RowPlan plan = plan_of(args, is_whole(args));
+  return reduction_scratch_bytes<Largest>(args.logits.rows, plan, selects);
 }
 
 // Whether the last block selects, in the launch that writes the losses.

@@ -12,15 +12,16 @@ void cross_entropy_in_planes(const CrossEntropy& args, Stream stream);
 void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream);
 
 // Blocks of a multiprocessor that there are registers for, with none of them in memory, as
-// tests/cuda/resources.csv has it: of losses in planes, in rows and in rows of whole vectors, and of
-// gradients in rows.
-constexpr int resident_losses(Kind kind, int itemsize) {
+// tests/cuda/resources.csv has it.
+constexpr int resident_plane_losses(Kind kind, int itemsize) {
   return itemsize == 8 || kind == Kind::probabilities ? 2 : 4;
 }
-constexpr int resident_row_losses(Kind kind, int itemsize) {
-  return kind == Kind::smoothed && itemsize < 8 ? 3 : resident_losses(kind, itemsize);
+constexpr int resident_plane_gradients(int itemsize) { return itemsize == 8 ? 2 : 4; }
+constexpr Resident resident_row_losses(Kind kind, int itemsize, bool whole) {
+  if (itemsize == 8 || kind == Kind::probabilities) return {2, 2};
+  if (kind == Kind::classes) return {4, 4};
+  return {3, whole ? 3 : 4};
 }
-constexpr int resident_whole_rows(Kind kind) { return kind == Kind::classes ? 4 : 3; }
 constexpr int resident_row_gradients(Kind kind, int itemsize) {
   if (itemsize == 8 || kind == Kind::probabilities) return 2;
   return kind == Kind::classes && itemsize == 2 ? 4 : 3;
@@ -52,7 +53,6 @@ struct Losses {
   using A = Opmath<T>;
   using Sums = RowSums<A>;
   using TargetOf = Target<T, Q, kKind>;
-  static constexpr int kResident = resident_losses(kKind, sizeof(T));
 
   TargetOf target;
   float* losses;  // [rows]
@@ -115,7 +115,7 @@ struct Losses {
 template <class A>
 struct Slope {
   A max, log_s, mass;
-  float grad;
+  float grad;  // converted where it is used, as that waits for it
   A hot;
 
   // dx_c of a logit x, q being what the target has on its class.

@@ -33,8 +33,8 @@ struct RowGradients : Gradients<T, Q, kKind> {
   };
 
   // A thread's share of a row. Vectors begin at the boundaries of the gradient's memory.
-  template <class Team>
-  __device__ __forceinline__ void write(int64_t i, const Team& team) const {
+  template <int kThreads>
+  __device__ __forceinline__ void write(int64_t i, const Team<kThreads>& team) const {
     T* to = out + i * target.classes;
     const int lead = offset_of(to);
     Slope<A> slope;
@@ -79,8 +79,8 @@ struct RowGradients : Gradients<T, Q, kKind> {
     return dx;
   }
 
-  template <class Team>
-  __device__ __forceinline__ void clear(T* to, int lead, const Team& team) const {
+  template <int kThreads>
+  __device__ __forceinline__ void clear(T* to, int lead, const Team<kThreads>& team) const {
     struct Nothing {};
     const Elements<A, N> zeros{};
     for_each_batch<N, false>(

@@ -71,6 +71,7 @@ struct PlaneLosses : Losses<T, Q, kKind> {
   using typename Base::Sums;
   using typename Base::TargetOf;
   using Base::target;
+  static constexpr int kResident = resident_plane_losses(kKind, sizeof(T));
 
   Planes<const T> logits;
   Planes<const Q> probabilities;  // for classes nothing
@@ -149,7 +150,7 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
   using typename Base::A;
   using typename Base::TargetOf;
   using Base::target;
-  static constexpr int kResident = sizeof(T) == 8 ? 2 : 4;
+  static constexpr int kResident = resident_plane_gradients(sizeof(T));
 
   Planes<const T> logits;
   Planes<const Q> probabilities;  // for classes nothing
@@ -162,8 +163,8 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
         out(args.out) {}
 
   // A thread's share of a row.
-  template <class Team>
-  __device__ __forceinline__ void write(int64_t i, const Team& team) const {
+  template <int kThreads>
+  __device__ __forceinline__ void write(int64_t i, const Team<kThreads>& team) const {
     T* to_ = out.row(i);
     Slope<A> slope;
     const int64_t y = Base::read_row(i, &slope);
@@ -189,8 +190,8 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
     }
   }
 
-  template <class Team>
-  __device__ __forceinline__ void clear(T* to_, const Team& team) const {
+  template <int kThreads>
+  __device__ __forceinline__ void clear(T* to_, const Team<kThreads>& team) const {
     const T zero = Rounded<T>::from(0.0f);
     for (int64_t c = team.part; c < target.classes; c += team.parts) to_[c * out.stride] = zero;
   }

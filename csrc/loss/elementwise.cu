@@ -10,6 +10,7 @@ namespace ksam::gpu {
 namespace {
 
 constexpr int kSampleBlocks = 2;  // that a multiprocessor has registers for
+constexpr Resident kResidentSamples{kSampleBlocks, kSampleBlocks};
 
 // What the formulas call, for a number.
 struct Math {
@@ -61,8 +62,8 @@ struct Samples {
 
   // body(piece, x, t, positive) for the pieces of a thread's share of sample i, whose vectors begin
   // `lead` elements before the sample; x and t are 0 around a piece.
-  template <class Team, class Body>
-  __device__ __forceinline__ void for_each_piece(int64_t i, int lead, const Team& team,
+  template <int kThreads, class Body>
+  __device__ __forceinline__ void for_each_piece(int64_t i, int lead, const Team<kThreads>& team,
                                                  const Body& body) const {
     const T* x = input + i * n;
     const Q* t = target + i * n;
@@ -114,7 +115,7 @@ struct SampleLosses {
   using Sums = A;
   using Row = int64_t;
   static constexpr int N = kPerVector<T>;
-  static constexpr int kResident = kSampleBlocks;
+  static constexpr Resident kResident = kResidentSamples;
 
   Samples<Loss, T, Q> samples;
   float* losses;  // [samples]
@@ -124,8 +125,8 @@ struct SampleLosses {
   __device__ __forceinline__ Row row(int64_t i) const { return i; }
   __device__ __forceinline__ void settle(Row*) const {}
 
-  template <class Team>
-  __device__ __forceinline__ void add(const Row* i, const Team& team, A* sum) const {
+  template <int kThreads>
+  __device__ __forceinline__ void add(const Row* i, const Team<kThreads>& team, A* sum) const {
     samples.for_each_piece(
         *i, 0, team, [&](const Piece& piece, const auto& x, const auto& t, const auto& positive) {
 #pragma unroll
@@ -165,8 +166,8 @@ struct SampleGradients {
         out(reinterpret_cast<T*>(args.out)) {}
 
   // A thread's share of sample i. Vectors begin at the boundaries of the gradient's memory.
-  template <class Team>
-  __device__ __forceinline__ void write(int64_t i, const Team& team) const {
+  template <int kThreads>
+  __device__ __forceinline__ void write(int64_t i, const Team<kThreads>& team) const {
     T* row = out + i * samples.n;
     const A share = static_cast<A>(grad[i * grad_stride]) / static_cast<A>(samples.n);
     samples.for_each_piece(
@@ -198,7 +199,7 @@ void on_samples(const Elementwise& args, const Body& body) {
 
 RowPlan plan_of(const Elementwise& args) {
   const int vector = kVectorBytes / size_of(args.input.dtype);
-  return plan_rows(args.input.rows, args.input.columns, vector, kUnroll, kSampleBlocks);
+  return plan_rows(args.input.rows, args.input.columns, vector, kUnroll, kResidentSamples);
 }
 
 template <class Loss>

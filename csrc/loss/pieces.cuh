@@ -15,12 +15,11 @@ constexpr int kUnroll = 4;
 
 // Batches that follow each other in a part of a row. Where a kernel has the registers, it asks for all
 // of them before it uses the first: with 32 warps of a multiprocessor, an H200 reads 3.9 TB/s with 64
-// bytes of each thread in flight, and 4.4 with 128. (Asking for the next batches' memory in the
-// second-level cache, instead, cost 20 to 40 %.)
+// bytes of each thread in flight, and 4.4 with 128.
 constexpr int kSpan = 2;
 
-// Threads side by side that share a row, or one of its `parts`: this one is `thread` of `count`, which
-// is kThreads if the compiler knows it, or 0.
+// Threads side by side that share a row, or one of its `parts`: this one is `thread` of `count`.
+// kThreads: their count where the compiler knows it, else 0.
 template <int kThreads>
 struct Team {
   int thread, count, part, parts;
@@ -255,9 +254,10 @@ __device__ __forceinline__ void load_batch(int64_t first, int64_t step, int64_t 
 // gives what use(pieces, items) gets of each, which returns whether to go on. The first piece begins
 // `lead` elements before the row, so that a boundary lies where it should; all lie `offset` elements
 // behind a vector's, or offset < 0: have to be loaded carefully. kBatches at a time go to a part.
-template <int N, bool kMayShift, int kBatches = 1, class Team, class Load, class Use>
+template <int N, bool kMayShift, int kBatches = 1, int kThreads, class Load, class Use>
 __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int offset,
-                                               const Team& team, const Load& load, const Use& use) {
+                                               const Team<kThreads>& team, const Load& load,
+                                               const Use& use) {
   using Item = decltype(load(Piece{}, Loads::careful));
   const int64_t step = int64_t{team.threads()} * N, batch = kUnroll * step;
   const int64_t skipped = (team.parts - 1) * kBatches * batch;
@@ -271,25 +271,28 @@ __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int of
   }
 }
 
-// The same, bit for bit, of a row of whole vectors at their boundaries, fewer than kMostWholeVectors:
-// that leaves registers for asking for a whole span before its first batch is used.
-constexpr int64_t kMostWholeVectors = int64_t{1} << 30;
-
-// Of the batches of a span; older GPUs' code takes more registers, and their memory less.
-template <int kBatches>
+// How many of a span's batches are asked for at once. Before sm_90 one: with two, registers spill, and
+// that memory needs fewer bytes in flight.
+template <int N, int kBatches>
 __device__ __forceinline__ constexpr int batches_at_once() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#if defined(KSAM_SIMT)  // both, by the dtype
+  return N == kPerVector<bf16> ? 1 : kBatches;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return 1;
 #else
   return kBatches;
 #endif
 }
 
-template <int N, int kBatches, class Team, class Load, class Use>
-__device__ __forceinline__ void for_each_whole_batch(int64_t columns, const Team& team,
+constexpr int64_t kMostWholeVectors = int64_t{1} << 30;
+
+// for_each_batch, bit for bit, of a row of fewer than kMostWholeVectors whole vectors at their
+// boundaries: there is no choice of how to load, which leaves registers for a whole span at once.
+template <int N, int kBatches, int kThreads, class Load, class Use>
+__device__ __forceinline__ void for_each_whole_batch(int64_t columns, const Team<kThreads>& team,
                                                      const Load& load, const Use& use) {
   using Item = decltype(load(Piece{}, Loads::careful));
-  constexpr int kAtOnce = batches_at_once<kBatches>(), kPieces = kAtOnce * kUnroll;
+  constexpr int kAtOnce = batches_at_once<N, kBatches>(), kPieces = kAtOnce * kUnroll;
   const int vectors = static_cast<int>(columns / N), threads = team.threads();
   const int batch = kUnroll * threads, skipped = (team.parts - 1) * kBatches * batch;
   int first = team.part * kBatches * batch + team.thread;

@@ -2,8 +2,8 @@
 // read it, and how what they add up becomes the row's result.
 //
 // A row is cut into vectors from its first element on, whatever its address: which thread adds
-// which elements, and in which order, depends on the shape alone. So a row has the same bits in a
-// slice as in a copy, with or without a selection after it, on every run.
+// which elements, and in which order, depends on the shape and the device alone. So a row has the same
+// bits in a slice as in a copy, with or without a selection after it, on every run.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +19,10 @@ constexpr int kTurnsOfWarp = 1;
 constexpr int kBlocksWanted = 4;
 #else
 constexpr int kRowShift = 8;
-constexpr int kTurnsOfWarp = 4;   // the longest row of a warp, in batches of its lanes
+constexpr int kTurnsOfWarp = 4;   // the longest row of a warp, in batches or spans of its lanes
 constexpr int kBlocksWanted = 2;  // of a multiprocessor, which have then enough loads in flight
 #endif
-constexpr int kManyWarps = 32;  // of a multiprocessor
+constexpr int kManyWarps = 32;  // of a multiprocessor, that have a row each where rows are many
 constexpr int kRowThreads = 1 << kRowShift;  // of a block
 
 constexpr int kWarpShift = 5;
@@ -46,6 +46,11 @@ inline int log2_ceil(int64_t n) {
   return log;
 }
 
+// Blocks of a multiprocessor that there are registers for, where lanes or a block have a row.
+struct Resident {
+  int by_lanes, by_block;
+};
+
 // Blocks for what `needed` blocks would do in one turn each, of which `resident` run on a
 // multiprocessor at once: as many turns for all, and no block begins when others are done.
 inline unsigned row_blocks(int64_t needed, int resident) {
@@ -54,23 +59,25 @@ inline unsigned row_blocks(int64_t needed, int resident) {
   return static_cast<unsigned>((needed + turns - 1) / turns);
 }
 
-// rows > 0; a thread takes `pieces` vectors of per_vector elements at once, and a multiprocessor has
-// registers for `resident` blocks.
-inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int pieces, int resident) {
+// rows > 0; a thread's spans have `pieces` vectors of per_vector elements each. The order in which a
+// row is added up follows from this: it must not depend on `resident`, so on the kernel.
+inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int pieces,
+                         Resident resident) {
   const int64_t vectors = (columns + per_vector - 1) / per_vector;
-  // A row costs a warp less than a block, and is worth it longer where there are rows for many warps.
+  // A row costs a warp less than a block, up to longer rows where there are enough for all warps.
   const bool many = rows >= int64_t{kManyWarps} * multiprocessors();
   if (vectors <= kTurnsOfWarp * kWarp * (many ? pieces : kUnroll)) {
     // Few lanes with `pieces` vectors each: sums across lanes cost more than those in a lane.
     const int needed = log2_ceil((vectors + pieces - 1) / pieces);
     const int shift = std::min(needed, kWarpShift);
     const int per_block = kRowThreads >> shift;
-    return {shift, dim3(row_blocks((rows + per_block - 1) / per_block, resident), 1)};
+    return {shift, dim3(row_blocks((rows + per_block - 1) / per_block, resident.by_lanes), 1)};
   }
   const int64_t wanted = int64_t{kBlocksWanted} * multiprocessors() / rows;
   const int64_t worth = vectors / (kRowThreads * pieces);
   const int64_t parts = wanted < worth ? wanted : worth;
-  return {kRowShift, dim3(row_blocks(rows, resident), static_cast<unsigned>(parts > 1 ? parts : 1))};
+  return {kRowShift,
+          dim3(row_blocks(rows, resident.by_block), static_cast<unsigned>(parts > 1 ? parts : 1))};
 }
 
 // --- Gradients ----------------------------------------------------------------------------------
@@ -113,7 +120,7 @@ void launch_gradient(const G& gradients, int64_t rows, int64_t columns, int per_
 // --- Reductions ---------------------------------------------------------------------------------
 //
 // A reduction has
-//   kResident                 blocks of a multiprocessor that there are registers for
+//   kResident                 of its kernels, a Resident
 //   struct Sums               what is added up over a row; at first, what no element gives
 //   struct Row; row(i)        what is known of row i beforehand
 //   settle(&row)              what there is to find out about a row before it is finished
@@ -182,7 +189,7 @@ struct NoTail {
 
 // Short rows.
 template <class R, class Tail>
-__global__ void __launch_bounds__(kRowThreads, R::kResident)
+__global__ void __launch_bounds__(kRowThreads, R::kResident.by_lanes)
     lanes_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, int shift, KSAM_PARAMETER(Tail) tail) {
   constexpr int kWarps = kRowThreads / kWarp;
   rows_by_lanes(reduction, rows, shift, int64_t{blockIdx.x} * kWarps + warp_of_thread(),
@@ -194,7 +201,7 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident)
 
 // Long rows. The last of all blocks puts the parts of split rows together, partial[rows, gridDim.y].
 template <class R, class Tail>
-__global__ void __launch_bounds__(kRowThreads, R::kResident)
+__global__ void __launch_bounds__(kRowThreads, R::kResident.by_block)
     blocks_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, typename R::Sums* partial,
                   KSAM_PARAMETER(Tail) tail) {
   const int parts = static_cast<int>(gridDim.y);

@@ -75,7 +75,7 @@ def cross_entropy(
         if label_smoothing > 0:
             share = label_smoothing / x.shape[1]
             rest = log_s - z if w is None else (log_s - z) * w
-            losses = (1 - label_smoothing) * losses + share * rest.sum(dim=1)
+            losses = (1 - label_smoothing) * losses + (share * rest).sum(dim=1)
             total = x.shape[1] if w is None else w.sum()
             mass = (1 - label_smoothing) * mass + share * total
         losses = losses.masked_fill(ignored, 0)

@@ -214,6 +214,17 @@ def test_such_a_difference_between_parts_of_a_row_is_no_nan(backend: str, low: i
     torch.testing.assert_close(found, torch.stack([high.log(), torch.tensor(INF)]))
 
 
+def test_smoothed_masks_are_finite(backend: str) -> None:
+    """Each share of a masked logit is a number; the sum of two such logits is none."""
+    low = torch.finfo(torch.float32).min
+    logits = torch.randn(3, 40)
+    logits[:, 20:24] = low
+    target = torch.tensor([0, 1, 2])
+    expected = cross_entropy(logits.double(), target, label_smoothing=0.1).float()
+    assert expected.isfinite().all()
+    torch.testing.assert_close(cross_entropy(logits, target, label_smoothing=0.1), expected)
+
+
 @pytest.mark.parametrize(
     "bad", [-1, 5, 2**31 - 1, -(2**31)], ids=lambda bad: f"class {bad}".replace("-", "minus ")
 )

@@ -185,6 +185,13 @@ _LOSS = (
         "tests/loss/test_blocks_of_rows.py",
     ),
     Mutation(
+        "the batches of a whole row's span for other parts of it",
+        "loss/pieces.cuh",
+        "if (kAtOnce == kBatches || done % kBatches == 0) first += skipped;",
+        "first += skipped;",
+        "tests/loss/test_blocks_of_rows.py",
+    ),
+    Mutation(
         "elements read past the end of a row, and left out after it",
         "loss/pieces.cuh",
         "put(&to, j, piece.has(j) ? p[j] : fill);",
