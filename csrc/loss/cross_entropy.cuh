@@ -13,10 +13,9 @@ void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream s
 
 // Blocks of a multiprocessor that there are registers for, with none of them in memory, as
 // tests/cuda/resources.csv has it.
-constexpr int resident_plane_losses(Kind kind, int itemsize) {
+constexpr int resident_planes(Kind kind, int itemsize) {
   return itemsize == 8 || kind == Kind::probabilities ? 2 : 4;
 }
-constexpr int resident_plane_gradients(int itemsize) { return itemsize == 8 ? 2 : 4; }
 constexpr Resident resident_row_losses(Kind kind, int itemsize, bool whole) {
   if (itemsize == 8 || kind == Kind::probabilities) return {2, 2};
   if (kind == Kind::classes) return {4, 4};

@@ -71,7 +71,7 @@ struct PlaneLosses : Losses<T, Q, kKind> {
   using typename Base::Sums;
   using typename Base::TargetOf;
   using Base::target;
-  static constexpr int kResident = resident_plane_losses(kKind, sizeof(T));
+  static constexpr int kResident = resident_planes(kKind, sizeof(T));
 
   Planes<const T> logits;
   Planes<const Q> probabilities;  // for classes nothing
@@ -84,8 +84,8 @@ struct PlaneLosses : Losses<T, Q, kKind> {
                                       Sums* sums) const {
     const Q* t = TargetOf::kHasHot ? nullptr : probabilities.row(row->i);
     const T none = Rounded<T>::from(-HUGE_VALF);  // adds exp(-inf)
-    for (int64_t first = team.part * kClasses; first < target.classes;
-         first += team.parts * kClasses) {
+    for (int64_t first = team.place() * kClasses; first < target.classes;
+         first += team.places() * kClasses) {
       const Batch<T, Q, kKind> batch(x, logits.stride, t, probabilities.stride, first,
                                      target.classes, none);
       if (!row->is_settled) Base::find_class(row);
@@ -150,7 +150,7 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
   using typename Base::A;
   using typename Base::TargetOf;
   using Base::target;
-  static constexpr int kResident = resident_plane_gradients(sizeof(T));
+  static constexpr int kResident = resident_planes(kKind, sizeof(T));
 
   Planes<const T> logits;
   Planes<const Q> probabilities;  // for classes nothing
@@ -172,8 +172,8 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
     const T* x = logits.row(i);
     const Q* t = TargetOf::kHasHot ? nullptr : probabilities.row(i);
     const T none = Rounded<T>::from(0.0f);
-    for (int64_t first = team.part * kClasses; first < target.classes;
-         first += team.parts * kClasses) {
+    for (int64_t first = team.place() * kClasses; first < target.classes;
+         first += team.places() * kClasses) {
       const Batch<T, Q, kKind> batch(x, logits.stride, t, probabilities.stride, first,
                                      target.classes, none);
 #pragma unroll
@@ -193,7 +193,9 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
   template <int kThreads>
   __device__ __forceinline__ void clear(T* to_, const Team<kThreads>& team) const {
     const T zero = Rounded<T>::from(0.0f);
-    for (int64_t c = team.part; c < target.classes; c += team.parts) to_[c * out.stride] = zero;
+    for (int64_t c = team.place(); c < target.classes; c += team.places()) {
+      to_[c * out.stride] = zero;
+    }
   }
 };
 

@@ -25,6 +25,11 @@ struct Team {
   int thread, count, part, parts;
 
   __device__ __forceinline__ int threads() const { return kThreads > 0 ? kThreads : count; }
+
+  // Among the threads of all parts. Where threads() is 1, the place is the same in all of a block, which
+  // the compiler must not know: for planes it would hold addresses in more registers than there are.
+  __device__ __forceinline__ int64_t place() const { return int64_t{part} * threads() + thread; }
+  __device__ __forceinline__ int64_t places() const { return int64_t{parts} * threads(); }
 };
 
 template <class T, int N>

@@ -105,14 +105,14 @@ def test_probabilities_of_another_dtype(
     check_losses_and_gradient(Case(torch.randn(5, classes).to(dtype), target))
 
 
-SHORT = [(19, 5), (19, 16), (19, 33), (19, 1000)]
-LONG = [(19, 4096), (19, 4097), (97, 512), (2, 8192), (2, 40960)]
+SHORT_ROWS = [(19, 5), (19, 16), (19, 33), (19, 1000)]
+LONG_ROWS = [(19, 4096), (19, 4097), (97, 512), (2, 8192), (2, 40960)]
 
 
 # Rows of whole vectors among them, which a kernel of their own may read: short ones, long ones, so
 # few that several blocks have each, and, on the simulated GPU, so many that a warp does.
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("count", "classes"), SHORT + LONG)
+@pytest.mark.parametrize(("count", "classes"), SHORT_ROWS + LONG_ROWS)
 def test_any_stride_between_rows_gives_the_same_bits(
     backend: str, count: int, classes: int, dtype: torch.dtype
 ) -> None:
