@@ -65,10 +65,20 @@ def _draw_room(axes: Any, name: str, rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first case on top
     axes.grid(alpha=0.3)
-    axes.set_title(name, fontsize=10, loc="left")
+    axes.set_title(name, fontsize=10, loc="left", x=-0.02, ha="right")  # above the cases' names
     axes.set_xlabel("time / ksam's time (right of the line: ksam is faster)", fontsize=8)
     if contestants:
-        axes.legend(fontsize=7, loc="best")
+        # Above the panel, where it hides no mark.
+        axes.legend(
+            fontsize=7,
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            ncols=len(contestants),
+            frameon=False,
+            borderaxespad=0.2,
+            columnspacing=1,
+            handletextpad=0,
+        )
 
 
 def _label(row: Row) -> str:
