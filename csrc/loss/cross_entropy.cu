@@ -127,7 +127,8 @@ struct RowLosses : Losses<T, Q, kKind> {
       sums->exp += quick_exponential(z[j]);
     }
     if constexpr (kHasSpread) {
-      if (kWhole || (piece.begin == 0 && piece.end == N)) {  // most are, and need no look at their elements
+      // Most are whole, and need no look at their elements.
+      if (kWhole || (piece.begin == 0 && piece.end == N)) {
         add_spread({piece.first, 0, N}, z, item, w_aligned, sums);
       } else {
         add_spread(piece, z, item, w_aligned, sums);

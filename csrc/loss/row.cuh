@@ -40,16 +40,16 @@ struct RowPlan {
   bool is_split() const { return grid.y > 1; }
 };
 
+// Blocks of a multiprocessor that there are registers for, where lanes or a block have a row.
+struct Resident {
+  int by_lanes, by_block;
+};
+
 inline int log2_ceil(int64_t n) {
   int log = 0;
   while (int64_t{1} << log < n) ++log;
   return log;
 }
-
-// Blocks of a multiprocessor that there are registers for, where lanes or a block have a row.
-struct Resident {
-  int by_lanes, by_block;
-};
 
 // Blocks for what `needed` blocks would do in one turn each, of which `resident` run on a
 // multiprocessor at once: as many turns for all, and no block begins when others are done.

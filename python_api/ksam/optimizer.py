@@ -33,13 +33,6 @@ from ksam_kernels.checks import check_range
 #: What copies and pickles have beside the base.
 _OWN = (*OPTIONS, "report_share", "_looked_for_batchnorm", "_update")
 
-#: In a program of ``torch.compile`` a step runs as outside of one, as what torch's own optimizers
-#: mark with this does. What a step notes differs from the last one's, so it would be compiled anew;
-#: torch 2.11 cannot set an optimizer's attributes, and on a GPU the compiler sets ``capturable`` in
-#: the base's groups, for good. ``torch.compiler.disable`` would load the compiler on import; this
-#: does when it is called, which building torch's optimizers has done by then.
-_not_compiled = _disable_dynamo
-
 
 class SharpnessAware(Composed):
     r"""The engine under every method of the family; the methods are in :mod:`ksam.methods`.
@@ -159,7 +152,9 @@ class SharpnessAware(Composed):
     @overload
     def step(self, *, closure: Callable[[], Any] | None = None) -> Any: ...
 
-    @_not_compiled
+    # No part of a compiled program: torch 2.11 cannot set optimizers' attributes there, on a GPU it
+    # leaves the base `capturable`. (torch.compiler.disable would load the compiler on import.)
+    @_disable_dynamo
     def step(
         self,
         per_sample_loss: PerSampleLoss | None = None,
@@ -204,7 +199,7 @@ class SharpnessAware(Composed):
             raise TypeError(f"closure must be None with per_sample_loss and batch, got {closure!r}")
         return self._run(per_sample_loss, batch, weight=None)
 
-    @_not_compiled
+    @_disable_dynamo
     def backward(
         self, per_sample_loss: PerSampleLoss, batch: Any, *, weight: float = 1.0
     ) -> StepResult:
