@@ -320,7 +320,7 @@ class _SharpStep(Step):
             self._optimizer,
             writers=[ksam.CSVWriter(rows)],
             every=max(1, steps // _ROWS),
-            size=self._workload.train_size,
+            dataset_size=self._workload.train_size,
             index=INDEX,
         )
 

@@ -14,12 +14,12 @@ from ksam.arguments import check_arguments, check_group, check_names
 from ksam.distributed import mean_over_ranks
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
-from ksam.over_base import OverBase
 from ksam.parts import Part, Sampler, Subset
 from ksam.passes import Passes
 from ksam.radius import ByLearningRate
 from ksam.update import Update
 from ksam.when import Policy
+from ksam.wrapper import OptimizerWrapper
 from ksam_kernels.warn import warn
 
 _PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
@@ -27,7 +27,7 @@ _PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
 OPTIONS = (*_PARTS, "scale", "statistics", "model", "micro_batch_size", "seed")
 
 
-class Composed(OverBase):
+class Composed(OptimizerWrapper):
     """The parts of :class:`ksam.optimizer.SharpnessAware`, which has the arguments."""
 
     ascent: Sampler | Momentum | None
@@ -87,17 +87,17 @@ class Composed(OverBase):
         if self.descent is not None:
             return (ascent + self.descent.cost(samples, step)) / (3 * samples)
         assert isinstance(self.ascent, Sampler)
-        return (ascent + 3 * self.ascent.size(samples, step)) / (3 * samples)
+        return (ascent + 3 * self.ascent.num_evaluated(samples, step)) / (3 * samples)
 
-    def selected(self, samples: int, step: int | None = None) -> int:
+    def num_selected(self, samples: int, step: int | None = None) -> int:
         """How many of ``samples`` a sharpness-aware step selects; all, where it selects none."""
         step = self.steps_done if step is None else step
-        return self._selector(samples, step).selects(samples, step)
+        return self._selector(samples, step).num_selected(samples, step)
 
     def _selector(self, samples: int, step: int) -> Sampler:
         """The ascent's sampler; the descent's, where the ascent is not on a selection."""
         ascent, descent = self.ascent, self.descent
-        if isinstance(ascent, Sampler) and ascent.selects(samples, step) < samples:
+        if isinstance(ascent, Sampler) and ascent.num_selected(samples, step) < samples:
             return ascent
         if descent is not None:
             return descent

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ksam_kernels
-from ksam import batchnorm, copies, distributed, interrupts, micro_batches, page
+from ksam import batchnorm, distributed, interrupts, micro_batches, plot, weight_caches
 from ksam.base import parameters
 from ksam.optimizer import SharpnessAware
 from ksam.parts import Subset
@@ -49,7 +49,8 @@ class Diagnostics:
         every: steps between rows, >= 1.
         measure_alignment: costs a forward and two backward passes over the batch for every row. Not
             with FSDP2.
-        size: samples in the data set, to count how often each is selected; None: not counted.
+        dataset_size: samples in the data set, to count how often each is selected; None: not
+            counted.
         index: where a batch has the indices of its samples: a key or a function.
 
     Raises:
@@ -63,14 +64,14 @@ class Diagnostics:
         writers: Sequence[Writer] = (),
         every: int = 100,
         measure_alignment: bool = True,
-        size: int | None = None,
+        dataset_size: int | None = None,
         index: Index = "index",
     ) -> None:
         if not isinstance(optimizer, SharpnessAware):
             raise TypeError(f"optimizer must be one of ksam, got {type(optimizer).__name__}")
         check_count("every", every, 1)
-        if size is not None:
-            check_count("size", size, 1)
+        if dataset_size is not None:
+            check_count("dataset_size", dataset_size, 1)
         if measure_alignment:
             _check_whole("measure_alignment", parameters(optimizer.param_groups))
         self._optimizer = optimizer
@@ -78,7 +79,7 @@ class Diagnostics:
         self._every = every
         self._measure_alignment = measure_alignment
         self._index = index
-        self._size = size
+        self._dataset_size = dataset_size
         self._counts: Tensor | None = None
         self.rows: list[Row] = []
         optimizer.report_share = True
@@ -102,7 +103,7 @@ class Diagnostics:
         self._cost += self._optimizer.cost(samples, step) if result.sharp else 1.0
         if result.share is not None:
             self._shares.append(result.share)
-        if self._size is not None:
+        if self._dataset_size is not None:
             self._count(result, batch)
         if self._steps == self._every:
             self._write(step, result, per_sample_loss, batch)
@@ -110,9 +111,11 @@ class Diagnostics:
 
     def _count(self, result: StepResult, batch: Any) -> None:
         rows = sample_rows(batch, self._index)
-        check_rows(rows, ksam_kernels.batch_size(batch), self._size or 0)
+        check_rows(rows, ksam_kernels.batch_size(batch), self._dataset_size or 0)
         if self._counts is None:
-            self._counts = torch.zeros(2, self._size or 0, dtype=torch.int64, device=rows.device)
+            self._counts = torch.zeros(
+                2, self._dataset_size or 0, dtype=torch.int64, device=rows.device
+            )
         seen, selected = self._counts
         seen.index_add_(0, rows, torch.ones_like(rows))
         if result.sharp:
@@ -124,7 +127,7 @@ class Diagnostics:
     ) -> None:
         cosine = math.nan
         samples = ksam_kernels.batch_size(batch)
-        k = self._optimizer.selected(samples, step)
+        k = self._optimizer.num_selected(samples, step)
         if self._measure_alignment and k < samples:
             cosine = float(alignment(self._optimizer, per_sample_loss, batch, k))
         row = {
@@ -142,22 +145,24 @@ class Diagnostics:
 
     @property
     def seen(self) -> Tensor:
-        """How often each sample of the data set was in a batch, int64 ``[size]``."""
+        """How often each sample of the data set was in a batch, int64 ``[dataset_size]``."""
         return self._counted()[0]
 
     @property
     def selected(self) -> Tensor:
-        """How often each sample was selected in a sharpness-aware step, int64 ``[size]``.
+        """How often each sample was selected in a sharpness-aware step, int64 ``[dataset_size]``.
 
         Mislabelled samples stand out: their loss stays high.
         """
         return self._counted()[1]
 
     def _counted(self) -> tuple[Tensor, Tensor]:
-        if self._size is None:
-            raise ValueError("size must be given to count samples, got None")
+        if self._dataset_size is None:
+            raise ValueError("dataset_size must be given to count samples, got None")
         counts = self._counts
-        seen, selected = torch.zeros(2, self._size, dtype=torch.int64) if counts is None else counts
+        seen, selected = (
+            torch.zeros(2, self._dataset_size, dtype=torch.int64) if counts is None else counts
+        )
         return seen, selected
 
     def plot(self, path: str | Path, highlight: Tensor | None = None) -> None:
@@ -171,7 +176,9 @@ class Diagnostics:
         Raises:
             ImportError: the package matplotlib is not installed.
         """
-        page.draw(path, self.rows, None if self._size is None else self._counted(), highlight)
+        plot.draw(
+            path, self.rows, None if self._dataset_size is None else self._counted(), highlight
+        )
 
     def save_counts(self, path: str | Path) -> None:
         """Write a CSV file with the columns index, seen and selected."""
@@ -236,7 +243,7 @@ def _random_state_kept(params: Iterable[Tensor]) -> AbstractContextManager[None]
 
 
 def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
-    copies.drop_cached_weights()  # of other weights, or without gradients
+    weight_caches.drop()  # of other weights, or without gradients
     output = per_sample_loss(containers_copied(batch))
     return per_sample(output, ksam_kernels.batch_size(batch))[0]
 
@@ -349,7 +356,7 @@ def _perturbed(params: Sequence[Tensor], direction: Sequence[Tensor], rho: float
         if moved:
             with interrupts.deferred():
                 ksam_kernels.restore_(params, backup)
-        copies.drop_cached_weights()  # of the perturbed weights
+        weight_caches.drop()  # of the perturbed weights
 
     with interrupts.undone(back):
         with interrupts.deferred():

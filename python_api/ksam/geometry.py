@@ -14,7 +14,7 @@ import ksam_kernels
 from ksam.parts import Part
 from ksam.radius import check_not_negative
 from ksam_kernels.checks import check_number
-from ksam_kernels.perturb.others import with_norm_of_others
+from ksam_kernels.perturb.joint_norm import with_extra_norm
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ class Geometry(Part):
         """``ksam_kernels.perturb_``; the norm may include that of others, given in ``T g``."""
         lists = (moving.params, moving.directions, moving.backup, moving.radii)
         if norm_of_others is not None:
-            lists = with_norm_of_others(*lists, norm_of_others, adaptive, self.eta)
+            lists = with_extra_norm(*lists, norm_of_others, adaptive, self.eta)
         params, directions, backup, radii = lists
         norm = ksam_kernels.perturb_(
             params, directions, backup, rho=radii, adaptive=adaptive, eta=self.eta

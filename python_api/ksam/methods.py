@@ -314,7 +314,7 @@ class StaleKSAM(SharpnessAware):
 
     Args:
         k: as in :class:`KSAM`; M/2 costs what SGD does.
-        size: samples in the data set.
+        dataset_size: samples in the data set.
         index: where a batch has the indices of its samples in the data set: a key or a function.
         refresh: every how many steps there is a selection pass.
     """
@@ -326,13 +326,13 @@ class StaleKSAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
-        size: int,
+        dataset_size: int,
         index: Any,
         k: K | Schedule = 0.5,
         refresh: int = 10,
         **options: Any,
     ) -> None:
-        super().__init__(params, base, ascent=StaleTopK(k, size, index, refresh), **options)
+        super().__init__(params, base, ascent=StaleTopK(k, dataset_size, index, refresh), **options)
 
 
 class AUSAM(SharpnessAware):
@@ -342,7 +342,7 @@ class AUSAM(SharpnessAware):
 
     Args:
         alpha: the part of the batch, as ``k`` in :class:`KSAM`; 1/2 costs what SGD does.
-        size, index: as in :class:`StaleKSAM`.
+        dataset_size, index: as in :class:`StaleKSAM`.
         low, high, ramp: as in :class:`~ksam.tables.SharpnessSample`.
     """
 
@@ -353,7 +353,7 @@ class AUSAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
-        size: int,
+        dataset_size: int,
         index: Any,
         alpha: K | Schedule = 0.5,
         rho: Rho = 0.1,
@@ -362,5 +362,5 @@ class AUSAM(SharpnessAware):
         ramp: int = 30,
         **options: Any,
     ) -> None:
-        ascent = SharpnessSample(alpha, size, index, low=low, high=high, ramp=ramp)
+        ascent = SharpnessSample(alpha, dataset_size, index, low=low, high=high, ramp=ramp)
         super().__init__(params, base, ascent=ascent, rho=rho, **options)

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import ksam_kernels
-from ksam import batchnorm, copies, distributed, interrupts
+from ksam import batchnorm, distributed, interrupts, weight_caches
 from ksam.arguments import check_arguments, check_batch, check_call
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
@@ -252,7 +252,7 @@ class SharpnessAware(Composed):
             self._update.by_grad()
             self._has_grad = False
             distributed.reshard(self.model, self._parameters())
-        copies.drop_cached_weights()
+        weight_caches.drop()
         return returned
 
     def _run(
@@ -266,7 +266,7 @@ class SharpnessAware(Composed):
             )
         samples = ksam_kernels.batch_size(batch)
         # Also in a step that selects none: not in the tenth epoch.
-        gathers = samples > 0 and self.selected(samples) < samples
+        gathers = samples > 0 and self.num_selected(samples) < samples
         check_batch(batch, samples, gathers or self.micro_batch_size is not None)
         for sampler in self._samplers():
             sampler.check(batch, samples)
@@ -307,7 +307,7 @@ class SharpnessAware(Composed):
             distributed.reset_after_failure(self.model, params)
             raise
         finally:
-            copies.drop_cached_weights()  # of the perturbed weights
+            weight_caches.drop()  # of the perturbed weights
         return result
 
     def _passes(

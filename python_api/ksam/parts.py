@@ -66,13 +66,13 @@ class Sampler(Part):
         """Whether choosing them, or their gradient, evaluates the whole batch."""
         return True
 
-    def size(self, samples: int, step: int) -> int:
+    def num_evaluated(self, samples: int, step: int) -> int:
         """How many of ``samples`` it chooses."""
         return samples
 
-    def selects(self, samples: int, step: int) -> int:
+    def num_selected(self, samples: int, step: int) -> int:
         """How many of ``samples`` make the loss whose gradient is taken."""
-        return self.size(samples, step)
+        return self.num_evaluated(samples, step)
 
     def check(self, batch: Any, samples: int) -> None:
         """Raise for what the step would miss in the batch; called before its first pass."""
@@ -95,11 +95,11 @@ class Sampler(Part):
     def candidates(self, passes: Passes) -> Tensor:
         """Stand-ins in a step that selects none: the highest losses, as many as a selecting step
         takes."""
-        return passes.highest(self.selects(passes.samples, passes.step))
+        return passes.highest(self.num_selected(passes.samples, passes.step))
 
     def cost(self, samples: int, step: int) -> int:
         """Of choosing and of the gradient: a forward pass over one sample is 1, a backward 2."""
-        size = self.size(samples, step)
+        size = self.num_evaluated(samples, step)
         return 3 * size + (samples if size < samples and self.sees_batch(step) else 0)
 
     def observe(self, passes: Passes) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ksam_kernels
-from ksam import batchnorm, copies, micro_batches
+from ksam import batchnorm, micro_batches, weight_caches
 from ksam.distributed import without_sync
 from ksam.parts import Subset
 from ksam.selection import recording
@@ -228,7 +228,7 @@ class Passes:
         at_once = subset.keep if len(parts) == 1 and subset.top is None else None
         found = []
         for part in parts:
-            copies.drop_cached_weights()
+            weight_caches.drop()
             with without_sync(self._wrapped, part is not parts[-1]):
                 found.append(self._micro_batch(part, at_once, reports, backward))
         losses = joined([of_part.losses for of_part in found])

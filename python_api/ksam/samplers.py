@@ -38,11 +38,11 @@ class _OfAmount(Sampler):
 class Some(_OfAmount):
     """Chooses an amount of the batch: where that is all of it, the batch, without choosing."""
 
-    def size(self, samples: int, step: int) -> int:
+    def num_evaluated(self, samples: int, step: int) -> int:
         return self.amount.of(samples, step)
 
     def choose(self, passes: Passes) -> Subset:
-        size = self.size(passes.samples, passes.step)
+        size = self.num_evaluated(passes.samples, passes.step)
         return passes.everything() if size == passes.samples else self._some(passes, size)
 
     def _some(self, passes: Passes, size: int) -> Subset:
@@ -85,7 +85,7 @@ class TopK(Some):
 
     def candidates(self, passes: Passes) -> Tensor:
         """Those that would have been selected."""
-        size = self.size(passes.samples, passes.step)
+        size = self.num_evaluated(passes.samples, passes.step)
         return self._indices(passes, size, passes.highest)
 
 
@@ -164,11 +164,11 @@ class Ordered(_OfAmount):
     def __init__(self, q: K | Schedule) -> None:
         super().__init__(Amount(q, "q"))
 
-    def selects(self, samples: int, step: int) -> int:
+    def num_selected(self, samples: int, step: int) -> int:
         return self.amount.of(samples, step)
 
     def choose(self, passes: Passes) -> Subset:
-        return passes.everything(keep=self.selects(passes.samples, passes.step))
+        return passes.everything(keep=self.num_selected(passes.samples, passes.step))
 
 
 class AccuracySchedule(Part):

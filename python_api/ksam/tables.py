@@ -58,7 +58,7 @@ class _Table(Some):
 
     Args:
         amount: how many samples of a batch are chosen.
-        size: samples in the data set.
+        dataset_size: samples in the data set.
         index: the key of the batch under which the samples' indices stand, int64 ``[B]``, or a
             function that gets them from the batch.
     """
@@ -66,18 +66,18 @@ class _Table(Some):
     #: name -> what it begins with
     COLUMNS: dict[str, float]
 
-    def __init__(self, amount: Amount, size: int, index: Index) -> None:
-        check_count("size", size, 1)
+    def __init__(self, amount: Amount, dataset_size: int, index: Index) -> None:
+        check_count("dataset_size", dataset_size, 1)
         super().__init__(amount)
-        self.entries, self.index = size, index
+        self.dataset_size, self.index = dataset_size, index
         # Not by torch's defaults: losses come as float32, and the table moves to its indices.
         self._columns = {
-            name: torch.full((size,), begin, dtype=torch.float32, device="cpu")
+            name: torch.full((dataset_size,), begin, dtype=torch.float32, device="cpu")
             for name, begin in self.COLUMNS.items()
         }
 
     def check(self, batch: Any, samples: int) -> None:
-        check_rows(sample_rows(batch, self.index), samples, self.entries)
+        check_rows(sample_rows(batch, self.index), samples, self.dataset_size)
 
     def rows(self, batch: Any) -> Tensor:
         """The indices of the batch's samples, int64 ``[B]``; the table moves to their device."""
@@ -86,7 +86,7 @@ class _Table(Some):
         return rows
 
     def column(self, name: str) -> Tensor:
-        """A column of the table, float32 ``[size]``."""
+        """A column of the table, float32 ``[dataset_size]``."""
         return self._columns[name]
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,9 +101,9 @@ class _Table(Some):
             )
         columns = {name: state[name] for name in self.COLUMNS}
         for name, column in columns.items():
-            if tuple(column.shape) != (self.entries,):
+            if tuple(column.shape) != (self.dataset_size,):
                 raise ValueError(
-                    f"{name} must have an entry for each of {self.entries} samples, "
+                    f"{name} must have an entry for each of {self.dataset_size} samples, "
                     f"got shape {tuple(column.shape)}"
                 )
         self._columns = {name: column.clone() for name, column in columns.items()}
@@ -129,14 +129,14 @@ class StaleTopK(_Table):
 
     Args:
         k: as in :class:`ksam.samplers.TopK`.
-        size, index: size of the data set, and where a batch has the indices of its samples.
+        dataset_size, index: size of the data set, and where a batch has the indices of its samples.
         refresh: every how many steps a selection pass is made; 1 is K-SAM.
     """
 
     COLUMNS = {"loss": float("inf")}  # noqa: RUF012
 
-    def __init__(self, k: K | Schedule, size: int, index: Index, refresh: int = 10) -> None:
-        super().__init__(Amount(k), size, index)
+    def __init__(self, k: K | Schedule, dataset_size: int, index: Index, refresh: int = 10) -> None:
+        super().__init__(Amount(k), dataset_size, index)
         check_count("refresh", refresh, 1)
         self.refresh = refresh
 
@@ -162,14 +162,14 @@ class SharpnessSample(_Table):
     The score of a sample is the mean of :math:`|L_i(\hat w) - L_i(w)|` over the steps that selected
     it. Within a batch scores are mapped linearly to [``low``, f], normalized to probabilities, and
     :math:`\alpha M` samples are drawn without replacement. f rises from ``low`` to ``high`` over
-    the first ``ramp`` epochs; the first epoch takes every sample. An epoch is ``size`` / M steps,
-    rounded up, with the largest M so far, as the last batch may be smaller: on R ranks that share
-    the data set, R of its epochs. Settings and rule are those of the authors' code; they give
+    the first ``ramp`` epochs; the first epoch takes every sample. An epoch is ``dataset_size`` / M
+    steps, rounded up, with the largest M so far, as the last batch may be smaller: on R ranks that
+    share the data set, R of its epochs. Settings and rule are those of the authors' code; they give
     probabilities proportional to the scaled scores within the batch.
 
     Args:
         alpha: fraction of the batch (float), count (int), or a function of the step.
-        size, index: size of the data set, and where a batch has the indices of its samples.
+        dataset_size, index: size of the data set, and where a batch has the indices of its samples.
         low, high: bounds of the scaled scores, 0 < low <= high <= 1.
         ramp: epochs, >= 1.
     """
@@ -179,14 +179,14 @@ class SharpnessSample(_Table):
     def __init__(
         self,
         alpha: K | Schedule,
-        size: int,
+        dataset_size: int,
         index: Index,
         *,
         low: float = 0.1,
         high: float = 0.5,
         ramp: int = 30,
     ) -> None:
-        super().__init__(Amount(alpha, "alpha"), size, index)
+        super().__init__(Amount(alpha, "alpha"), dataset_size, index)
         check_range("high", high, 0.0, 1.0)
         check_range("low", low, 1e-6, high)
         check_count("ramp", ramp, 1)
@@ -201,12 +201,12 @@ class SharpnessSample(_Table):
         self._largest = int(state.get("largest", 0))
 
     def _epoch(self, samples: int, step: int) -> int:
-        return step // math.ceil(self.entries / max(self._largest, samples))
+        return step // math.ceil(self.dataset_size / max(self._largest, samples))
 
     def sees_batch(self, step: int) -> bool:
         return False
 
-    def size(self, samples: int, step: int) -> int:
+    def num_evaluated(self, samples: int, step: int) -> int:
         return samples if self._epoch(samples, step) == 0 else self.amount.of(samples, step)
 
     def _some(self, passes: Passes, size: int) -> Subset:

@@ -112,8 +112,8 @@ def build(name: str, model: nn.Module, **more: Any) -> SharpnessAware:
         "RandomSubsetSAM": {"share": 0.25},
         "OrderedSGD": {"q": 9},
         "MSAM": {"rho": 0.2},
-        "StaleKSAM": {"k": 8, "size": SIZE, "index": "index", "refresh": 4},
-        "AUSAM": {"alpha": 9, "size": SIZE, "index": "index", "ramp": 2},
+        "StaleKSAM": {"k": 8, "dataset_size": SIZE, "index": "index", "refresh": 4},
+        "AUSAM": {"alpha": 9, "dataset_size": SIZE, "index": "index", "ramp": 2},
         "ImportanceKSAM": {"k": 8},
         "KSAM": {"k": 8, "random": 0.5},
     }

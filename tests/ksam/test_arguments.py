@@ -84,7 +84,9 @@ def test_what_is_set_later_is_checked_alike(
     name: str, value: Any, error: type[Exception], message: str
 ) -> None:
     model = network()
-    optimizer = StaleKSAM(model.parameters(), torch.optim.SGD, size=24, index="index", lr=0.1)
+    optimizer = StaleKSAM(
+        model.parameters(), torch.optim.SGD, dataset_size=24, index="index", lr=0.1
+    )
     for each in (optimizer, copy.deepcopy(optimizer)):
         before = dict(vars(each))
         with pytest.raises(error, match=message):
@@ -183,7 +185,7 @@ def test_all_other_parts_go_together(ascent: str | None, descent: str | None) ->
     for step in range(3):
         data = {**batch(step), "index": torch.arange(24)}
         result = optimizer.step(loss_of(model), data)
-        assert len(result.indices) == optimizer.selected(24, step)
+        assert len(result.indices) == optimizer.num_selected(24, step)
 
 
 def test_a_base_with_a_rho_of_its_own_is_refused() -> None:
@@ -307,8 +309,8 @@ def test_defaults_reach_the_parts() -> None:
     assert (auto.when.threshold, auto.when.every, auto.when.budget) == (0.9, 10, 1.0)
     assert auto.k == 1 / 3
     assert KSAM(params, torch.optim.SGD, lr=0.1).k == 1 / 3
-    assert ESAM(params, torch.optim.SGD, lr=0.1).selected(24) == 12
-    assert OrderedSGD(params, torch.optim.SGD, lr=0.1).selected(24) == 24
+    assert ESAM(params, torch.optim.SGD, lr=0.1).num_selected(24) == 12
+    assert OrderedSGD(params, torch.optim.SGD, lr=0.1).num_selected(24) == 24
 
 
 #: As documented, of functions and constructors.
@@ -346,7 +348,7 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
         "writers": (),
         "every": 100,
         "measure_alignment": True,
-        "size": None,
+        "dataset_size": None,
         "index": "index",
     },
     ksam.sharpness: {"rho": 0.05, "directions": 5, "seed": 0},
@@ -371,7 +373,7 @@ def test_arguments_reach_the_parts() -> None:
     check(built(AutoKSAM, **policy).when, **policy)
     assert built(AutoKSAM, budget=None).when.budget is None
     check(built(ImportanceKSAM, uniform=0.3).ascent, uniform=0.3)
-    table: dict[str, Any] = {"size": 24, "index": "index"}
-    check(built(StaleKSAM, refresh=4, **table).ascent, refresh=4, entries=24, index="index")
+    table: dict[str, Any] = {"dataset_size": 24, "index": "index"}
+    check(built(StaleKSAM, refresh=4, **table).ascent, refresh=4, dataset_size=24, index="index")
     scores = {"low": 0.2, "high": 0.3, "ramp": 5}
-    check(built(AUSAM, **scores, **table).ascent, **scores, entries=24, index="index")
+    check(built(AUSAM, **scores, **table).ascent, **scores, dataset_size=24, index="index")

@@ -98,7 +98,7 @@ def test_a_schedule_takes_a_checkpoint_that_has_none(name: str) -> None:
     constant = build(name, network(dtype=torch.float64))
     scheduled = build(name, network(dtype=torch.float64), k=AccuracySchedule())
     scheduled.load_state_dict(constant.state_dict())
-    assert scheduled.selected(24) == 24
+    assert scheduled.num_selected(24) == 24
 
 
 def test_the_base_may_load_by_itself(backend: str) -> None:

@@ -72,7 +72,7 @@ def test_cost_selection_and_statistics_are_what_the_step_does(
         return losses(model)(b)
 
     for step in range(4):
-        cost, selected = optimizer.cost(M), optimizer.selected(M, step)
+        cost, selected = optimizer.cost(M), optimizer.num_selected(M, step)
         spent.clear()
         result = optimizer.step(function, data_of(step))
         assert cost == pytest.approx(sum(spent) / (3 * M))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import ksam
-from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter, page
+from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter, plot
 from tests.helpers import all_same_bits, default_dtype, read_rows
 from tests.ksam import plain
 from tests.ksam.models import batch, loss_of, network, noting_weights, weights
@@ -142,7 +142,7 @@ def test_what_is_measured_takes_no_random_numbers_from_the_run(backend: str, mea
 def test_selections_are_counted_by_sample(backend: str, tmp_path: Path) -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=EveryNth(3))
-    diagnostics = Diagnostics(optimizer, size=50, measure_alignment=False, every=3)
+    diagnostics = Diagnostics(optimizer, dataset_size=50, measure_alignment=False, every=3)
     results = run(optimizer, diagnostics, model, 9)
     expected = torch.zeros(50, dtype=torch.int64)
     for step in (0, 3, 6):
@@ -154,7 +154,7 @@ def test_selections_are_counted_by_sample(backend: str, tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "counts.csv")
     assert [int(row["selected"]) for row in rows] == expected.tolist()
     assert [int(row["index"]) for row in rows] == list(range(50))
-    with pytest.raises(ValueError, match=r"size must be given .*None"):
+    with pytest.raises(ValueError, match=r"dataset_size must be given .*None"):
         _ = Diagnostics(optimizer).selected
 
 
@@ -171,7 +171,7 @@ class Elsewhere(Tensor):
 def test_indices_of_the_data_set_may_be_on_another_device_than_the_selection() -> None:
     """On the CPU, from where the function moves the batch to the model."""
     optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1, k=8)
-    diagnostics = Diagnostics(optimizer, size=50, measure_alignment=False)
+    diagnostics = Diagnostics(optimizer, dataset_size=50, measure_alignment=False)
     indices = torch.arange(8).as_subclass(Elsewhere)
     result: Any = types.SimpleNamespace(indices=indices, sharp=True, share=None)
     diagnostics(result, lambda _: torch.ones(24), {"index": torch.arange(24)})
@@ -326,13 +326,13 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(figure_module.Figure(**options))
         return made[-1]
 
-    monkeypatch.setattr(page, "_figure", figure)
+    monkeypatch.setattr(plot, "_figure", figure)
     return made
 
 
 def test_samples_that_no_step_saw_are_not_drawn(figures: list[Any], tmp_path: Path) -> None:
     seen, selected = torch.tensor([2, 2, 0, 0]), torch.tensor([1, 2, 0, 0])
-    page.draw(tmp_path / "page.svg", [], (seen, selected), None)
+    plot.draw(tmp_path / "page.svg", [], (seen, selected), None)
     [label] = figures[0].axes[-1].get_legend().get_texts()
     assert label.get_text() == "all: 2, mean 0.75"
 
@@ -340,14 +340,14 @@ def test_samples_that_no_step_saw_are_not_drawn(figures: list[Any], tmp_path: Pa
 def test_a_page_shows_every_column_and_the_counts(figures: list[Any], tmp_path: Path) -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8, when=EveryNth(2))
-    diagnostics = Diagnostics(optimizer, every=2, size=24)
+    diagnostics = Diagnostics(optimizer, every=2, dataset_size=24)
     data = {**batch(), "index": torch.arange(24)}
     for _ in range(6):
         diagnostics(optimizer.step(loss_of(model), data), loss_of(model), data)
     diagnostics.plot(tmp_path / "page.png", highlight=torch.tensor([0, 5]))
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
     *panels, counts = figures[0].axes
-    for panel, name in zip(panels, page.PANELS, strict=True):
+    for panel, name in zip(panels, plot.PANELS, strict=True):
         assert panel.lines[0].get_xdata().tolist() == [1, 3, 5]
         expected = [row[name] for row in diagnostics.rows]
         assert panel.lines[0].get_ydata().tolist() == pytest.approx(expected, nan_ok=True)
@@ -377,7 +377,7 @@ def test_a_page_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_a_sample_index_of_another_length_is_refused() -> None:
     model = network()
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
-    diagnostics = Diagnostics(optimizer, size=24, index=lambda b: torch.arange(3))
+    diagnostics = Diagnostics(optimizer, dataset_size=24, index=lambda b: torch.arange(3))
     with pytest.raises(ValueError, match="one entry per sample"):
         diagnostics(optimizer.step(loss_of(model), batch()), loss_of(model), batch())
 
@@ -387,8 +387,8 @@ def test_arguments_out_of_range_are_named() -> None:
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match=r"every .*0"):
         Diagnostics(optimizer, every=0)
-    with pytest.raises(ValueError, match=r"size .*-1"):
-        Diagnostics(optimizer, size=-1)
+    with pytest.raises(ValueError, match=r"dataset_size .*-1"):
+        Diagnostics(optimizer, dataset_size=-1)
     with pytest.raises(ValueError, match=r"rho .*-1\.0"):
         ksam.sharpness(model, loss_of(model), [batch()], rho=-1.0)
     with pytest.raises(ValueError, match=r"batches .*none"):

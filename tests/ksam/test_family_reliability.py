@@ -116,7 +116,7 @@ def test_copies_are_independent_and_whole(backend: str, name: str) -> None:
         ("OrderedSGD", {"q": -3}, ValueError, r"q .*-3"),
         ("ImportanceKSAM", {"uniform": 0.0}, ValueError, r"uniform .*0\.0"),
         ("StaleKSAM", {"refresh": 0}, ValueError, r"refresh .*0"),
-        ("StaleKSAM", {"size": 0}, ValueError, r"size .*0"),
+        ("StaleKSAM", {"dataset_size": 0}, ValueError, r"dataset_size .*0"),
         ("AUSAM", {"alpha": 2.0}, ValueError, r"alpha .*2\.0"),
         ("AUSAM", {"low": 0.6}, ValueError, r"low .*0\.6"),
         ("AUSAM", {"ramp": True}, TypeError, r"ramp .*True"),
@@ -223,4 +223,4 @@ def test_an_index_of_another_length_is_refused() -> None:
 def test_a_table_of_another_data_set_is_refused() -> None:
     optimizer = build("StaleKSAM", network())
     with pytest.raises(ValueError, match=r"loss must have an entry for each of 10 samples"):
-        build("StaleKSAM", network(), size=10).load_state_dict(optimizer.state_dict())
+        build("StaleKSAM", network(), dataset_size=10).load_state_dict(optimizer.state_dict())

@@ -26,7 +26,7 @@ def test_steps_do_not_wait(backend: str, name: str, watched: bool, scaled: bool)
     policy = Representative(threshold=0.0, every=2, budget=None)
     scaler = GradScaler(DEVICE.type, enabled=scaled)
     optimizer = build(name, model, grad_scaler=scaler, when=policy if watched else None)
-    diagnostics = Diagnostics(optimizer, every=1000, size=48)
+    diagnostics = Diagnostics(optimizer, every=1000, dataset_size=48)
     optimizer.report_share = watched
     batches = [{**data_of(i), "x": data_of(i)["x"].float()} for i in range(6)]
 

@@ -229,7 +229,13 @@ def test_the_last_probe_decides_where_steps_do_not_see_the_batch(backend: str) -
     model = network()
     policy = Representative(threshold=0.0, every=2, budget=None)
     optimizer = ksam.StaleKSAM(
-        model.parameters(), torch.optim.SGD, lr=0.1, size=24, index="i", refresh=8, when=policy
+        model.parameters(),
+        torch.optim.SGD,
+        lr=0.1,
+        dataset_size=24,
+        index="i",
+        refresh=8,
+        when=policy,
     )
     data = {**batch(), "i": torch.arange(24)}
     sharp = [optimizer.step(loss_of(model), data).sharp for _ in range(12)]

@@ -24,8 +24,8 @@ def test_the_number_of_selected_samples_is_told(name: str) -> None:
         "ImportanceKSAM": 8,
     }  # fmt: skip
     optimizer = build(name, network())
-    assert optimizer.selected(24) == sizes.get(name, 24)
-    assert optimizer.selected(24, 3) == {**sizes, "AUSAM": 9}.get(name, 24)
+    assert optimizer.num_selected(24) == sizes.get(name, 24)
+    assert optimizer.num_selected(24, 3) == {**sizes, "AUSAM": 9}.get(name, 24)
 
 
 @pytest.mark.parametrize("name", ["KSAM", "ImportanceKSAM", "StaleKSAM"])
@@ -51,7 +51,7 @@ def test_the_number_of_samples_may_be_set_anew(name: str, argument: str) -> None
     assert getattr(optimizer, argument) == 8
     setattr(optimizer, argument, 5)
     assert getattr(optimizer, argument) == 5
-    assert optimizer.selected(24) == 5
+    assert optimizer.num_selected(24) == 5
     with pytest.raises(ValueError, match=rf"{argument} .*0"):
         setattr(optimizer, argument, 0)
     assert getattr(optimizer, argument) == 5
@@ -77,9 +77,9 @@ def test_a_schedule_of_k_keeps_its_state_in_a_resume(name: str) -> None:
     optimizer = build(name, network(), k=schedule)
     schedule.accuracy = 0.9
     resumed = build(name, network(), k=AccuracySchedule())
-    assert resumed.selected(64) == 64
+    assert resumed.num_selected(64) == 64
     resumed.load_state_dict(optimizer.state_dict())
-    assert resumed.selected(64) == 16
+    assert resumed.num_selected(64) == 16
 
 
 def test_copies_of_ordered_sgd_hear_of_their_own_accuracy() -> None:
@@ -87,7 +87,7 @@ def test_copies_of_ordered_sgd_hear_of_their_own_accuracy() -> None:
     clone = copy.deepcopy(optimizer)
     schedule: Any = clone.q
     schedule.accuracy = 0.9
-    assert (clone.selected(64), optimizer.selected(64)) == (16, 64)
+    assert (clone.num_selected(64), optimizer.num_selected(64)) == (16, 64)
 
 
 def test_both_gradients_may_be_of_one_random_subset(backend: str) -> None:

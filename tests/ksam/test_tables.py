@@ -192,7 +192,7 @@ def test_the_length_of_an_epoch_survives_a_resume(backend: str) -> None:
         optimizer.step(losses(optimizer.model), rows_from(first, 20))  # type: ignore[arg-type]
     resumed = build("AUSAM", network(dtype=torch.float64), alpha=0.5)
     resumed.load_state_dict(optimizer.state_dict())
-    assert resumed.selected(8, 3) == optimizer.selected(8, 3) == 4
+    assert resumed.num_selected(8, 3) == optimizer.num_selected(8, 3) == 4
     sizes = [
         len(resumed.step(losses(resumed.model), rows_from(40, 8)).indices)  # type: ignore[arg-type]
         for _ in range(2)

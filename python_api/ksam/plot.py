@@ -47,7 +47,7 @@ def draw(
     Args:
         path: of the image; its ending says which format.
         rows: as :class:`ksam.Diagnostics` writes them.
-        counts: how often each sample was seen and selected, int64 ``[size]`` both.
+        counts: how often each sample was seen and selected, int64 ``[dataset_size]`` both.
         highlight: indices of samples to tell from the others, int64.
     """
     figure = _figure()
@@ -67,7 +67,7 @@ def draw(
 def _draw_counts(axis: Any, counts: tuple[Tensor, Tensor] | None, highlight: Tensor | None) -> None:
     axis.set_title("times selected per time seen", fontsize=9)
     if counts is None:
-        axis.text(0.5, 0.5, "not counted: size was not given", ha="center", va="center")
+        axis.text(0.5, 0.5, "not counted: dataset_size was not given", ha="center", va="center")
         axis.set_axis_off()
         return
     seen, selected = (count.cpu() for count in counts)

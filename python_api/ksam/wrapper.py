@@ -29,7 +29,7 @@ class _Radius:
     last: float
 
 
-class OverBase(Optimizer):
+class OptimizerWrapper(Optimizer):
     """Groups, each with a rho, and state are the base optimizer's; parts have state of their own.
 
     Args:
@@ -45,7 +45,7 @@ class OverBase(Optimizer):
     _built = False
 
     def __init__(self, base: Optimizer, rho: Rho) -> None:
-        if isinstance(base, OverBase):
+        if isinstance(base, OptimizerWrapper):
             raise TypeError(
                 f"base must be the optimizer under a sharpness-aware one, got {type(base).__name__}"
             )

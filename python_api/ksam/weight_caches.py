@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils import parametrize
 
 
-def drop_cached_weights() -> None:
+def drop() -> None:
     """Autocast's of low precision, and parametrized weights within ``parametrize.cached()``.
 
     Both are kept until the outermost block ends. In a step they would be those of other weights, or
