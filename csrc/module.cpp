@@ -35,5 +35,5 @@ PYBIND11_MODULE(_C, m) {
   ksam::bind_topk(m);
   ksam::bind_compact(m);
   ksam::bind_perturb(m);
-  ksam::bind_look(m);
+  ksam::bind_inspect(m);
 }

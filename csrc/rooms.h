@@ -1,4 +1,5 @@
-// Each room's functions for Python, defined in <room>/<room>_python.cpp (the last in perturb/).
+// Each room's functions for Python, defined in <room>/<room>_python.cpp (the last in
+// perturb/inspect_python.cpp).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,6 +10,6 @@ void bind_loss(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
 void bind_compact(pybind11::module_& m);
 void bind_perturb(pybind11::module_& m);
-void bind_look(pybind11::module_& m);
+void bind_inspect(pybind11::module_& m);
 
 }  // namespace ksam

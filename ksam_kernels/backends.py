@@ -51,8 +51,9 @@ _NOT_INSTALLED = {
 }
 
 
-def explain(backend: str, reason: str) -> None:
-    """Say why this installation has nothing of ``backend``, in place of the plain fact."""
+def set_missing_reason(backend: str, reason: str) -> None:
+    """Set what :func:`why_not` says of ``backend`` where this installation has none of its kernels.
+    """
     _NOT_INSTALLED[backend] = reason
 
 
@@ -118,30 +119,30 @@ def use_backend(name: str) -> Iterator[None]:
             _choices[:] = [entry for entry in _choices if entry is not own]
 
 
-class _OfThread(threading.local):
-    keeps = False
+class _Thread(threading.local):
+    may_cache = False
 
 
-_of_thread = _OfThread()
+_thread = _Thread()
 
 
 @contextmanager
-def keeping() -> Iterator[None]:
+def caching_allowed() -> Iterator[None]:
     """Within the block this thread's kernels may cache memory between calls.
 
     Only eager code enters it: a program compiled with ``mode="reduce-overhead"`` warms up in its
     graph's memory pool and must get all of it back.
     """
-    before, _of_thread.keeps = _of_thread.keeps, True
+    before, _thread.may_cache = _thread.may_cache, True
     try:
         yield
     finally:
-        _of_thread.keeps = before
+        _thread.may_cache = before
 
 
-def may_keep() -> bool:
-    """Whether this is in a block of :func:`keeping`."""
-    return _of_thread.keeps
+def may_cache() -> bool:
+    """Whether this is in a block of :func:`caching_allowed`."""
+    return _thread.may_cache
 
 
 def implements(
@@ -165,8 +166,8 @@ def implements(
     return register
 
 
-def except_where(backend: str, obstacle: Callable[[torch.device], str | None]) -> None:
-    """Ask ``obstacle`` for the reason why a backend's kernels cannot run on a device after all."""
+def register_obstacle(backend: str, obstacle: Callable[[torch.device], str | None]) -> None:
+    """Register ``obstacle(device)``: why a backend's kernels cannot run there; None if they can."""
     _obstacles[backend] = obstacle
 
 

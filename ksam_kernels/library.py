@@ -155,7 +155,7 @@ def call(name: str, *args: Any) -> Any:
     if is_eager() and not any(map(is_subclass, args)):
         args = tuple(map(_resolved, args))
         if not (torch.is_grad_enabled() and any(map(wants_grad, args))):
-            with backends.keeping():
+            with backends.caching_allowed():
                 return backends.call(name, _device(args), *args)
         if name in _functions:
             with torch.no_grad():
@@ -171,7 +171,7 @@ def dispatch(name: str, *args: Any) -> Any:
     op = getattr(torch.ops.ksam, name)
     if not is_eager():
         return op(*args)
-    with backends.keeping():
+    with backends.caching_allowed():
         return op(*args)
 
 
@@ -186,7 +186,7 @@ def call_in_place(name: str, written: Iterable[list[Tensor]], *args: Any) -> Any
     dispatcher, which looks at each of them for some microseconds: autograd is told what is written,
     and not shown how."""
     mark_written(*written)
-    with torch.no_grad(), backends.keeping():
+    with torch.no_grad(), backends.caching_allowed():
         return backends.call(name, _device(args), *map(_resolved, args))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch  # before the extension, which looks for its thread pool
+import torch  # before the extension, which can_inspect for its thread pool
 from torch import Tensor
 
 from ksam_kernels import backends, library
@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:  # any other ImportError is a broken installation: let it be seen
     extension = None  # type: ignore[assignment]
 
-__all__ = ["DEVICES", "direct", "direct_in_place", "extension", "looks", "run"]
+__all__ = ["DEVICES", "can_inspect", "direct", "direct_in_place", "extension", "run"]
 
 #: The device types that the extension has kernels for.
 DEVICES = ("cpu", "cuda") if extension is not None and extension.cuda_architectures else ("cpu",)
@@ -43,7 +43,7 @@ def _has_no_code(device: torch.device) -> str | None:
     )
 
 
-backends.except_where("native", _has_no_code)
+backends.register_obstacle("native", _has_no_code)
 
 
 def direct(name: str) -> Any:
@@ -58,8 +58,8 @@ def direct(name: str) -> Any:
     return getattr(extension, name)
 
 
-def looks() -> bool:
-    """Whether the extension's look at a call's tensors says all that there is to know of them: any
+def can_inspect() -> bool:
+    """Whether what the extension finds in a call's tensors is all that matters to the call: any
     backend may then run on their memory, without PyTorch's dispatcher."""
     return (
         extension is not None

@@ -30,7 +30,7 @@ __all__ = [
     "double_bits",
     "doubles_bits",
     "is_amd",
-    "may_keep_on",
+    "may_cache_on",
     "most_warps",
     "on_device_of",
     "register",
@@ -52,7 +52,7 @@ def _missing() -> str | None:
 MISSING = _missing()
 
 if MISSING is not None:
-    backends.explain("triton", MISSING)
+    backends.set_missing_reason("triton", MISSING)
 
 
 @lru_cache(maxsize=64)  # devices
@@ -73,7 +73,7 @@ def _cannot_compile(device: torch.device) -> str | None:
     return _cannot_compile_for(device)
 
 
-backends.except_where("triton", _cannot_compile)
+backends.register_obstacle("triton", _cannot_compile)
 
 #: Launch options of kernels whose contract is exact: a product and a sum are two roundings. Triton
 #: 3.6 to 3.9 would contract them, later versions not, and 3.9 warns of it: say it in every launch.
@@ -140,10 +140,10 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def may_keep_on(device: torch.device) -> bool:
+def may_cache_on(device: torch.device) -> bool:
     """Whether memory of the device that is allocated now may be kept for later calls. Not in a
     capture: a graph keeps no memory but its own."""
-    return backends.may_keep() and not is_capturing(device)
+    return backends.may_cache() and not is_capturing(device)
 
 
 def stream_of(device: torch.device) -> int:
@@ -187,6 +187,6 @@ def device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
     Only on the same stream: neither the upload nor the reuse of a forgotten table's memory is
     ordered with others.
     """
-    if not may_keep_on(device):
+    if not may_cache_on(device):
         return upload(array("q", values), device)
     return _kept(values, device, stream_of(device))

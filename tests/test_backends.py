@@ -266,7 +266,7 @@ def test_a_device_that_kernels_cannot_run_on_after_all_takes_the_next_best(
 ) -> None:
     """As a GPU of an architecture that the extension was not built for."""
     monkeypatch.setattr(backends, "_obstacles", {})
-    backends.except_where("native", lambda device: f"it was not built for {device}")
+    backends.register_obstacle("native", lambda device: f"it was not built for {device}")
     losses = torch.tensor([1.0, 3.0, 2.0])
     assert backends.call("topk_indices", CPU, losses, 1).tolist() == [1]
     assert half_native == []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import synchronize
-from benchmarks.gpu.graphs import WARM_UP_CALLS, capture
+from benchmarks.gpu.capture import WARM_UP_CALLS, capture
 from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.gpu.step import subjects
 

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.environment import last_level_cache_bytes, synchronize
 from benchmarks.gpu.cases import kernel_cases
-from benchmarks.gpu.graphs import capture, seconds_of
+from benchmarks.gpu.capture import capture, seconds_of
 from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.gpu.sync import waiting_is_an_error
 from benchmarks.kernels.case import KSAM, Case, Run

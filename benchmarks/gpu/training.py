@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.gpu.graphs import capture
+from benchmarks.gpu.capture import capture
 from benchmarks.gpu.kernels import Timed, rounds_of
 from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.timing import Plan, Quartiles, ratios

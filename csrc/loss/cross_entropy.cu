@@ -3,9 +3,9 @@
 // row (loss_row.h).
 //
 // Bytes moved: each logit once, and each probability where the target has them; per row a class,
-// 4 for the loss and 12 for the statistics, if they are wanted. Selection: topk/select.cuh; the
-// losses it reads lie in the cache. Launches: 1; for more than kSelectedByBlock rows, and of rows
-// in planes, selection is one more.
+// 4 for the loss and, where a gradient is wanted, 12 for the statistics (float64: 24). Selection:
+// topk/select.cuh; the losses it reads lie in the cache. Launches: 1; for more than
+// kSelectedByBlock rows, and of rows in planes, selection is one more.
 #include "loss/cross_entropy.cuh"
 #include "topk/select.cuh"
 #include "topk/topk.h"

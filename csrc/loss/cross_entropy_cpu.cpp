@@ -1,8 +1,8 @@
 // Cross-entropy of every row, in one pass over the logits.
 //
 // Bytes moved: each logit once, and each probability where the target has them; per row a class,
-// 4 for the loss and 12 for the statistics, if they are wanted. A block of a row is looked at
-// twice, for its maximum and for its sums, the second time in the first-level cache.
+// 4 for the loss and, where a gradient is wanted, 12 for the statistics (float64: 24). A block of a
+// row is looked at twice, for its maximum and its sums, the second time in the first-level cache.
 #include "loss/elementary_cpu.h"
 #include "loss/loss_row.h"
 #include "loss/target_cpu.h"

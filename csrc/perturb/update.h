@@ -1,7 +1,7 @@
 // What becomes of an element, in the order in which it is rounded; shared by host and device.
 //
-// S is float or double, and V as much or a vector of it. No product may be contracted with a sum: the
-// contract is the bits that ksam_kernels/perturb/reference.py computes.
+// S is float or double, and V is S or a SIMD vector of S. No product may be contracted with a sum:
+// the contract is the bits that ksam_kernels/perturb/reference.py computes.
 #pragma once
 
 #include "common/host_device.h"

@@ -17,7 +17,7 @@ from ksam_kernels.checks import (
     check_tensor,
     plain_number,
 )
-from ksam_kernels.loss import composed, native
+from ksam_kernels.loss import differentiable, native
 from ksam_kernels.loss.layout import classes_apart, group_of, in_memory_order, in_planes_of
 from ksam_kernels.topk.functional import check_k, topk_indices
 
@@ -125,7 +125,7 @@ def cross_entropy(
     _check_cross_entropy(logits, target, *options)
     options = weight, ignore_index, plain_number(label_smoothing)
     if library.is_transformed():
-        return composed.cross_entropy(logits, target, *options)
+        return differentiable.cross_entropy(logits, target, *options)
     logits, target = _as_kernels_take_them(logits, target)
     losses: Tensor
     losses, _ = library.call("cross_entropy", logits, target, *options)
@@ -166,7 +166,7 @@ def select_cross_entropy(
         raise ValueError(f"logits must be [B, C] to select rows, got shape {tuple(logits.shape)}")
     check_k(k, logits.shape[0])
     if library.is_transformed():
-        losses = composed.cross_entropy(logits, target, *options)
+        losses = differentiable.cross_entropy(logits, target, *options)
         return losses, topk_indices(losses.detach(), k)
     logits, target = _as_kernels_take_them(logits, target)
     losses, _, indices = library.call("select_cross_entropy", logits, target, k, *options)
@@ -231,7 +231,7 @@ def binary_cross_entropy_with_logits(
                 f"got shape {tuple(pos_weight.shape)}"
             )
     if library.is_transformed():
-        return composed.binary_cross_entropy_with_logits(logits, target, pos_weight)
+        return differentiable.binary_cross_entropy_with_logits(logits, target, pos_weight)
     if pos_weight is not None:
         of_all = pos_weight.expand(1, *logits.shape[1:])
         logits, target, of_all = in_memory_order(logits, target, of_all)
@@ -269,6 +269,6 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
         return quick
     _check_elementwise("pred", pred, target)
     if library.is_transformed():
-        return composed.mse(pred, target)
+        return differentiable.mse(pred, target)
     losses: Tensor = library.call("mse", *in_memory_order(pred, target))
     return losses

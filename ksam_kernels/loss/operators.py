@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.library import call_backward, operator
-from ksam_kernels.loss import composed, native
+from ksam_kernels.loss import differentiable, native
 from ksam_kernels.loss.layout import gradient_like
 
 
@@ -36,7 +36,7 @@ def _cross_entropy_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None,
     logits, target, stats, weight = ctx.saved_tensors
     options = weight, ctx.ignore_index, ctx.label_smoothing
     if torch.is_grad_enabled():
-        dx = composed.gradient(composed.cross_entropy, grad, logits, target, *options)
+        dx = differentiable.gradient(differentiable.cross_entropy, grad, logits, target, *options)
     else:
         dx = _gradient("cross_entropy_backward", grad, logits, target, stats, *options)
     return dx, *[None] * ctx.constants
@@ -49,14 +49,14 @@ def _elementwise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _elementwise_grad(loss: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     args = ctx.saved_tensors
     if torch.is_grad_enabled():
-        dx = composed.gradient(loss, grad, *args)
+        dx = differentiable.gradient(loss, grad, *args)
     else:
         dx = _gradient(f"{loss.__name__}_backward", grad, *args)
     return dx, *[None] * (len(args) - 1)
 
 
-_bce_grad = partial(_elementwise_grad, composed.binary_cross_entropy_with_logits)
-_mse_grad = partial(_elementwise_grad, composed.mse)
+_bce_grad = partial(_elementwise_grad, differentiable.binary_cross_entropy_with_logits)
+_mse_grad = partial(_elementwise_grad, differentiable.mse)
 
 
 @operator(

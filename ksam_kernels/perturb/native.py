@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ksam_kernels import library
 from ksam_kernels.backends import implements
-from ksam_kernels.native import DEVICES, direct, direct_in_place, extension, looks, run
+from ksam_kernels.native import DEVICES, can_inspect, direct, direct_in_place, extension, run
 from ksam_kernels.perturb import reference
 
 TensorList = Sequence[Tensor]
@@ -33,7 +33,7 @@ def fits(
     """Whether the extension finds in one look that the lists are what the public function's checks
     ask for, and nothing that a dispatcher would do something about. Bit i of the masks is list i:
     those that are written, and those of the first one's dtypes."""
-    if not looks() or any(map(library.is_subclass, scalars)):
+    if not can_inspect() or any(map(library.is_subclass, scalars)):
         return False
     return extension.fits(lists, written, alike, counters)
 

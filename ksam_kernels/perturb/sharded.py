@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from ksam_kernels import library
 from ksam_kernels.dtensor import local
-from ksam_kernels.perturb.others import with_norm_of_others
+from ksam_kernels.perturb.joint_norm import with_extra_norm
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 
@@ -145,7 +145,7 @@ def perturb_(
         for part in parts:
             others = [other.total for other in parts if other is not part]
             missing = _norm([part.elsewhere, *others])
-            lists = with_norm_of_others(
+            lists = with_extra_norm(
                 [weights[i] for i in part.rows],
                 part.grads,
                 [kept[i] for i in part.rows],

@@ -2,7 +2,7 @@
 
 A *row* is what belongs to one parameter, an operand of each list. Its record is
 ``[numel, first chunk, aligned, value, address of operand 0, address of operand 1, ...]`` in int64.
-The extension (csrc/perturb/look_python.cpp) makes the same records of the lists.
+The extension (csrc/perturb/inspect_python.cpp) makes the same records of the lists.
 Work is cut into chunks of CHUNK elements, one program each; ``chunk_rows`` says whose a chunk is.
 
 Tables hold addresses and sizes only, so one is right for every call with the same ones: they are
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ksam_kernels.bits import as_bits
 from ksam_kernels.native import extension
-from ksam_kernels.triton_support import may_keep_on, stream_of, upload
+from ksam_kernels.triton_support import may_cache_on, stream_of, upload
 
 __all__ = ["CHUNK", "HEAD", "Rows", "Table"]
 
@@ -195,7 +195,7 @@ class Rows:
         if not self._records:
             return []
         device = self._rows[0][0].device
-        make, stream = (_kept_table if may_keep_on(device) else _new_table), stream_of(device)
+        make, stream = (_kept_table if may_cache_on(device) else _new_table), stream_of(device)
         return [make(device, stream, *item) for item in self._records.items()]
 
     def tensors(self, table: Table) -> list[tuple[Tensor, ...]]:

@@ -29,7 +29,7 @@ def tables(*operands: list[Tensor], values: list[int] | None = None) -> list[Tab
 @pytest.fixture
 def eager() -> Iterator[None]:
     """Calls as those of the public functions."""
-    with backends.keeping():
+    with backends.caching_allowed():
         yield
 
 

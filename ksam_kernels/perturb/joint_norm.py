@@ -10,7 +10,7 @@ from torch import Tensor
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]
 
 
-def with_norm_of_others(
+def with_extra_norm(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     backup: Sequence[Tensor],

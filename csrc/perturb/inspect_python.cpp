@@ -1,5 +1,5 @@
-// Looks at lists of tensors for backends whose own code is Python, where a look at every tensor takes
-// longer than the work. What is out of the ordinary is declined: Python then looks for itself.
+// Inspects lists of tensors for backends whose own code is Python, where a look at every tensor
+// takes longer than the work. What is out of the ordinary is declined: Python then looks for itself.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -141,7 +141,7 @@ py::object describe(const py::sequence& objects, py::handle values_, int64_t chu
 
 }  // namespace
 
-void bind_look(py::module_& m) {
+void bind_inspect(py::module_& m) {
   m.def("on_one_device", &on_one_device);
   m.def("fits", &fits);
   m.def("describe", &describe);

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import graph, graphs, kernels, sync
+from benchmarks.gpu import capture, graph, kernels, sync
 
 CUDA: Any = SimpleNamespace(type="cuda")
 
@@ -79,18 +79,18 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Played:
 
 
 def test_a_capture_warms_up_and_holds_one_call(cuda: Played) -> None:
-    replay = graphs.capture(cuda.work, CUDA)
+    replay = capture.capture(cuda.work, CUDA)
     assert cuda.captured == [1]
-    assert cuda.calls == graphs.WARM_UP_CALLS + 1
+    assert cuda.calls == capture.WARM_UP_CALLS + 1
     before = cuda.calls
-    assert graphs.seconds_of(replay, 5, CUDA) == pytest.approx(5 * 0.1e-3)
+    assert capture.seconds_of(replay, 5, CUDA) == pytest.approx(5 * 0.1e-3)
     assert cuda.calls == before
 
 
 def test_what_a_graph_works_on_lives_as_long_as_its_replay(cuda: Played) -> None:
     weights = torch.zeros(3)
     alive = weakref.ref(weights)
-    replay = graphs.capture(partial(weights.add_, 1), CUDA)
+    replay = capture.capture(partial(weights.add_, 1), CUDA)
     del weights
     gc.collect()
     assert alive() is not None
@@ -125,7 +125,7 @@ def test_what_waits_is_timed_without_a_graph(cuda: Played) -> None:
 
 def test_what_waits_is_not_begun_to_be_captured(cuda: Played) -> None:
     with pytest.raises(RuntimeError, match="synchronizing"):
-        graphs.capture(cuda.waits, CUDA)
+        capture.capture(cuda.waits, CUDA)
     assert cuda.captured == []
     assert cuda.mode == "default"
 
@@ -153,5 +153,5 @@ def test_eager_steps_are_as_many_as_the_graph_has_made(cuda: Played) -> None:
 
     assert graph.compare(make, CUDA)["captured"]
     eager, captured = made
-    assert captured.steps == graphs.WARM_UP_CALLS + 1  # one recorded, not run
-    assert eager.steps == graphs.WARM_UP_CALLS + graph._REPLAYS
+    assert captured.steps == capture.WARM_UP_CALLS + 1  # one recorded, not run
+    assert eager.steps == capture.WARM_UP_CALLS + graph._REPLAYS
