@@ -52,8 +52,7 @@ _NOT_INSTALLED = {
 
 
 def set_missing_reason(backend: str, reason: str) -> None:
-    """Set what :func:`why_not` says of ``backend`` where this installation has none of its kernels.
-    """
+    """Set what :func:`why_not` says of a backend of which this installation has no kernels."""
     _NOT_INSTALLED[backend] = reason
 
 

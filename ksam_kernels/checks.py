@@ -24,7 +24,8 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """A dense one: sparse, nested and the like are no rows of numbers in memory."""
+    """Raise TypeError naming argument and value unless it is a dense tensor: sparse, nested and the
+    like are no rows of numbers in memory."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided:
@@ -32,12 +33,15 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError naming argument and dtype unless it is a dense tensor of an allowed dtype."""
     check_tensor(name, tensor)
     if tensor.dtype not in allowed:
         raise TypeError(f"{name} must be {_names(allowed)}, got {tensor.dtype}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ValueError naming argument and shape unless the tensor has the expected shape, of which
+    ``meaning`` says in words what it is."""
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(
             f"{name} must have {meaning}, {tuple(expected)}, got shape {tuple(tensor.shape)}"
@@ -45,6 +49,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: s
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError naming argument and device unless two tensors are on the same device."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
@@ -52,9 +57,9 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a real number of Python or NumPy; a tensor is none, as it may have to be waited
-    for."""
-    return isinstance(value, (float, int, numbers.Real))
+    """Whether it is a real number of Python or NumPy: no bool, and no tensor, which may have to be
+    waited for."""
+    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
 
 
 def plain_number(value: float) -> float:
@@ -65,17 +70,21 @@ def plain_number(value: float) -> float:
 
 
 def check_number(name: str, value: Any) -> None:
+    """Raise TypeError naming argument and value unless :func:`is_number` takes it for one."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_int(name: str, value: Any) -> None:
+    """Raise TypeError naming argument and value unless it is an int, or one that ``torch.compile``
+    traces; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
 
 
 def check_count(name: str, value: Any, low: int, below: int | None = None) -> None:
-    """An int, ``low <= value < below``."""
+    """Raise TypeError or ValueError naming argument and value unless it is an int, not a bool, with
+    ``low <= value < below``."""
     bound = f">= {low}" if below is None else f"in [{low}, {below})"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int {bound}, got {value!r}")
@@ -83,10 +92,28 @@ def check_count(name: str, value: Any, low: int, below: int | None = None) -> No
         raise ValueError(f"{name} must be {bound}, got {value!r}")
 
 
+def check_index_range(name: str, indices: Tensor, size: int, of: str) -> None:
+    """Raise IndexError naming argument and value unless all indices are in [0, size).
+
+    Only on the CPU: other devices assert in the kernel that reads them; asking them here would wait
+    for the device.
+
+    Args:
+        indices: integers of any shape.
+        of: what holds the ``size`` samples, "a batch" say.
+    """
+    if indices.device.type == "cpu" and indices.numel() > 0:
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= size:
+            bad = low if low < 0 else high
+            raise IndexError(f"{name} holds {bad}, out of range for {of} of {size} samples")
+
+
 # No function of ``math`` below: torch.compile traces comparisons of a number that changes, such as
 # a learning rate, but no call of these.
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Finite ``low <= value <= high``; NaN fails."""
+    """Raise TypeError or ValueError naming argument and value unless it is a number, finite, with
+    ``low <= value <= high``."""
     check_number(name, value)
     value = plain_number(value)
     if not low <= value <= min(high, sys.float_info.max):
@@ -95,7 +122,8 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
 
 
 def check_finite(name: str, value: float) -> None:
-    """Any number but NaN, the infinities and ints that no float is near."""
+    """Raise TypeError or ValueError naming argument and value unless it is a number other than NaN,
+    the infinities and ints that no float is near."""
     check_number(name, value)
     value = plain_number(value)
     if not -sys.float_info.max <= value <= sys.float_info.max:
@@ -103,6 +131,7 @@ def check_finite(name: str, value: float) -> None:
 
 
 def check_constant(name: str, tensor: Tensor | None) -> None:
-    """No gradient flows to this argument, so one that asks for it would be lost in silence."""
+    """Raise ValueError naming the argument if it requires grad: no gradient flows to it, so one
+    that it asks for would be lost in silence."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, but gradients flow to the first argument only")

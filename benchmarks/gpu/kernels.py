@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.environment import last_level_cache_bytes, synchronize
-from benchmarks.gpu.cases import kernel_cases
 from benchmarks.gpu.capture import capture, seconds_of
+from benchmarks.gpu.cases import kernel_cases
 from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.gpu.sync import waiting_is_an_error
 from benchmarks.kernels.case import KSAM, Case, Run

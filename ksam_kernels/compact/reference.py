@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ksam_kernels.backends import implements
 from ksam_kernels.bits import as_bits
+from ksam_kernels.checks import check_index_range
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
@@ -18,15 +19,6 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _check_rows(indices: Tensor, rows: int) -> None:
-    # Other devices assert in the gather kernel; asking them here would wait for the device.
-    if indices.device.type == "cpu" and indices.numel() > 0:
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= rows:
-            bad = low if low < 0 else high
-            raise IndexError(f"indices holds {bad}, out of range for a batch of {rows} samples")
-
-
 @implements("reference", "compact")
 def compact(
     tensors: list[Tensor],  # each [B, ...]
@@ -34,7 +26,7 @@ def compact(
 ) -> list[Tensor]:
     """Rows ``tensor[indices]`` [k, ...] of every tensor, moved as bits."""
     if tensors:
-        _check_rows(indices, tensors[0].shape[0])
+        check_index_range("indices", indices, tensors[0].shape[0], "a batch")
     gathered = []
     for tensor in tensors:
         source = tensor.resolve_conj().resolve_neg()

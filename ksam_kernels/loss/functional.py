@@ -1,4 +1,4 @@
-"""Per-sample losses: one pass over the logits, float32 results, nothing else written."""
+"""Per-sample losses: one pass over the logits, float32 results."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def cross_entropy(
 
     for a class :math:`y` or probabilities :math:`t`, as ``torch.nn.CrossEntropyLoss`` defines them.
     Subtracting the maximum first keeps the digits that ``logsumexp(x) - x_y`` loses when the logits
-    share a large offset. Floor of bytes moved: each logit once, 12 + 4 per row (target, loss).
+    share a large offset. Floor of bytes moved: each logit once; per row 8 for an int64 class
+    (probabilities: each once) and 4 for the loss. Where a gradient is wanted, 12 more for the row's
+    statistics (float64: 24).
 
     Args:
         logits: ``[..., C]``, float32, bfloat16, float16 or float64; never written.

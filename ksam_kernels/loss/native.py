@@ -73,58 +73,70 @@ def try_backward(name: str, grad: Tensor, *args: Any) -> Tensor | None:
     return dx
 
 
+def _forward(
+    kernels: Any, name: str, logits: Tensor, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Losses, row statistics for the backward pass and, of a selection, indices."""
+    *k, weight, ignore_index, label_smoothing = rest
+    options = ignore_index, label_smoothing, True
+    outputs: tuple[Tensor, ...] | None
+    outputs = getattr(kernels, name)(logits, target, *k, weight, *options)
+    if outputs is None:
+        args = _target(target, logits), *k, _weight(weight, logits), *options
+        outputs = getattr(kernels, name)(logits, *args)
+    if outputs is None:
+        outputs = run(kernels, name, logits.contiguous(), *args)
+    return outputs
+
+
+def _backward(
+    kernels: Any,
+    name: str,
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    *rest: Any,
+) -> Tensor:
+    """The gradient of the logits, in their dtype."""
+    weight, *options = rest
+    dx: Tensor | None = getattr(kernels, name)(grad, logits, target, stats, *rest)
+    if dx is None:
+        grad, stats = grad.float().contiguous(), stats.contiguous()
+        args = _target(target, logits), stats, _weight(weight, logits), *options
+        dx = getattr(kernels, name)(grad, logits, *args)
+    if dx is None:
+        dx = run(kernels, name, grad, logits.contiguous(), *args)
+        dx = as_gradient(dx, logits)
+    return dx
+
+
+def _elementwise(kernels: Any, name: str, *args: Any) -> Tensor:
+    """Losses or, of upstream gradients before the others, the gradient of the input."""
+    grad = [args[0].float()] if name.endswith("_backward") else []
+    input, target, *pos_weight = args[len(grad) :]
+    input, target = input.contiguous(), target.contiguous()
+    # One weight per element of a sample.
+    weight = [_weight(p if p is None else p.expand(input.shape[1:]), input) for p in pos_weight]
+    result: Tensor | None = getattr(kernels, name)(*grad, input, target, *weight)
+    if result is None:
+        result = run(kernels, name, *grad, input, _target(target, input), *weight)
+    return result
+
+
+_CALLS: dict[str, Any] = {
+    **dict.fromkeys(("cross_entropy", "select_cross_entropy"), _forward),
+    "cross_entropy_backward": _backward,
+    **dict.fromkeys(("mse", "mse_backward"), _elementwise),
+    "binary_cross_entropy_with_logits": _elementwise,
+    "binary_cross_entropy_with_logits_backward": _elementwise,
+}
+
+
 def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
     """Make the kernels of a compiled module a backend's implementations on some devices."""
-
-    def forward(name: str, logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        """Losses, row statistics for the backward pass and, of a selection, indices."""
-        *k, weight, ignore_index, label_smoothing = rest
-        options = ignore_index, label_smoothing, True
-        outputs: tuple[Tensor, ...] | None
-        outputs = getattr(kernels, name)(logits, target, *k, weight, *options)
-        if outputs is None:
-            args = _target(target, logits), *k, _weight(weight, logits), *options
-            outputs = getattr(kernels, name)(logits, *args)
-        if outputs is None:
-            outputs = run(kernels, name, logits.contiguous(), *args)
-        return outputs
-
-    def backward(
-        name: str, grad: Tensor, logits: Tensor, target: Tensor, stats: Tensor, *rest: Any
-    ) -> Tensor:
-        """The gradient of the logits, in their dtype."""
-        weight, *options = rest
-        dx: Tensor | None = getattr(kernels, name)(grad, logits, target, stats, *rest)
-        if dx is None:
-            grad, stats = grad.float().contiguous(), stats.contiguous()
-            args = _target(target, logits), stats, _weight(weight, logits), *options
-            dx = getattr(kernels, name)(grad, logits, *args)
-        if dx is None:
-            dx = run(kernels, name, grad, logits.contiguous(), *args)
-            dx = as_gradient(dx, logits)
-        return dx
-
-    def elementwise(name: str, *args: Any) -> Tensor:
-        """Losses or, of upstream gradients before the others, the gradient of the input."""
-        grad = [args[0].float()] if name.endswith("_backward") else []
-        input, target, *pos_weight = args[len(grad) :]
-        input, target = input.contiguous(), target.contiguous()
-        # One weight per element of a sample.
-        weight = [_weight(p if p is None else p.expand(input.shape[1:]), input) for p in pos_weight]
-        result: Tensor | None = getattr(kernels, name)(*grad, input, target, *weight)
-        if result is None:
-            result = run(kernels, name, *grad, input, _target(target, input), *weight)
-        return result
-
-    calls: dict[str, Any] = {
-        **dict.fromkeys(("cross_entropy", "select_cross_entropy"), forward),
-        "cross_entropy_backward": backward,
-        **dict.fromkeys(("mse", "mse_backward"), elementwise),
-        "binary_cross_entropy_with_logits": elementwise,
-        "binary_cross_entropy_with_logits_backward": elementwise,
-    }
-    for name, call in calls.items():
-        implements(backend, name, devices=devices)(partial(call, name))
+    for name, call in _CALLS.items():
+        implements(backend, name, devices=devices)(partial(call, kernels, name))
 
 
 if extension is not None:

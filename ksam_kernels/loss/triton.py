@@ -39,7 +39,8 @@ def tile_of(columns: int, tile: int) -> tuple[int, int, int]:
 
 
 def tile_for(x: Tensor, is_plain: bool) -> int:
-    """is_plain: squares, or cross-entropy without probabilities and smoothing."""
+    """Elements of a program's tile. is_plain: squares, or cross-entropy without probabilities and
+    smoothing."""
     return TILE if is_plain and x.dtype != torch.float64 else SMALL_TILE
 
 

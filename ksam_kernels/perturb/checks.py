@@ -14,6 +14,8 @@ from ksam_kernels.checks import FLOATING, check_dtype, check_finite
 
 
 def check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> None:
+    """Raise TypeError or ValueError naming list, place and value unless all are dense floating
+    tensors of one device type, without elements that share memory if they are written."""
     for i, tensor in enumerate(tensors):
         check_dtype(f"{name}[{i}]", tensor, FLOATING)
         if tensor.device.type != tensors[0].device.type:
@@ -39,6 +41,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 def check_as_many(
     name: str, tensors: list[Tensor], params: list[Tensor], model: str = "params"
 ) -> None:
+    """Raise ValueError naming list and length unless it is as long as the one named ``model``."""
     if len(tensors) != len(params):
         raise ValueError(
             f"{name} must hold one tensor for each of {model}, {len(params)}, got {len(tensors)}"
@@ -54,8 +57,9 @@ def check_like(
     same_dtype: bool = False,
     written: bool = False,
 ) -> None:
-    """As many tensors as in the list named ``model``, with their shapes and devices (and
-    dtypes)."""
+    """Raise TypeError or ValueError naming list, place and value unless it passes
+    :func:`check_list` and has, for each tensor of the list named ``model``, one of its shape and
+    device, and with ``same_dtype`` of its dtype."""
     check_list(name, tensors, written=written)
     check_as_many(name, tensors, params, model)
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
@@ -71,6 +75,8 @@ def check_like(
 
 
 def check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
+    """Raise TypeError or ValueError naming place and value unless there is a step count for each of
+    the parameters: one float32 element on its device."""
     check_as_many("steps", steps, params)
     for i, (step, param) in enumerate(zip(steps, params, strict=True)):
         check_dtype(f"steps[{i}]", step, (torch.float32,))
@@ -82,12 +88,15 @@ def check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
 
 
 def listed(name: str, values: Any) -> list[float]:
+    """A sequence as a list; raise TypeError naming argument and value if it is none."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"{name} must be a number or a sequence of numbers, got {values!r}")
     return list(values)
 
 
 def check_scalar(name: str, scalar: Tensor | None) -> None:
+    """Raise TypeError or ValueError naming argument and value unless it is None or one float32
+    element."""
     if scalar is not None:
         check_dtype(name, scalar, (torch.float32,))
         if scalar.numel() != 1:
@@ -95,6 +104,8 @@ def check_scalar(name: str, scalar: Tensor | None) -> None:
 
 
 def checked_radii(radii: Sequence[Any]) -> list[float]:
+    """Radii as floats; raise TypeError or ValueError naming the value unless all are finite
+    numbers."""
     for radius in radii:
         if type(radius) is not float or not -math.inf < radius < math.inf:  # few of many
             check_finite("rho", radius)

@@ -8,7 +8,7 @@ the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     if library.is_transformed():
         raise NotImplementedError("grad_norm has no derivatives, and no rules for torch.func")
     has_gradient = torch.is_grad_enabled() and any(map(library.wants_grad, grads))
-    plain = not has_gradient and native.fits(grads, *([params] if adaptive else []), written=0)
+    plain = not has_gradient and native.fits(grads, *([params] if adaptive else []), written=())
     if not plain:
         check_list("grads", grads)
         if adaptive:
@@ -128,7 +128,7 @@ def perturb_(
     quick = native.try_perturb_(params, grads, backup, given, adaptive, eta)
     if quick is not None:
         return quick
-    plain = native.fits(params, grads, backup, written=0b101, alike=0b100)
+    plain = native.fits(params, grads, backup, written=(0, 2), alike=(2,))
     if not plain:
         check_list("params", params, written=True)
         check_like("grads", grads, params)
@@ -160,7 +160,7 @@ def restore_(params: TensorList, backup: TensorList) -> None:
     params, backup = list(params), list(backup)
     if native.try_restore_(params, backup):
         return
-    plain = native.fits(params, backup, written=0b01, alike=0b10)
+    plain = native.fits(params, backup, written=(0,), alike=(1,))
     if not plain:
         check_list("params", params, written=True)
         check_like("backup", backup, params, same_dtype=True)
@@ -219,33 +219,14 @@ def restore_sgd_(
             f"nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}"
         )
     params, backup, grads = list(params), list(backup), list(grads)
-    buffers = list(momentum_buffers) if momentum != 0 else []
-    counters = [] if steps is None else list(steps)
-    if steps is not None:
+    counters = None if steps is None else list(steps)
+    if counters is not None:
         check_as_many("steps", counters, params)
     flags = (bool(nesterov), bool(maximize))
     numbers = map(plain_number, (lr, momentum, dampening, weight_decay))
     options = (*numbers, *flags, grad_scale, found_inf)
-    states = (buffers, counters)
-    if native.try_update_("restore_sgd_", params, backup, grads, states, *options):
-        return
-    lists = [params, backup, grads, *([buffers] if momentum != 0 else [])]
-    plain = native.fits(
-        *lists, written=0b1001, alike=0b10, counters=counters, scalars=(grad_scale, found_inf)
-    )
-    if not plain:
-        check_list("params", params, written=True)
-        check_like("backup", backup, params, same_dtype=True)
-        check_like("grads", grads, params)
-        if momentum != 0:
-            check_like("momentum_buffers", buffers, params, written=True)
-        if steps is not None:
-            check_steps(counters, params)
-    check_scalar("grad_scale", grad_scale)
-    check_scalar("found_inf", found_inf)
-    arguments = (params, backup, grads, *states, *options)
-    with torch.no_grad():
-        _run("restore_sgd_", *arguments, plainly_written=[params, *states] if plain else None)
+    moments = {"momentum_buffers": list(momentum_buffers) if momentum != 0 else None}
+    _update("restore_sgd_", params, backup, grads, moments, counters, options)
 
 
 def restore_adam_(
@@ -297,26 +278,52 @@ def restore_adam_(
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}] must be in [0, 1), got {beta!r}")
     params, backup, grads = list(params), list(backup), list(grads)
-    states = (list(exp_avgs), list(exp_avg_sqs), list(steps))
+    moments = {"exp_avgs": list(exp_avgs), "exp_avg_sqs": list(exp_avg_sqs)}
     flags = (bool(maximize), bool(decoupled_weight_decay))
     numbers = map(plain_number, (lr, *betas, eps, weight_decay))
     options = (*numbers, *flags, grad_scale, found_inf)
-    if native.try_update_("restore_adam_", params, backup, grads, states, *options):
+    _update("restore_adam_", params, backup, grads, moments, list(steps), options)
+
+
+def _update(
+    name: str,
+    params: list[Tensor],
+    backup: list[Tensor],
+    grads: list[Tensor],
+    moments: Mapping[str, list[Tensor] | None],
+    steps: list[Tensor] | None,
+    options: tuple[Any, ...],
+) -> None:
+    """Check the lists of ``restore_sgd_`` or ``restore_adam_`` and run the operator ``name``.
+
+    Args:
+        moments: argument name -> the optimizer's list; None where it keeps none.
+        steps: the step counts; None where it keeps none.
+        options: the operator's other arguments, checked; grad_scale and found_inf are the last two.
+    """
+    counters = steps or []
+    states = (*(tensors or [] for tensors in moments.values()), counters)
+    if native.try_update_(name, params, backup, grads, states, *options):
         return
-    *moments, counters = states
-    lists, scalars = (params, backup, grads, *moments), (grad_scale, found_inf)
-    plain = len(counters) == len(params) and native.fits(
-        *lists, written=0b11001, alike=0b10, counters=counters, scalars=scalars
+    kept = {argument: tensors for argument, tensors in moments.items() if tensors is not None}
+    lists, scalars = (params, backup, grads, *kept.values()), options[-2:]
+    plain = (steps is None or len(steps) == len(params)) and native.fits(
+        *lists,
+        written=(0, *range(3, len(lists))),
+        alike=(1,),
+        counters=counters,
+        scalars=scalars,
     )
     if not plain:
         check_list("params", params, written=True)
         check_like("backup", backup, params, same_dtype=True)
         check_like("grads", grads, params)
-        check_like("exp_avgs", states[0], params, written=True)
-        check_like("exp_avg_sqs", states[1], params, written=True)
-        check_steps(counters, params)
-    check_scalar("grad_scale", grad_scale)
-    check_scalar("found_inf", found_inf)
+        for argument, tensors in kept.items():
+            check_like(argument, tensors, params, written=True)
+        if steps is not None:
+            check_steps(steps, params)
+    for argument, scalar in zip(("grad_scale", "found_inf"), scalars, strict=True):
+        check_scalar(argument, scalar)
     arguments = (params, backup, grads, *states, *options)
     with torch.no_grad():
-        _run("restore_adam_", *arguments, plainly_written=[params, *states] if plain else None)
+        _run(name, *arguments, plainly_written=[params, *states] if plain else None)

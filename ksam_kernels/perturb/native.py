@@ -9,7 +9,7 @@ and which leaves lists on several devices to the reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,19 +23,32 @@ from ksam_kernels.perturb import reference
 TensorList = Sequence[Tensor]
 
 
+@cache
+def _mask(positions: tuple[int, ...]) -> int:
+    """The positions as bits, as the extension takes them: made once for each of a few tuples."""
+    return sum(1 << i for i in positions)
+
+
 def fits(
     *lists: list[Tensor],
-    written: int,
-    alike: int = 0,
+    written: tuple[int, ...],
+    alike: tuple[int, ...] = (),
     counters: Sequence[Tensor] = (),
     scalars: Sequence[Tensor | None] = (),
 ) -> bool:
     """Whether the extension finds in one look that the lists are what the public function's checks
-    ask for, and nothing that a dispatcher would do something about. Bit i of the masks is list i:
-    those that are written, and those of the first one's dtypes."""
+    ask for, and nothing that a dispatcher would do something about.
+
+    Args:
+        lists: of equal lengths, their tensors of equal shapes.
+        written: the positions of the lists that are written.
+        alike: the positions of the lists that have the first one's dtypes.
+        counters: no tensors, or one float32 element for each of a list's.
+        scalars: None or tensors, of which the caller checks all but that they are no subclass.
+    """
     if not can_inspect() or any(map(library.is_subclass, scalars)):
         return False
-    return extension.fits(lists, written, alike, counters)
+    return extension.fits(lists, _mask(written), _mask(alike), counters)
 
 
 def _scalar_for(tensors: TensorList) -> Tensor:
@@ -99,40 +112,48 @@ def try_update_(
     return True
 
 
+def _with_norm(kernels: Any, name: str, *args: Any) -> Tensor:
+    """The norm that the kernel ``name`` returns, float32, on the device of the first list."""
+    first = args[0]
+    norm = torch.empty((), dtype=torch.float32, device=first[0].device if first else "cpu")
+    run(kernels, name, *args, norm)
+    return norm
+
+
+def _restore(kernels: Any, name: str, *args: Any) -> None:
+    """Without the kernel's True: the operator returns nothing."""
+    run(kernels, name, *args)
+
+
+def _update(kernels: Any, name: str, params: list[Tensor], *args: Any) -> None:
+    """The kernels read the last two, grad_scale and found_inf, where the parameters are."""
+    scalars = (
+        scalar.to(params[0].device) if scalar is not None and params else None
+        for scalar in args[-2:]
+    )
+    run(kernels, name, params, *args[:-2], *scalars)
+
+
+def _on_one_device(call: Any, kernels: Any, name: str, *args: Any) -> Any:
+    """``call``, or the reference where the lists spread over several devices."""
+    if len(reference.devices_of(args)) > 1:
+        return getattr(reference, name)(*args)
+    return call(kernels, name, *args)
+
+
+_CALLS: dict[str, Any] = {
+    "grad_norm": _with_norm,
+    "perturb_": _with_norm,
+    "restore_": _restore,
+    "restore_sgd_": _update,
+    "restore_adam_": _update,
+}
+
+
 def register(backend: str, kernels: Any, devices: tuple[str, ...]) -> None:
     """Make the kernels of a compiled module a backend's implementations on some devices."""
-
-    def norm_of(name: str, *args: Any) -> Tensor:
-        first = args[0]
-        norm = torch.empty((), dtype=torch.float32, device=first[0].device if first else "cpu")
-        run(kernels, name, *args, norm)
-        return norm
-
-    def update(name: str, params: list[Tensor], *args: Any) -> None:
-        """The kernels read the last two, grad_scale and found_inf, where the parameters are."""
-        scalars = (
-            scalar.to(params[0].device) if scalar is not None and params else None
-            for scalar in args[-2:]
-        )
-        run(kernels, name, params, *args[:-2], *scalars)
-
-    def restore(name: str, *args: Any) -> None:
-        run(kernels, name, *args)
-
-    def on_one_device(call: Any, name: str, *args: Any) -> Any:
-        if len(reference.devices_of(args)) > 1:
-            return getattr(reference, name)(*args)
-        return call(name, *args)
-
-    calls: dict[str, Any] = {
-        "grad_norm": norm_of,
-        "perturb_": norm_of,
-        "restore_": restore,
-        "restore_sgd_": update,
-        "restore_adam_": update,
-    }
-    for name, call in calls.items():
-        implements(backend, name, devices=devices)(partial(on_one_device, call, name))
+    for name, call in _CALLS.items():
+        implements(backend, name, devices=devices)(partial(_on_one_device, call, kernels, name))
 
 
 if extension is not None:

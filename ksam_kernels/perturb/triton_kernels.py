@@ -97,7 +97,7 @@ def _squares(
 
 @triton.jit(do_not_specialize=["first", "eta"])
 def norm_kernel(
-    records,  # int64 [rows, HEAD + 1, adaptive 2]: (grads, params)
+    records,  # int64 [rows, HEAD + 1], [rows, HEAD + 2] if ADAPTIVE: (grads, params)
     chunk_rows,  # int32 [chunks]
     partials,  # float64, the sums of the chunks from ``first`` on are written
     first: tl.int64,

@@ -52,17 +52,17 @@ def _direction(
 
 @triton.jit
 def _sgd(
-    record, start, left, grad_scale, lr, momentum, share, decay, P: tl.constexpr, G: tl.constexpr,
-    V: tl.constexpr, A: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, COUNTED: tl.constexpr, FULL: tl.constexpr,
-    CHUNK: tl.constexpr,
+    record, start, left, grad_scale, lr, momentum, undampened, decay, P: tl.constexpr,
+    G: tl.constexpr, V: tl.constexpr, A: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, COUNTED: tl.constexpr,
+    FULL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     w = load_chunk(operand_at(record, start, 1, P, FULL), left, FULL, CHUNK).to(A)
     g = load_chunk(operand_at(record, start, 2, G, FULL), left, FULL, CHUNK)
     d = _direction(g, w, grad_scale, decay, A, MAXIMIZE, DECAYS)
     if MOMENTUM:
         buffer = operand_at(record, start, 3, V, FULL)
-        v = momentum.to(A) * load_chunk(buffer, left, FULL, CHUNK).to(A) + share.to(A) * d
+        v = momentum.to(A) * load_chunk(buffer, left, FULL, CHUNK).to(A) + undampened.to(A) * d
         if COUNTED:
             step = tl.load(tl.load(record + 3).to(tl.pointer_type(tl.float32)))
             v = tl.where(step == 0, d, v)
@@ -76,16 +76,16 @@ def _sgd(
     )
 
 
-@triton.jit(do_not_specialize=["lr", "momentum", "share", "decay"])
+@triton.jit(do_not_specialize=["lr", "momentum", "undampened", "decay"])
 def restore_sgd_kernel(
-    records,  # int64 [rows, HEAD + 3, momentum 4]: (params, backup, grads, momentum buffers),
-    #           value: the address of the step count, if COUNTED
+    records,  # int64 [rows, HEAD + 3], [rows, HEAD + 4] if MOMENTUM: (params, backup, grads,
+    #           momentum buffers), value: the address of the step count, if COUNTED
     chunk_rows,  # int32 [chunks]
     grad_scale,  # float32 [1] or None
     found_inf,  # float32 [1] or None
     lr: tl.int64,
     momentum: tl.int64,
-    share: tl.int64,  # 1 - dampening
+    undampened: tl.int64,  # 1 - dampening
     decay: tl.int64,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -104,15 +104,16 @@ def restore_sgd_kernel(
     momentum."""
     OPERANDS: tl.constexpr = 4 if MOMENTUM else 3
     record, start, left, full = chunk_of(records, chunk_rows, OPERANDS, CHUNK)
-    lr_, mu, tau, l2 = double_of(lr), double_of(momentum), double_of(share), double_of(decay)
+    lr_, momentum_ = double_of(lr), double_of(momentum)
+    undampened_, decay_ = double_of(undampened), double_of(decay)
     if _is_skipped(found_inf):
         copy_chunk(record, start, left, 1, 0, BITS, False, CHUNK)
     elif full:
-        _sgd(record, start, left, grad_scale, lr_, mu, tau, l2, P, G, V, A, MOMENTUM, NESTEROV,
-             MAXIMIZE, DECAYS, COUNTED, True, CHUNK)  # fmt: skip
+        _sgd(record, start, left, grad_scale, lr_, momentum_, undampened_, decay_, P, G, V, A,
+             MOMENTUM, NESTEROV, MAXIMIZE, DECAYS, COUNTED, True, CHUNK)  # fmt: skip
     else:
-        _sgd(record, start, left, grad_scale, lr_, mu, tau, l2, P, G, V, A, MOMENTUM, NESTEROV,
-             MAXIMIZE, DECAYS, COUNTED, False, CHUNK)  # fmt: skip
+        _sgd(record, start, left, grad_scale, lr_, momentum_, undampened_, decay_, P, G, V, A,
+             MOMENTUM, NESTEROV, MAXIMIZE, DECAYS, COUNTED, False, CHUNK)  # fmt: skip
 
 
 @triton.jit

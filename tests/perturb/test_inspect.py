@@ -52,62 +52,62 @@ def test_ordinary_lists_fit() -> None:
     params, grads, backup = lists()
     params[0] = torch.nn.Parameter(params[0])
     grads[0], backup[0] = sliced(grads[0]), transposed(backup[0])
-    assert fits(params, grads, backup, written=0b101, alike=0b100)
+    assert fits(params, grads, backup, written=(0, 2), alike=(2,))
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_a_tensor_out_of_the_ordinary_does_not(other: Callable[[], Any]) -> None:
     params, grads, backup = lists()
     grads[0] = other()
-    assert not fits(params, grads, backup, written=0b101)
+    assert not fits(params, grads, backup, written=(0, 2))
 
 
 def test_nothing_is_said_of_empty_lists_and_of_lists_of_other_lengths() -> None:
     params, grads, _ = lists()
-    assert not fits([], [], written=0)
-    assert not fits(params, grads[:2], written=0)
-    assert not fits(params, [*grads, grads[0]], written=0)
+    assert not fits([], [], written=())
+    assert not fits(params, grads[:2], written=())
+    assert not fits(params, [*grads, grads[0]], written=())
 
 
 def test_written_tensors_do_not_overlap_themselves() -> None:
     for i in range(3):
         three = lists()
         three[i][0] = torch.zeros(1, 3, dtype=three[i][0].dtype).expand(2, 3)
-        for written in range(8):
-            assert fits(*three, written=written) == (not written >> i & 1)
+        for written in ((), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
+            assert fits(*three, written=written) == (i not in written)
 
 
 def test_dtypes_are_the_first_lists_where_they_must() -> None:
     params, grads, backup = lists()
-    assert fits(params, grads, backup, written=0, alike=0b101)
-    assert not fits(params, grads, backup, written=0, alike=0b010)
+    assert fits(params, grads, backup, written=(), alike=(0, 2))
+    assert not fits(params, grads, backup, written=(), alike=(1,))
 
 
 def test_counters_are_one_float32_each() -> None:
     (params, *_), ones = lists(), [torch.zeros(()), torch.zeros(1), torch.zeros(1, 1)]
-    assert fits(params, written=0, counters=ones)
-    assert not fits(params, written=0, counters=ones[:2])
+    assert fits(params, written=(), counters=ones)
+    assert not fits(params, written=(), counters=ones[:2])
     for wrong in (
         torch.zeros(2),
         torch.zeros((), dtype=torch.float64),
         torch.zeros((), device="meta"),
     ):
-        assert not fits(params, written=0, counters=[*ones[:2], wrong])
+        assert not fits(params, written=(), counters=[*ones[:2], wrong])
 
 
 def test_scalars_are_no_subclass() -> None:
     params, *_ = lists()
-    assert fits(params, written=0, scalars=(None, torch.ones(())))
-    assert not fits(params, written=0, scalars=(None, torch.ones(()).as_subclass(Subclass)))
+    assert fits(params, written=(), scalars=(None, torch.ones(())))
+    assert not fits(params, written=(), scalars=(None, torch.ones(()).as_subclass(Subclass)))
 
 
 def test_there_is_no_look_where_more_than_a_call_would_happen() -> None:
     params, *_ = lists()
-    assert fits(params, written=0)
+    assert fits(params, written=())
     with torch.inference_mode():
-        assert not fits(params, written=0)
+        assert not fits(params, written=())
     with FlopCounterMode(display=False):
-        assert not fits(params, written=0)
+        assert not fits(params, written=())
 
 
 def test_tensors_that_are_written_without_the_dispatcher_say_so() -> None:

@@ -62,7 +62,7 @@ def sgd(dtype: torch.dtype, architecture: int | str, scalars: bool = True) -> Co
     arguments = {
         **TABLE,
         **(SCALARS if scalars else dict.fromkeys(SCALARS)),
-        **dict.fromkeys(("lr", "momentum", "share", "decay"), "i64"),
+        **dict.fromkeys(("lr", "momentum", "undampened", "decay"), "i64"),
         **{name: kinds[name] for name in ("P", "G", "V", "A", "BITS")},
         **constants(**flags, CHUNK=CHUNK),
     }
