@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +11,13 @@ from torch import Tensor
 from ksam_kernels.checks import check_finite, check_range
 
 
-def check_not_negative(name: str, value: object) -> float:
-    """A finite number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    check_range(name, float(value), 0)
+def check_not_negative(name: str, value: Any) -> float:
+    """The value as a float.
+
+    Raises:
+        TypeError, ValueError: not a finite number >= 0, by name.
+    """
+    check_range(name, value, 0.0)
     return float(value)
 
 
@@ -42,7 +43,7 @@ class ByLearningRate:
         check_not_negative("rho", self.rho)
 
     def of(self, group: dict[str, Any]) -> float:
-        """Of a group; waits for a learning rate that is a tensor on a device."""
+        """The radius of a parameter group; waits for a learning rate that is on a device."""
         noted = map(group.get, ("lr", "peak_lr", "initial_lr", "max_lr"))
         rates: list[Any] = [float(rate) if isinstance(rate, Tensor) else rate for rate in noted]
         lr = rates[0]
@@ -55,14 +56,14 @@ Rho = float | Callable[[int], float | int] | ByLearningRate
 
 
 def check_radius(rho: object, name: str = "rho") -> Rho:
-    """A number >= 0, or what gives one at every step."""
+    """``rho``, checked where it is a number; what gives one at every step is returned as it is."""
     if callable(rho) or isinstance(rho, ByLearningRate):
         return rho
     return check_not_negative(name, rho)
 
 
 def radius_at(rho: Rho, step: int, group: dict[str, Any]) -> float:
-    """At a step, of a group."""
+    """The radius of a parameter group at a step."""
     if isinstance(rho, ByLearningRate):
         return rho.of(group)
     return check_not_negative("rho", rho(step) if callable(rho) else rho)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,9 +14,16 @@ from ksam.parts import Subset
 from ksam.passes import Passes
 from ksam.samplers import Some
 from ksam.selection import Amount, K, Schedule
-from ksam_kernels.checks import INDEX, check_count, check_dtype, check_range, check_shape
+from ksam_kernels.checks import (
+    INDEX,
+    check_count,
+    check_dtype,
+    check_index_range,
+    check_range,
+    check_shape,
+)
 
-Index = Any  # a key of the batch, or Callable[[Any], Tensor]
+Index = Hashable | Callable[[Any], Tensor]  # a key of the batch, or what finds them in it
 
 
 def sample_rows(batch: Any, index: Index) -> Tensor:
@@ -33,7 +41,7 @@ def sample_rows(batch: Any, index: Index) -> Tensor:
         raise ValueError(
             f"the batch's sample index must be one-dimensional, got shape {tuple(rows.shape)}"
         )
-    return rows.long()  # type: ignore[no-any-return]
+    return rows.long()
 
 
 def check_rows(rows: Tensor, samples: int, size: int) -> None:
@@ -43,14 +51,7 @@ def check_rows(rows: Tensor, samples: int, size: int) -> None:
         ValueError, IndexError: another number of them, or one out of range.
     """
     check_shape("the batch's sample index", rows, (samples,), "one entry per sample")
-    if rows.device.type == "cpu":
-        low, high = (int(bound) for bound in rows.aminmax())
-        if low < 0 or high >= size:
-            wrong = low if low < 0 else high
-            raise IndexError(
-                f"the batch's sample index must be in [0, {size}), the size of the data set, "
-                f"got {wrong}: out of range"
-            )
+    check_index_range("the batch's sample index", rows, size, "a data set")
 
 
 class _Table(Some):
@@ -217,7 +218,7 @@ class SharpnessSample(_Table):
         return passes.select(ksam_kernels.topk_indices(keys, size))
 
     def probabilities(self, passes: Passes) -> Tensor:
-        """Of every sample of the batch, float32 ``[M]``, before any is drawn."""
+        """Each sample's probability in the first draw, float32 ``[M]``."""
         rows = self.rows(passes.batch)
         score = self._columns["total"][rows] / self._columns["count"][rows].clamp_min(1)
         risen = min(1.0, self._epoch(passes.samples, passes.step) / self.ramp)
