@@ -1,6 +1,7 @@
 """K-SAM, sharpness-aware minimization on the k highest-loss samples, and its family."""
 
-from ksam.diagnostics import Diagnostics, Sharpness, alignment, sharpness
+from ksam.diagnostics import Diagnostics
+from ksam.measures import Sharpness, alignment, sharpness
 from ksam.methods import (
     ASAM,
     AUSAM,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -25,8 +25,10 @@ from ksam_kernels.dtensor import first_dtensor
 if TYPE_CHECKING:
     from ksam.composed import Composed
 
-SCALES = ("mean", "batch", "share")
-STATISTICS = ("subset", "matched", "full", "running")
+Scale = Literal["mean", "batch", "share"]
+SCALES = get_args(Scale)
+Statistics = Literal["subset", "matched", "full", "running"]
+STATISTICS = get_args(Statistics)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -126,10 +128,12 @@ def _check_model(model: Any) -> None:
 
 
 def check_arguments(arguments: Composed) -> None:
-    """Of :class:`ksam.optimizer.SharpnessAware`, by name; rho and ``grad_scaler`` check themselves.
+    """Check the arguments of :class:`ksam.optimizer.SharpnessAware`.
+
+    All but rho and ``grad_scaler``, which are checked where they are stored.
 
     Raises:
-        TypeError, ValueError: one out of its range.
+        TypeError, ValueError: an argument out of its range, by name.
     """
     _check_choice("scale", arguments.scale, SCALES)
     _check_choice("statistics", arguments.statistics, STATISTICS)
@@ -152,10 +156,10 @@ def _which(position: int, name: str | None, p: Tensor) -> str:
 def check_group(
     base: Optimizer, group: Mapping[str, Any], momentum: bool, model: nn.Module | None
 ) -> None:
-    """Of parameters, as the base will complete it.
+    """Check a parameter group, with the base optimizer's defaults filled in.
 
     Args:
-        momentum: whether a method climbs along it.
+        momentum: whether the method perturbs along the base optimizer's momentum.
 
     Raises:
         TypeError: complex parameters that are trained.
@@ -184,10 +188,10 @@ def check_group(
 
 
 def check_names(group: Mapping[str, Any], model: nn.Module | None) -> None:
-    """Every parameter that is trained has one, for a geometry that asks for it.
+    """Check that every trained parameter has a name, for a geometry that asks for names.
 
     Raises:
-        ValueError: one has none.
+        ValueError: a parameter without a name.
     """
     nameless = [
         (position, p)
@@ -204,7 +208,10 @@ def check_names(group: Mapping[str, Any], model: nn.Module | None) -> None:
 
 
 def check_call(per_sample_loss: object, batch: object, advice: str = "") -> None:
-    """Of a step on a batch; advice: to those who give none.
+    """Check what a step is given.
+
+    Args:
+        advice: ends the message where no batch was given.
 
     Raises:
         TypeError: no function, or no batch.
@@ -217,7 +224,7 @@ def check_call(per_sample_loss: object, batch: object, advice: str = "") -> None
 
 
 def check_batch(batch: Any, samples: int, gathers: bool) -> None:
-    """A batch that every pass of a step can be given.
+    """Check that every pass of a step can be given the batch.
 
     Args:
         gathers: whether some samples are gathered from it.

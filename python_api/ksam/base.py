@@ -24,12 +24,18 @@ def build_base(
         return base(params, **base_kwargs)
     if not isinstance(base, Optimizer):
         raise TypeError(f"base must be an optimizer or the class of one, got {base!r}")
-    if base_kwargs:
-        raise TypeError(f"base is already built, but got arguments for it: {sorted(base_kwargs)}")
+    for name, value in base_kwargs.items():
+        raise TypeError(
+            f"{name} must not be given with a base that is already built, got {value!r}"
+        )
     own = parameters(base.param_groups)
     given = own if params is None else parameters(params)
-    if set(map(id, given)) != set(map(id, own)):
-        raise ValueError("params must be those of the base optimizer instance, or None")
+    ours, theirs = set(map(id, given)), set(map(id, own))
+    if ours != theirs:
+        raise ValueError(
+            f"params must be None or those of the base instance, {len(theirs)}, "
+            f"got {len(ours)}, {len(ours & theirs)} of them its own"
+        )
     return base
 
 

@@ -19,7 +19,7 @@ from ksam.identity import same
 
 
 def _updating(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
-    """Those whose running statistics a forward would update."""
+    """The BatchNorm modules whose running statistics a forward would update."""
     norms = (module for module in modules if isinstance(module, _BatchNorm))
     return [norm for norm in norms if norm.training and norm.track_running_stats]
 
@@ -258,7 +258,7 @@ class Matched:
 
 @torch.no_grad()
 def _match(x: Tensor, of_batch: Statistics, eps: float) -> tuple[Tensor, Tensor]:
-    """r and d."""
+    """Batch Renormalization's r and d for the input x; see :class:`Matched`."""
     mean, var = of_batch
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 would round the statistics
     own_var, own_mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from ksam.arguments import check_arguments, check_group, check_names
+from ksam.arguments import Scale, Statistics, check_arguments, check_group, check_names
 from ksam.distributed import mean_over_ranks
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
@@ -35,8 +35,8 @@ class Composed(OptimizerWrapper):
     geometry: Geometry
     when: Callable[[int], bool] | Policy | None
     otherwise: Momentum | None
-    scale: Literal["mean", "batch", "share"]
-    statistics: Literal["subset", "matched", "full", "running"]
+    scale: Scale
+    statistics: Statistics
     model: nn.Module | None
     micro_batch_size: int | None
     seed: int
@@ -45,7 +45,7 @@ class Composed(OptimizerWrapper):
     _told_of_no_gradient: bool
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Of the options, also after they were given: none is set that the constructor refuses."""
+        """Set an attribute; an option is checked as the constructor checks it, also later on."""
         if name == "rho" and self._built and self._perturbs() and not hasattr(type(self), name):
             raise AttributeError(f"rho stands in param_groups: set it there, got rho = {value!r}")
         before = vars(self).get(name)
@@ -145,7 +145,11 @@ class Composed(OptimizerWrapper):
     def _factor(
         self, passes: Passes, subset: Subset, share: Tensor | None
     ) -> Tensor | float | None:
-        """Of the descent's mean loss; ``share`` is that of the step's selection."""
+        """What ``scale`` multiplies the descent's mean loss by, None: nothing.
+
+        Args:
+            share: that of the step's selection, if it is known.
+        """
         if subset.indices is None or self.scale == "mean":
             return None
         factor = subset.samples / passes.samples
@@ -184,14 +188,14 @@ class Composed(OptimizerWrapper):
             self._told_of_no_gradient = True
 
     def _parameters(self) -> list[Tensor]:
-        """In every step, so without the look at each entry that ``parameters`` takes."""
+        """All parameters; in every step, so without the checks of :func:`base.parameters`."""
         params: list[Tensor] = []
         for group in self.param_groups:
             params += group["params"]
         return params
 
     def _of_parameters(self, values: list[float]) -> list[float]:
-        """Of the groups' values, one for each of the parameters."""
+        """A group's value for each of its parameters, in the order of the parameters."""
         found: list[float] = []
         for value, group in zip(values, self.param_groups, strict=True):
             found += [value] * len(group["params"])

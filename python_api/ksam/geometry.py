@@ -41,13 +41,13 @@ class Moving:
     def along(
         cls, params: list[Tensor], directions: list[Tensor | None], radii: list[float]
     ) -> Moving:
-        """Those that have a direction; without backup and names."""
+        """The parameters that have a direction; without backup and names."""
         known = [g is not None for g in directions]
         everything = cls(params, cast("list[Tensor]", directions), [], radii, [])
         return everything if all(known) else everything.take(known)
 
     def take(self, chosen: list[bool]) -> Moving:
-        """Those that are chosen."""
+        """The entries whose flag in ``chosen`` is True."""
 
         def kept(values: list[T]) -> list[T]:
             entries = zip(values, chosen, strict=True) if values else ()

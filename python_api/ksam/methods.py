@@ -19,11 +19,26 @@ from ksam.optimizer import SharpnessAware
 from ksam.radius import Rho
 from ksam.samplers import AccuracySchedule, All, Importance, LossIncrease, Ordered, Random, TopK
 from ksam.selection import Amount, K, Schedule
-from ksam.tables import SharpnessSample, StaleTopK
+from ksam.tables import Index, SharpnessSample, StaleTopK
 from ksam.when import Representative
 
 Params = Iterable[Any] | None
 Base = type[Optimizer] | Optimizer
+
+
+def _with_parts(method: SharpnessAware, options: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """The options, with the parts that the method is made of.
+
+    Raises:
+        TypeError: one of the parts is among the options.
+    """
+    for name in parts:
+        if name in options:
+            raise TypeError(
+                f"{name} must not be given to {type(method).__name__}, which sets it, "
+                f"got {options[name]!r}; SharpnessAware takes parts of your own"
+            )
+    return {**options, **parts}
 
 
 class _AmountOf:
@@ -79,14 +94,8 @@ class KSAM(SharpnessAware):
         random: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            base,
-            ascent=TopK(k, random),
-            geometry=Geometry(adaptive, eta),
-            rho=rho,
-            **options,
-        )
+        parts = {"ascent": TopK(k, random), "geometry": Geometry(adaptive, eta)}
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, **parts))
 
 
 class AutoKSAM(KSAM):
@@ -118,23 +127,13 @@ class AutoKSAM(KSAM):
         budget: float | None = 1.0,
         **options: Any,
     ) -> None:
-        given = sorted({"when", "otherwise"} & options.keys())
-        if given:
-            raise TypeError(
-                f"{given[0]} must not be given to AutoKSAM, which sets it (by threshold, every, "
-                f"budget and momentum_rho), got {options[given[0]]!r}; KSAM takes one"
-            )
         otherwise = None
         if momentum_rho is not None:
             otherwise = Momentum(momentum_radius(momentum_rho, base, "momentum_rho"))
         statistics = "matched" if options.get("micro_batch_size") is None else "subset"
-        super().__init__(
-            params,
-            base,
-            when=Representative(threshold, every, budget),
-            otherwise=otherwise,
-            **{"scale": "batch", "statistics": statistics, **options},
-        )
+        parts = {"when": Representative(threshold, every, budget), "otherwise": otherwise}
+        options = {"scale": "batch", "statistics": statistics, **options}
+        super().__init__(params, base, **_with_parts(self, options, **parts))
 
 
 class ImportanceKSAM(SharpnessAware):
@@ -160,7 +159,8 @@ class ImportanceKSAM(SharpnessAware):
         uniform: float = 0.1,
         **options: Any,
     ) -> None:
-        super().__init__(params, base, ascent=Importance(k, uniform), **options)
+        parts = {"ascent": Importance(k, uniform)}
+        super().__init__(params, base, **_with_parts(self, options, **parts))
 
 
 class SAM(SharpnessAware):
@@ -171,7 +171,7 @@ class SAM(SharpnessAware):
     """
 
     def __init__(self, params: Params, base: Base, **options: Any) -> None:
-        super().__init__(params, base, ascent=All(), **options)
+        super().__init__(params, base, **_with_parts(self, options, ascent=All()))
 
 
 class ASAM(SharpnessAware):
@@ -199,7 +199,8 @@ class ASAM(SharpnessAware):
         **options: Any,
     ) -> None:
         geometry = Geometry(True, eta) if scaled is None else NamedAdaptive(eta, scaled)
-        super().__init__(params, base, ascent=All(), geometry=geometry, rho=rho, **options)
+        parts = {"ascent": All(), "geometry": geometry}
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, **parts))
 
 
 class ESAM(SharpnessAware):
@@ -227,14 +228,12 @@ class ESAM(SharpnessAware):
         eta: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            base,
-            ascent=All(),
-            descent=LossIncrease(gamma),
-            geometry=StochasticWeights(beta, adaptive, eta),
-            **options,
-        )
+        parts = {
+            "ascent": All(),
+            "descent": LossIncrease(gamma),
+            "geometry": StochasticWeights(beta, adaptive, eta),
+        }
+        super().__init__(params, base, **_with_parts(self, options, **parts))
 
 
 class RandomSubsetSAM(SharpnessAware):
@@ -250,7 +249,8 @@ class RandomSubsetSAM(SharpnessAware):
     def __init__(
         self, params: Params, base: Base, *, share: K | Schedule = 0.25, **options: Any
     ) -> None:
-        super().__init__(params, base, ascent=Random(share), descent=All(), **options)
+        parts = {"ascent": Random(share), "descent": All()}
+        super().__init__(params, base, **_with_parts(self, options, **parts))
 
 
 class OrderedSGD(SharpnessAware):
@@ -270,7 +270,8 @@ class OrderedSGD(SharpnessAware):
         self, params: Params, base: Base, *, q: K | Schedule | None = None, **options: Any
     ) -> None:
         descent = Ordered(AccuracySchedule() if q is None else q)
-        super().__init__(params, base, ascent=None, descent=descent, rho=0.0, **options)
+        parts = {"ascent": None, "descent": descent, "rho": 0.0}
+        super().__init__(params, base, **_with_parts(self, options, **parts))
 
 
 class MSAM(SharpnessAware):
@@ -296,15 +297,9 @@ class MSAM(SharpnessAware):
         eta: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(
-            params,
-            base,
-            ascent=Momentum(),
-            descent=All(),
-            geometry=Geometry(adaptive, eta),
-            rho=momentum_radius(rho, base),
-            **options,
-        )
+        parts = {"ascent": Momentum(), "descent": All(), "geometry": Geometry(adaptive, eta)}
+        rho = momentum_radius(rho, base)
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, **parts))
 
 
 class StaleKSAM(SharpnessAware):
@@ -327,12 +322,13 @@ class StaleKSAM(SharpnessAware):
         base: Base,
         *,
         dataset_size: int,
-        index: Any,
+        index: Index,
         k: K | Schedule = 0.5,
         refresh: int = 10,
         **options: Any,
     ) -> None:
-        super().__init__(params, base, ascent=StaleTopK(k, dataset_size, index, refresh), **options)
+        parts = {"ascent": StaleTopK(k, dataset_size, index, refresh)}
+        super().__init__(params, base, **_with_parts(self, options, **parts))
 
 
 class AUSAM(SharpnessAware):
@@ -354,7 +350,7 @@ class AUSAM(SharpnessAware):
         base: Base,
         *,
         dataset_size: int,
-        index: Any,
+        index: Index,
         alpha: K | Schedule = 0.5,
         rho: Rho = 0.1,
         low: float = 0.1,
@@ -363,4 +359,4 @@ class AUSAM(SharpnessAware):
         **options: Any,
     ) -> None:
         ascent = SharpnessSample(alpha, dataset_size, index, low=low, high=high, ramp=ramp)
-        super().__init__(params, base, ascent=ascent, rho=rho, **options)
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, ascent=ascent))

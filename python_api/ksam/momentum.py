@@ -49,7 +49,7 @@ class Momentum(Part):
 
     @staticmethod
     def check(base: Optimizer, group: Mapping[str, Any]) -> None:
-        """A base that keeps no momentum would never be perturbed, in silence.
+        """Refuse a base that keeps no momentum, whose weights would silently not be perturbed.
 
         Raises:
             ValueError: the group has neither a ``momentum`` that is not 0, nor ``betas``.
@@ -80,7 +80,7 @@ class Momentum(Part):
         return found
 
     def radius(self, group: dict[str, Any], step: int) -> float:
-        """Of a group's parameters at a step; negative, as v is gone down."""
+        """The signed radius of a group at a step: negative, since the ascent follows -v."""
         return -(group["rho"] if self.rho is None else radius_at(self.rho, step, group))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import ksam_kernels
 from ksam import batchnorm, distributed, interrupts, weight_caches
-from ksam.arguments import check_arguments, check_batch, check_call
+from ksam.arguments import Scale, Statistics, check_arguments, check_batch, check_call
 from ksam.backups import Backups
 from ksam.base import build_base, parameter_names
 from ksam.composed import OPTIONS, Composed
@@ -22,7 +22,7 @@ from ksam.geometry import Geometry, Moving
 from ksam.gradients import clear, set_aside
 from ksam.momentum import Momentum
 from ksam.parts import Sampler, Subset
-from ksam.passes import Passes, PerSampleLoss
+from ksam.passes import Passes, PassOptions, PerSampleLoss
 from ksam.radius import Rho
 from ksam.result import StepResult
 from ksam.samplers import All
@@ -110,8 +110,8 @@ class SharpnessAware(Composed):
         model: nn.Module | None = None,
         when: Callable[[int], bool] | Policy | None = None,
         otherwise: Momentum | None = None,
-        scale: Literal["mean", "batch", "share"] = "mean",
-        statistics: Literal["subset", "matched", "full", "running"] = "subset",
+        scale: Scale = "mean",
+        statistics: Statistics = "subset",
         micro_batch_size: int | None = None,
         seed: int = 0,
         grad_scaler: GradScaler | None = None,
@@ -318,22 +318,19 @@ class SharpnessAware(Composed):
         sharp: bool,
         norms: batchnorm.Norms,
     ) -> Passes:
-        step = self.steps_done
-        return Passes(
-            function,
-            batch,
-            samples,
-            scale=self._update.scale,
+        step, samplers = self.steps_done, self._samplers()
+        options = PassOptions(
             step=step,
             seed=self.seed,
-            whole=not sharp or any(sampler.sees_batch(step) for sampler in self._samplers()),
-            norms=norms,
-            wrapped=None if self.micro_batch_size is None else data_parallel(self.model),
+            whole=not sharp or any(sampler.sees_batch(step) for sampler in samplers),
             micro_batch_size=self.micro_batch_size,
-            scored=self._wants_share(sharp) or (sharp and any(s.scored for s in self._samplers())),
+            scored=self._wants_share(sharp) or (sharp and any(s.scored for s in samplers)),
             trainable=any(p.requires_grad for p in self._parameters()),
             watch=self.model is None and not self._looked_for_batchnorm,
+            scale=self._update.scale,
         )
+        wrapped = None if self.micro_batch_size is None else data_parallel(self.model)
+        return Passes(function, batch, samples, options, norms, wrapped)
 
     def _descent_gradient(
         self,

@@ -67,11 +67,11 @@ class Sampler(Part):
         return True
 
     def num_evaluated(self, samples: int, step: int) -> int:
-        """How many of ``samples`` it chooses."""
+        """Of a batch of ``samples``, how many the gradient pass evaluates."""
         return samples
 
     def num_selected(self, samples: int, step: int) -> int:
-        """How many of ``samples`` make the loss whose gradient is taken."""
+        """Of a batch of ``samples``, how many are in the mean loss whose gradient is taken."""
         return self.num_evaluated(samples, step)
 
     def check(self, batch: Any, samples: int) -> None:
@@ -98,7 +98,7 @@ class Sampler(Part):
         return passes.highest(self.num_selected(passes.samples, passes.step))
 
     def cost(self, samples: int, step: int) -> int:
-        """Of choosing and of the gradient: a forward pass over one sample is 1, a backward 2."""
+        """Cost of choosing and of the gradient; a sample's forward pass is 1, its backward 2."""
         size = self.num_evaluated(samples, step)
         return 3 * size + (samples if size < samples and self.sees_batch(step) else 0)
 

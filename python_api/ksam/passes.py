@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from ksam_kernels.checks import FLOATING, check_dtype
 from ksam_kernels.compact.tree import batched_tensors, map_tensors
 from ksam_kernels.warn import warn
 
-PerSampleLoss = Callable[[Any], Any]
+PerSampleLoss = Callable[[Any], Tensor | tuple[Tensor, Any]]
 Backward = Callable[[Tensor, Subset], None]
 
 
@@ -58,11 +59,36 @@ def joined(parts: list[Tensor]) -> Tensor:
 
 
 class _Found(NamedTuple):
-    """Of a micro-batch."""
+    """What the forward pass over one micro-batch returned."""
 
     losses: Tensor
     aux: Any
     scores: Tensor | None
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How the passes of a step are run.
+
+    Attributes:
+        step: the number of steps before this one.
+        seed: of what is drawn in the step, together with ``step``.
+        whole: whether one of the passes is over the whole batch.
+        micro_batch_size: the most samples of a call of the function; None: all at once.
+        scored: whether :attr:`Passes.scores` are needed.
+        trainable: whether some parameter requires a gradient, so that the losses must have a graph.
+        watch: whether to look for BatchNorm that nobody handles.
+        scale: scales a loss before its backward pass.
+    """
+
+    step: int
+    seed: int
+    whole: bool
+    micro_batch_size: int | None
+    scored: bool
+    trainable: bool
+    watch: bool
+    scale: Callable[[Tensor], Tensor]
 
 
 class Passes:
@@ -91,36 +117,23 @@ class Passes:
         function: PerSampleLoss,
         batch: Any,
         samples: int,
-        *,
-        scale: Callable[[Tensor], Tensor],
-        step: int,
-        seed: int,
-        whole: bool,
+        options: PassOptions,
         norms: batchnorm.Norms,
         wrapped: DistributedDataParallel | None,
-        micro_batch_size: int | None,
-        scored: bool,
-        trainable: bool,
-        watch: bool,
     ) -> None:
-        self.batch, self.samples, self.step = batch, samples, step
+        self.batch, self.samples, self.step = batch, samples, options.step
         self.aux: Any = None
         self.before: Tensor | None = None
         self.after: Tensor | None = None
         self.taken = 0
         self._function = function
-        self._scale = scale
-        self._whole = whole
+        self._options = options
         self._norms = norms
         self._wrapped = wrapped
-        self._micro_batch_size = micro_batch_size
-        self._scored = scored
         self._scores: Tensor | None = None
-        self._trainable = trainable
-        self._watch = watch
         self._reported = False
         # The CPU's generator takes 32 bits of a seed: both numbers are hashed into them.
-        self._seed = (seed * 0x9E3779B1 + step) % 2**32
+        self._seed = (options.seed * 0x9E3779B1 + options.step) % 2**32
         self._generator: torch.Generator | None = None
 
     def everything(self, keep: int | None = None) -> Subset:
@@ -184,8 +197,8 @@ class Passes:
                     objective = objective * (part.samples / subset.samples)
                 if factor is not None:
                     objective = objective * factor
-                self._scale(objective).backward()  # type: ignore[no-untyped-call]
-            elif self._trainable:
+                self._options.scale(objective).backward()  # type: ignore[no-untyped-call]
+            elif self._options.trainable:
                 raise RuntimeError(
                     "per_sample_loss returned losses without a graph although parameters require "
                     "grad; do not detach them and do not compute them under no_grad"
@@ -207,7 +220,7 @@ class Passes:
         the backward pass.
         """
         is_whole = subset.indices is None
-        reports = not self._reported and (is_whole or not self._whole)
+        reports = not self._reported and (is_whole or not self._options.whole)
         if reports:
             context = self._norms.updating(whole=is_whole)
         elif is_whole:
@@ -216,14 +229,14 @@ class Passes:
             part = subset.samples / self.samples
             context = self._norms.of_subset(perturbed=self.before is not None, part=part)
         self.taken += 1
-        with context, batchnorm.detector(self._watch and self.taken == 2) as seen:
+        with context, batchnorm.detector(self._options.watch and self.taken == 2) as seen:
             losses = self._in_micro_batches(subset, reports, backward)
             if seen:
                 _warn_of_batchnorm()
         return losses
 
     def _in_micro_batches(self, subset: Subset, reports: bool, backward: Backward | None) -> Tensor:
-        parts = micro_batches.split(subset, self._micro_batch_size)
+        parts = micro_batches.split(subset, self._options.micro_batch_size)
         # With the losses, where they are all there at once and it is not known yet.
         at_once = subset.keep if len(parts) == 1 and subset.top is None else None
         found = []
@@ -240,19 +253,19 @@ class Passes:
             self._scores = joined(scores) if scores else None
             auxes = [of_part.aux for of_part in found]
             if any(aux is not None for aux in auxes):
-                self.aux = auxes[0] if self._micro_batch_size is None else auxes
+                self.aux = auxes[0] if self._options.micro_batch_size is None else auxes
         return losses
 
     def _micro_batch(
         self, part: Subset, k: int | None, reports: bool, backward: Backward | None
     ) -> _Found:
-        """With k also :attr:`Subset.top`. What is found has no graph."""
+        """One call of the function; with k it finds :attr:`Subset.top` too. Nothing has a graph."""
         is_whole = part.indices is None
         with recording(part.samples if is_whole else -1, k) as recorded:
             losses, aux = per_sample(self._function(containers_copied(part.batch)), part.samples)
             if k is not None:
                 part.top = recorded.indices(losses)
-            scores = recorded.scores(losses) if reports and self._scored else None
+            scores = recorded.scores(losses) if reports and self._options.scored else None
             if backward is not None:
                 with self._norms.recomputing() if reports else nullcontext():
                     backward(losses, part)

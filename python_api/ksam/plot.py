@@ -87,4 +87,5 @@ def _draw_counts(axis: Any, counts: tuple[Tensor, Tensor] | None, highlight: Ten
         axis.hist(rates.tolist(), weights=share.tolist(), label=text, **options)
     axis.set_xlabel("selected / seen")
     axis.set_ylabel("share of the samples")
-    axis.legend(fontsize=8)
+    if axis.get_legend_handles_labels()[0]:  # none before the first step
+        axis.legend(fontsize=8)

@@ -84,7 +84,7 @@ class TopK(Some):
         return torch.cat([top, others]).sort().values
 
     def candidates(self, passes: Passes) -> Tensor:
-        """Those that would have been selected."""
+        """The samples that would have been selected."""
         size = self.num_evaluated(passes.samples, passes.step)
         return self._indices(passes, size, passes.highest)
 

@@ -46,12 +46,12 @@ class Amount(Part):
         self.value = value if callable(value) else check_k(value, name)
 
     def of(self, samples: int, step: int) -> int:
-        """Of a batch of ``samples``, at a step."""
+        """How many that is of a batch of ``samples``, at a step."""
         value = self.value(step) if callable(self.value) else self.value
         return subset_size(check_k(value, self.name), samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of a schedule that remembers something, such as :class:`AccuracySchedule`."""
+        """The state of a schedule that has some, such as :class:`AccuracySchedule`; else empty."""
         return self.value.state_dict() if isinstance(self.value, Part) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def recording(batch_size: int, k: int | None = None) -> Iterator[Recording]:
 
 
 def _records(logits: Tensor) -> Recording | None:
-    """Where the loss of these logits is to be recorded, if it is."""
+    """The recording that wants the loss of these logits, if there is one."""
     if torch.compiler.is_compiling():  # it would bake this step's selection into its graph
         return None
     active = _of_thread.active

@@ -1,4 +1,4 @@
-"""When a step is sharpness-aware, and when it is a plain one of the base optimizer."""
+"""Which steps are sharpness-aware; the others are plain, or along the momentum (``otherwise``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ksam_kernels.checks import check_count, check_range
 
 @dataclass(frozen=True)
 class From:
-    """Plain steps first, sharpness-aware ones from step ``start`` (0 is the first) to the end.
+    """Other steps first, sharpness-aware ones from step ``start`` (0 is the first) to the end.
 
     SAM in the last few epochs only finds about the same solutions as SAM throughout (Zhou et al.
     2025, "Sharpness-aware minimization efficiently selects flatter minima late in training").
@@ -71,7 +71,9 @@ class Policy(Part):
 
 
 class Representative(Policy):
-    r"""Sharpness-aware steps where the selected samples represent the batch, plain ones elsewhere.
+    r"""Sharpness-aware steps where the selected samples represent the batch.
+
+    The other steps are plain, or along the momentum (``otherwise``).
 
     Of every ``every`` steps the first is a probe: the share
     :math:`\sum_{i \in S} b_i / \sum_i b_i` of the per-sample gradient bounds
@@ -114,7 +116,7 @@ class Representative(Policy):
         return self._is_on(step) and self._affords(cost)
 
     def _is_on(self, step: int) -> bool:
-        """At the first step of a block by the last block's probe, then as before."""
+        """The first step of a block is decided by the last block's probe, the others as it was."""
         if step % self.every != 0:
             return self._on
         return self._probe is not None and self._probe.value() >= self.threshold

@@ -83,15 +83,15 @@ class OptimizerWrapper(Optimizer):
             self.base.state = state
 
     def _parts(self) -> dict[str, Part]:
-        """Those that may have state."""
+        """The parts of the method that may have state, by name."""
         raise NotImplementedError
 
     def _perturbs(self) -> bool:
-        """Whether some steps do: groups have a radius."""
+        """Whether some steps perturb the weights, so that groups have a radius."""
         raise NotImplementedError
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise for one that the method cannot take."""
+        """Raise for a group that the method cannot take."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

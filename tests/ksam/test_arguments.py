@@ -275,11 +275,30 @@ def test_the_radius_along_the_momentum(method: type[Any], name: str) -> None:
             radius(torch.optim.SGD, momentum=0.9, **{name: bad})
 
 
-@pytest.mark.parametrize("option", [{"when": From(3)}, {"otherwise": None}])
-def test_what_autoksam_sets_is_not_given_to_it(option: dict[str, Any]) -> None:
-    message = f"{next(iter(option))} must not be given to AutoKSAM.*got .*KSAM takes one"
-    with pytest.raises(TypeError, match=message):
-        AutoKSAM(network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **option)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("KSAM", "ascent"),
+        ("KSAM", "geometry"),
+        ("AutoKSAM", "when"),
+        ("AutoKSAM", "otherwise"),
+        ("AutoKSAM", "ascent"),
+        ("ImportanceKSAM", "ascent"),
+        ("SAM", "ascent"),
+        ("ASAM", "geometry"),
+        ("ESAM", "descent"),
+        ("RandomSubsetSAM", "descent"),
+        ("OrderedSGD", "rho"),
+        ("MSAM", "descent"),
+        ("StaleKSAM", "ascent"),
+        ("AUSAM", "ascent"),
+    ],
+)
+def test_what_a_method_sets_is_not_given_to_it(name: str, option: str) -> None:
+    table = {"dataset_size": 24, "index": "index"} if name in ("StaleKSAM", "AUSAM") else {}
+    arguments = {"lr": 0.1, "momentum": 0.9, **table, option: None}
+    with pytest.raises(TypeError, match=rf"^{option} must not be given to {name}, .*got None"):
+        getattr(ksam, name)(network().parameters(), torch.optim.SGD, **arguments)
 
 
 def test_a_group_without_momentum_is_refused() -> None:

@@ -116,7 +116,7 @@ def test_a_base_that_is_built_has_the_named_parameters_it_was_built_of() -> None
     base = torch.optim.SGD(model.named_parameters(), lr=0.1)
     optimizer = KSAM(model.named_parameters(), base)
     assert optimizer.param_groups is base.param_groups
-    with pytest.raises(ValueError, match="params must be those"):
+    with pytest.raises(ValueError, match="params must be None or those"):
         KSAM(network().named_parameters(), base)
 
 

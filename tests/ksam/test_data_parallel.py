@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from ksam import KSAM, AutoKSAM, StepResult, cross_entropy
-from ksam.diagnostics import alignment
+from ksam.measures import alignment
 from tests import ranks
 from tests.helpers import all_same_bits
 from tests.ksam.models import THRESHOLD, batch, loss_of, network, weights
