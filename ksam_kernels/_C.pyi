@@ -98,10 +98,15 @@ def restore_adam_(
     found_inf: Tensor | None,
 ) -> bool: ...
 
-# Looks at lists of plain tensors on any device; False or None also where it has not looked. Bit i
-# of a mask stands for list i.
+# Inspect lists of plain tensors on any device; False or None also where they have not looked.
+# `written` and `alike` are positions of lists.
 def on_one_device(lists: Sequence[TensorList]) -> bool: ...
-def fits(lists: Sequence[TensorList], written: int, alike: int, counters: TensorList) -> bool: ...
+def fits(
+    lists: Sequence[TensorList],
+    written: tuple[int, ...],
+    alike: tuple[int, ...],
+    counters: TensorList,
+) -> bool: ...
 def describe(
     lists: Sequence[TensorList], values: list[int] | None, chunk: int
 ) -> list[tuple[tuple[int, ...], bytes]] | None: ...

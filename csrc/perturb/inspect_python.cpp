@@ -44,10 +44,19 @@ bool on_one_device(const py::sequence& objects) {
   return first != nullptr;
 }
 
+// Positions of lists as a mask: bit i is list i.
+unsigned mask_of(const py::tuple& positions) {
+  unsigned mask = 0;
+  for (const py::handle i : positions) mask |= 1u << i.cast<unsigned>();
+  return mask;
+}
+
 // Whether every list has a floating tensor for each of the first one's, of its shape and on one
-// device; lists of `written` do not overlap themselves, those of `alike` have the first one's
-// dtypes (bit i: list i), and `counters`, if any, one float32 element each.
-bool fits(const py::sequence& objects, unsigned written, unsigned alike, py::handle counters_) {
+// device; lists at the positions `written` do not overlap themselves, those at `alike` have the
+// first one's dtypes, and `counters`, if any, one float32 element each.
+bool fits(const py::sequence& objects, const py::tuple& written_, const py::tuple& alike_,
+          py::handle counters_) {
+  const unsigned written = mask_of(written_), alike = mask_of(alike_);
   std::vector<TensorList> lists;
   TensorList counters;
   if (!read_lists(objects, &lists) || !read_tensors(counters_, &counters)) return false;

@@ -9,7 +9,7 @@ and which leaves lists on several devices to the reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +21,6 @@ from ksam_kernels.native import DEVICES, can_inspect, direct, direct_in_place, e
 from ksam_kernels.perturb import reference
 
 TensorList = Sequence[Tensor]
-
-
-@cache
-def _mask(positions: tuple[int, ...]) -> int:
-    """The positions as bits, as the extension takes them: made once for each of a few tuples."""
-    return sum(1 << i for i in positions)
 
 
 def fits(
@@ -48,7 +42,7 @@ def fits(
     """
     if not can_inspect() or any(map(library.is_subclass, scalars)):
         return False
-    return extension.fits(lists, _mask(written), _mask(alike), counters)
+    return extension.fits(lists, written, alike, counters)
 
 
 def _scalar_for(tensors: TensorList) -> Tensor:
