@@ -250,9 +250,7 @@ def test_base_can_be_an_instance_over_the_same_parameters() -> None:
     model = network()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     assert KSAM(None, base).param_groups is base.param_groups
-    with pytest.raises(
-        ValueError, match=r"^params must be None or .*, 4, got 4, 0 of them"
-    ):
+    with pytest.raises(ValueError, match=r"^params must be None or .*, 4, got 4, 0 of them"):
         KSAM(network().parameters(), base)
     with pytest.raises(TypeError, match=r"^lr must not .*already built, got 0\.1"):
         KSAM(None, base, lr=0.1)
