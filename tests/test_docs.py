@@ -67,7 +67,6 @@ def names_of_the_pages() -> Names:
 
     params = list(model.parameters())
     return {
-        "torch": torch, "KSAM": ksam.KSAM, "cross_entropy": ksam.cross_entropy,
         "model": model, "params": params, "loader": loader, "batch": batch, "loss": loss,
         "batches": [batch], "steps": 10, "suspects": torch.arange(3),
         "optimizer": ksam.KSAM(params, torch.optim.SGD, lr=0.1, model=model),
