@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from benchmarks.arguments import positive_int
+from benchmarks.arguments import make_folder, number, positive_int
 from benchmarks.environment import describe_environment
+from benchmarks.errors import UsageError
 from benchmarks.train.models import build_image_model
 from ksam import KSAM, SAM, SharpnessAware, cross_entropy
+from ksam.selection import subset_size
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], object]
 
 _SGD = {"lr": 0.01, "momentum": 0.9}
 _MICRO_BATCH = 16
+_SMALLEST_K = 1 / 3
 _MODELS = {"resnet18": "ResNet-18", "vit": "a small ViT"}
 
 
@@ -103,14 +106,14 @@ METHODS: dict[str, Callable[[nn.Module], Step]] = {
     "SGD": _sgd,
     "SAM": _ours(lambda model: SAM(model.parameters(), torch.optim.SGD, model=model, **_SGD)),
     "K-SAM, k=1/2": _ksam(1 / 2),
-    "K-SAM, k=1/3": _ksam(1 / 3),
-    f"K-SAM, k=1/3, micro-batches of {_MICRO_BATCH}": _ksam(1 / 3, _MICRO_BATCH),
+    "K-SAM, k=1/3": _ksam(_SMALLEST_K),
+    f"K-SAM, k=1/3, micro-batches of {_MICRO_BATCH}": _ksam(_SMALLEST_K, _MICRO_BATCH),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """Of a method: bytes kept at the most of a step, and how many times SGD's that is."""
+    """What a method keeps: bytes at the most of a step, and how many times SGD's that is."""
 
     model: str
     samples: int
@@ -120,7 +123,7 @@ class Row:
 
 
 def bytes_kept(model: nn.Module, build: Callable[[nn.Module], Step], batch: Batch) -> int:
-    """At the most of the method's second step: its first one makes states."""
+    """The most bytes that autograd holds in the method's second step: the first makes states."""
     step = build(model)
     step(batch)
     counter = Counter([*model.parameters(), *model.buffers(), *batch.values()])
@@ -145,16 +148,34 @@ def measure(name: str, samples: int, side: int) -> list[Row]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `memory` to `parser`."""
-    parser.add_argument("--samples", type=positive_int, default=96, metavar="N", help="of a batch")
-    parser.add_argument("--side", type=positive_int, default=32, metavar="N", help="of an image")
+    parser.add_argument(
+        "--samples", type=positive_int, default=96, metavar="N", help="of a batch; default: 96"
+    )
+    # The ViT cuts an image into 8 x 8 patches.
+    side = number(int, lambda n: n >= 8 and n % 8 == 0, "a multiple of 8")
+    parser.add_argument(
+        "--side", type=side, default=32, metavar="N", help="of an image, in pixels; default: 32"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/memory"), metavar="DIR",
         help="folder for results (default: runs/memory)",
     )  # fmt: skip
 
 
+def _check_sizes(samples: int, side: int) -> None:
+    """Raise UsageError where BatchNorm would have one value per channel, on which it cannot train:
+    ResNet-18's last stage has (side / 8)^2 of a sample."""
+    if side == 8 and subset_size(_SMALLEST_K, samples) < 2:
+        raise UsageError(
+            f"--samples {samples}: at --side 8 BatchNorm needs two samples in every pass, and "
+            "K-SAM with k=1/3 would select one; take 5 samples or more, or a larger side"
+        )
+
+
 def run(args: argparse.Namespace) -> None:
     """Print a table, and write it as JSON."""
+    _check_sizes(args.samples, args.side)
+    make_folder(args.out)
     rows: list[Row] = []
     for name in _MODELS:
         rows += measure(name, args.samples, args.side)
@@ -163,6 +184,5 @@ def run(args: argparse.Namespace) -> None:
             print(
                 f"{row.model:<12} {row.method:<40} {mib:8.1f} MiB  {row.over_sgd:.2f}", flush=True
             )
-    args.out.mkdir(parents=True, exist_ok=True)
     found = {**describe_environment(torch.device("cpu")), "rows": [asdict(row) for row in rows]}
     (args.out / "memory.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from tests.helpers import ROOT, setup_py
 
-pytest.importorskip("setuptools")
+Distribution = pytest.importorskip("setuptools").Distribution
 
 KNOWN = ("75", "80", "86", "90", "100", "120")
 NVCC = """#!/bin/sh
@@ -221,6 +221,39 @@ def test_a_build_without_cuda_knows_nothing_of_it(build: ModuleType) -> None:
     text = build._ninja_file(["c++"], build.choose_cuda(), Path("pybind"), Path("_C.so"))
     assert "CUDA" not in text
     assert ".cu" not in text
+
+
+@pytest.mark.parametrize(("jobs", "option"), [("3", ["-j", "3"]), ("", []), (None, [])])
+def test_max_jobs_is_how_many_compilers_run_at_once(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    jobs: str | None,
+    option: list[str],
+) -> None:
+    for name in ("ninja", "pybind11"):
+        pytest.importorskip(name)
+    commands: list[list[str]] = []
+
+    def compile_nothing(command: list[str], *, check: bool) -> SimpleNamespace:
+        commands.append(command)
+        (Path(command[2]) / target.name).touch()
+        return SimpleNamespace(returncode=0)
+
+    target = tmp_path / "lib" / "_C.so"
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    if jobs is not None:
+        monkeypatch.setenv("MAX_JOBS", jobs)
+    extension = build.extensions()[0]
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "subprocess", SimpleNamespace(run=compile_nothing))
+    command = build.NinjaBuildExt(Distribution())
+    monkeypatch.setattr(command, "get_ext_fullpath", lambda name: str(target))
+    command.build_extension(extension)
+    ((_, folder_option, _, *rest),) = commands
+    assert (folder_option, rest) == ("-C", option)
+    assert target.is_file()
 
 
 def test_source_distributions_have_every_source(build: ModuleType) -> None:

@@ -42,14 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for results (default: runs/kernels)",
     )
-    for name, file_name in (
-        ("csv", "results.csv"),
-        ("json", "summary.json"),
-        ("plot", "ratios.png"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=Path, metavar="PATH", help=f"default: {file_name} in that folder"
-        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,13 +49,6 @@ def run(args: argparse.Namespace) -> None:
     device = select_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    settings = Settings(
-        rooms=args.rooms,
-        quick=args.quick,
-        backend=args.backend,
-        csv=args.csv or args.out / "results.csv",
-        json=args.json or args.out / "summary.json",
-        plot=args.plot or args.out / "ratios.png",
-    )
+    settings = Settings(rooms=args.rooms, quick=args.quick, backend=args.backend, out=args.out)
     with use_backend(args.backend):
         run_benchmark(settings, device)

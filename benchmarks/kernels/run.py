@@ -43,22 +43,20 @@ class Settings:
     rooms: tuple[str, ...]
     quick: bool
     backend: str  # as asked for
-    csv: Path
-    json: Path
-    plot: Path
+    out: Path  # the folder of results.csv, summary.json and ratios.png
 
 
 def run_benchmark(settings: Settings, device: torch.device) -> None:
     """Measure the rooms, print a table for each, and write CSV, JSON and the plot."""
     require_matplotlib()
-    paths = (settings.csv, settings.json, settings.plot)
-    for path in paths:
-        make_folder(path.parent)
+    make_folder(settings.out)
+    paths = [settings.out / name for name in ("results.csv", "summary.json", "ratios.png")]
+    results_path, summary_path, plot_path = paths
     environment = describe_environment(device)
     bandwidth = copy_bandwidth(device)
     print(_describe(settings, device, bandwidth), flush=True)
     rows: list[Row] = []
-    with KernelResults(settings.csv, device) as results_file:
+    with KernelResults(results_path, device) as results_file:
         for section in _sections(settings.rooms):
             for case_rows in _measure_section(section, settings, device, bandwidth):
                 results_file.write(case_rows)
@@ -71,8 +69,8 @@ def run_benchmark(settings: Settings, device: torch.device) -> None:
         "quick": settings.quick,
         "copy_bytes_per_second": {"before": bandwidth, "after": bandwidth_after},
     }
-    write_summary(settings.json, facts)
-    plot_ratios(settings.plot, rows, f"{device_name(device)}, torch {torch.__version__}")
+    write_summary(summary_path, facts)
+    plot_ratios(plot_path, rows, f"{device_name(device)}, torch {torch.__version__}")
     print("", *summary_lines(rows), sep="\n")
     print(f"copy bandwidth after the run: {_gigabytes(bandwidth_after)}\n")
     print("\n".join(f"wrote {path}" for path in paths))

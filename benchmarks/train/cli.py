@@ -20,7 +20,7 @@ from benchmarks.train.config import (
     BASES,
     DATA,
     DEFAULT_METHODS,
-    DEFAULT_MSAM_RHO,
+    default_msam_rho,
     parse_k,
     resolve,
 )
@@ -104,7 +104,9 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
         f"default: {','.join(DEFAULT_METHODS)}",
     )
     group.add_argument(
-        "--base", choices=BASES, help="base optimizer (default: sgd for images, adamw for text)"
+        "--base",
+        choices=tuple(BASES),
+        help="base optimizer (default: sgd for images, adamw for text)",
     )
     group.add_argument("--epochs", type=positive_int, metavar="N")
     group.add_argument(
@@ -135,7 +137,7 @@ def _add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("single methods")
-    msam = ", ".join(f"{rho} with {base}" for base, rho in DEFAULT_MSAM_RHO.items())
+    msam = ", ".join(f"{default_msam_rho(base)} with {base}" for base in BASES)
     for name, default, text in (("asam", 0.5, "0.5"), ("msam", None, msam)):
         group.add_argument(
             f"--{name}-rho",

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import torch
+
 from benchmarks.errors import UsageError
+from ksam.momentum import momentum_radius
 from ksam.selection import check_k
 
 DEFAULT_METHODS = ("sgd", "sam", "ksam")
-BASES = ("sgd", "adamw")
+BASES: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+}
 IMAGE_MODELS = ("cnn", "resnet8", "resnet20", "resnet18", "vit")
 
 
@@ -43,9 +49,6 @@ DEFAULT_RATES = {
     ("text", "sgd"): (1e-2, 1e-4),
     ("text", "adamw"): (5e-5, 1e-2),
 }
-
-# As AutoKSAM's: Adam's steps are shorter.
-DEFAULT_MSAM_RHO = {"sgd": 0.3, "adamw": 0.05}
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,13 @@ class TrainConfig:
         return "/".join(Path(self.model).resolve().parts[-2:])
 
 
+def default_msam_rho(base: str) -> float:
+    """The radius of MSAM over a base optimizer: that of ``MSAM(rho="auto")``."""
+    rho = momentum_radius("auto", BASES[base])
+    assert isinstance(rho, float)
+    return rho
+
+
 def resolve(args: argparse.Namespace) -> TrainConfig:
     """Fill in the defaults of the data set and check what can be checked without reading it."""
     defaults = DATA[args.data]
@@ -110,7 +120,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
         k=args.k,
         rho=args.rho,
         asam_rho=args.asam_rho,
-        msam_rho=DEFAULT_MSAM_RHO[base] if args.msam_rho is None else args.msam_rho,
+        msam_rho=default_msam_rho(base) if args.msam_rho is None else args.msam_rho,
         late=args.late,
         threshold=args.threshold,
         budget=args.budget or None,

@@ -12,7 +12,8 @@ from torch import nn
 
 from benchmarks.environment import synchronize
 from benchmarks.train.config import TrainConfig
-from benchmarks.train.methods import Method, make_step
+from benchmarks.train.methods import Method
+from benchmarks.train.steps import make_step
 from benchmarks.train.workload import LABEL, Workload
 
 _WARMUP_SHARE = 0.05  # of all steps

@@ -6,19 +6,16 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import ksam
 from benchmarks.train.config import TrainConfig, format_k
-from benchmarks.train.workload import INDEX, LABEL, Batch, Workload
-from ksam import KSAM, SharpnessAware, cross_entropy
+from benchmarks.train.workload import INDEX
+from ksam import KSAM, SharpnessAware
 
-_ROWS = 100  # of diagnostics in a training
 _STEPS = 20  # in an epoch, to count costs; StaleKSAM refreshes at every tenth
 BASE_LABELS = {"sgd": "SGD", "adamw": "AdamW"}
 
@@ -57,7 +54,7 @@ class Run:
     @property
     def table(self) -> dict[str, Any]:
         """Arguments of the methods that remember figures of every sample."""
-        return {"size": self.train_size, "index": INDEX}
+        return {"dataset_size": self.train_size, "index": INDEX}
 
     @property
     def late(self) -> ksam.From:
@@ -164,7 +161,8 @@ class Method:
 
     @cached_property
     def epochs(self) -> int:
-        """Of a run; at equal cost as many as cost what the base optimizer's do, rounded."""
+        """Epochs of a run. With --equal-cost, as many as cost what the base optimizer's epochs
+        cost, rounded."""
         epochs = self.config.epochs
         if self.config.equal_cost:
             # AUSAM's first epoch costs more than the others: how dear a step is depends on them.
@@ -192,7 +190,8 @@ class Method:
         return len(set(self._costs(self.config.batch_size, self.epochs))) == 1
 
     def _costs(self, batch_size: int, epochs: int) -> list[float]:
-        """Of the steps of a short training of so many epochs."""
+        """Costs of the steps of a short training of so many epochs, in units of the base
+        optimizer's."""
         if self.is_base:
             return [1.0]
         optimizer = self._optimizer(batch_size, epochs)
@@ -206,7 +205,7 @@ class Method:
         ]
 
     def _optimizer(self, batch_size: int, epochs: int) -> SharpnessAware:
-        """As it would be with `_STEPS` batches an epoch, over one weight."""
+        """The optimizer of a training with `_STEPS` batches an epoch, over one weight."""
         parameter = nn.Parameter(torch.zeros(1))
         options = {"lr": 0.0, "momentum": 0.9}
         steps, size = _STEPS * epochs, _STEPS * batch_size
@@ -222,131 +221,3 @@ def make_method(name: str, config: TrainConfig) -> Method:
     k = config.k if spec.k == _K else float(spec.k) if spec.k else None
     rho = None if spec.rho is None else getattr(config, spec.rho)
     return Method(name, spec.label.format(k=format_k(config.k), late=config.late), k, rho, config)
-
-
-class Step:
-    """Takes one optimization step on a batch; returns the mean loss, a scalar on the device.
-
-    The loss is that over the batch before the step, where the method evaluates it.
-    """
-
-    spent = 0.0  # cost of the steps so far, in units of the base optimizer's
-
-    def __call__(self, batch: Batch) -> Tensor:
-        raise NotImplementedError
-
-    def end_epoch(self) -> None:
-        """Tell the optimizer what it wants to know once an epoch."""
-
-    def watch(self, path: Path, steps: int) -> None:
-        """Write diagnostics of a training of `steps` to `path`.csv and .png, if there are any.
-
-        They take two more gradients a hundred times, which counts as training time.
-        """
-
-
-def make_step(
-    method: Method, workload: Workload, model: nn.Module, config: TrainConfig, seed: int = 0
-) -> tuple[torch.optim.Optimizer, Step]:
-    """Return the method's optimizer for `model` and the function that takes a step with it."""
-    groups = parameter_groups(model, config.weight_decay)
-    base, options = _base_optimizer(config)
-    if method.is_base:
-        optimizer = base(groups, **options)
-        return optimizer, _PlainStep(optimizer, workload, model, config.label_smoothing)
-    steps = workload.steps_per_epoch(config.batch_size) * method.epochs
-    options |= {"model": model, "seed": seed}
-    run = Run(config, groups, base, options, workload.train_size, steps)
-    sharp = SPECS[method.name].build(run)
-    return sharp, _SharpStep(sharp, workload, model, config.label_smoothing)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters so that biases and normalization scales do not decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def _base_optimizer(config: TrainConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    if config.base == "sgd":
-        return torch.optim.SGD, {"lr": config.lr, "momentum": 0.9}
-    return torch.optim.AdamW, {"lr": config.lr}
-
-
-class _PlainStep(Step):
-    """The loop anyone would write, and none of ksam's code: the yardstick for the others."""
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        workload: Workload,
-        model: nn.Module,
-        smoothing: float,
-    ) -> None:
-        self._optimizer, self._workload, self._model = optimizer, workload, model
-        self._smoothing = smoothing
-
-    def __call__(self, batch: Batch) -> Tensor:
-        self._optimizer.zero_grad()
-        logits = self._workload.forward(self._model, batch)
-        loss = F.cross_entropy(logits, batch[LABEL], label_smoothing=self._smoothing)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        self.spent += 1.0
-        return loss.detach()
-
-
-class _SharpStep(Step):
-    def __init__(
-        self, optimizer: SharpnessAware, workload: Workload, model: nn.Module, smoothing: float
-    ) -> None:
-        self._optimizer, self._workload, self._model = optimizer, workload, model
-        self._smoothing = smoothing
-        self._correct: Tensor | None = None
-        self._samples = 0
-        q = optimizer.q if isinstance(optimizer, ksam.OrderedSGD) else None
-        self._schedule = q if isinstance(q, ksam.AccuracySchedule) else None
-        self._diagnostics: ksam.Diagnostics | None = None
-        self._page = Path()
-
-    def watch(self, path: Path, steps: int) -> None:
-        self._page = path.with_suffix(".png")
-        rows = path.with_suffix(".csv")
-        rows.unlink(missing_ok=True)
-        self._diagnostics = ksam.Diagnostics(
-            self._optimizer,
-            writers=[ksam.CSVWriter(rows)],
-            every=max(1, steps // _ROWS),
-            dataset_size=self._workload.train_size,
-            index=INDEX,
-        )
-
-    def _losses(self, batch: Batch) -> Any:
-        logits = self._workload.forward(self._model, batch)
-        losses = cross_entropy(logits, batch[LABEL], label_smoothing=self._smoothing)
-        if self._schedule is None:
-            return losses
-        return losses, (logits.detach().argmax(1) == batch[LABEL]).sum()
-
-    def __call__(self, batch: Batch) -> Tensor:
-        samples = len(batch[LABEL])
-        cost = self._optimizer.cost(samples)
-        result = self._optimizer.step(self._losses, batch)
-        self.spent += cost if result.sharp else 1.0
-        if self._diagnostics is not None:
-            self._diagnostics(result, self._losses, batch)
-        if self._schedule is not None:
-            self._samples += samples
-            self._correct = result.aux if self._correct is None else self._correct + result.aux
-        return result.loss
-
-    def end_epoch(self) -> None:
-        """The page is drawn anew; Ordered SGD's q follows the epoch's training accuracy."""
-        if self._diagnostics is not None:
-            self._diagnostics.plot(self._page, self._workload.wrong)
-        if self._schedule is not None and self._correct is not None:
-            self._schedule.accuracy = self._correct.item() / self._samples
-            self._correct, self._samples = None, 0

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-import ksam_kernels
-from benchmarks.environment import commit
+from benchmarks.environment import describe_environment
 from benchmarks.results_file import ResultsFile
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.loop import EpochResult
@@ -62,15 +61,12 @@ class TrainResults(ResultsFile):
 
 
 def write_summary(
-    path: Path, config: TrainConfig, summaries: Sequence[MethodSummary], device: str
+    path: Path, config: TrainConfig, summaries: Sequence[MethodSummary], device: torch.device
 ) -> None:
     """Write the table's figures with the settings behind them as JSON."""
     content: dict[str, Any] = {
         "settings": dataclasses.asdict(config),
-        "commit": commit(),
-        "backend": ksam_kernels.requested_backend(),
-        "torch": torch.__version__,
-        "device": device,
+        **describe_environment(device),
         "methods": [dataclasses.asdict(summary) for summary in summaries],
     }
     for entry in content["methods"]:
@@ -131,10 +127,11 @@ def _format_spread(spread: Spread, scale: float = 1.0, sign: str = "") -> str:
 def _format_cost(summary: MethodSummary) -> str:
     if summary.cost is None:
         return "-"
-    median = f"{summary.cost.median:.2f}"
+    ratio = summary.cost.ratio
+    median = f"{ratio.median:.2f}"
     if summary.method.is_base:  # the yardstick itself
         return median
-    return f"{median} [{summary.cost.q1:.2f}-{summary.cost.q3:.2f}]"
+    return f"{median} [{ratio.q25:.2f}-{ratio.q75:.2f}]"
 
 
 def _align(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -41,7 +41,7 @@ def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     with TrainResults(results_path, config, machine) as results_file:
         results = _train_all(workload, methods, config, results_file)
     summaries = summarize(methods, results, costs, batch_size)
-    write_summary(summary_path, config, summaries, machine)
+    write_summary(summary_path, config, summaries, device)
     plot_accuracy(plot_path, config, methods, results)
     print(f"\n{format_table(config, summaries, batch_size)}\n")
     print("\n".join(f"wrote {path}" for path in paths))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from benchmarks.timing import Plan, Quartiles, ratios, rotated, seconds_for
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.loop import data_generator, seeded_model
-from benchmarks.train.methods import Method, Step, make_step
+from benchmarks.train.methods import Method
+from benchmarks.train.steps import Step, make_step
 from benchmarks.train.workload import Workload
 
 _WARMUP_ROUNDS = 3
@@ -23,11 +24,9 @@ _STEADY = Plan(rounds=15, seconds=15.0, few_rounds=5, max_seconds=60.0, max_roun
 
 @dataclass(frozen=True)
 class StepCost:
-    """A step's time over the base optimizer's: quartiles of the ratios within each round."""
+    """A step's time, and its ratios to that of the base optimizer's step in the same round."""
 
-    q1: float
-    median: float
-    q3: float
+    ratio: Quartiles
     rounds: int
     milliseconds: float  # median time of a step
 
@@ -80,5 +79,5 @@ def _plan(requested: int | None) -> Plan:
 
 
 def _summarize(times: list[float], yardstick: list[float]) -> StepCost:
-    cost = Quartiles.of(ratios(times, yardstick))
-    return StepCost(cost.q25, cost.median, cost.q75, len(times), 1e3 * statistics.median(times))
+    ratio = Quartiles.of(ratios(times, yardstick))
+    return StepCost(ratio, len(times), 1e3 * statistics.median(times))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks import memory
 from benchmarks.memory import METHODS, Counter, bytes_kept
 from tests.benchmarks.conftest import CliResult
 
@@ -47,3 +48,35 @@ def test_the_command(cli: Callable[..., CliResult], tmp_path: Path) -> None:
     third = [row["over_sgd"] for row in rows if row["method"] == "K-SAM, k=1/3"]
     assert third == pytest.approx([1 / 3, 1 / 3], rel=0.05)
     assert all(f"{row['bytes_kept'] / 2**20:8.1f} MiB" in result.out for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--samples", 4, "--side", 8), "--samples 4: at --side 8 BatchNorm needs two samples"),
+        (("--samples", 1, "--side", 8), "--samples 1: at --side 8 BatchNorm needs two samples"),
+        (("--samples", 0), "argument --samples: '0' is not a count >= 1"),
+        (("--side", 12), "argument --side: '12' is not a multiple of 8"),
+        (("--side", 0), "argument --side: '0' is not a multiple of 8"),
+        (("--out", "{tmp}/file/x"), "{tmp}/file/x: cannot make the folder"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_measured(
+    cli: Callable[..., CliResult],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: tuple[object, ...],
+    message: str,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("benchmarks.memory.measure", lambda *_: pytest.fail("it has measured"))
+    out = ("--out", tmp_path / "out")
+    result = cli(*out, *(str(a).format(tmp=tmp_path) for a in arguments), command="memory")
+    assert result.status == 2
+    assert message.format(tmp=tmp_path) in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("samples", "side"), [(5, 8), (1, 16)])
+def test_the_smallest_sizes_can_be_trained_on(samples: int, side: int) -> None:
+    memory._check_sizes(samples, side)
+    assert [row.samples for row in memory.measure("resnet18", samples, side)] == [samples] * 5

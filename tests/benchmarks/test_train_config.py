@@ -53,6 +53,13 @@ def test_defaults_depend_on_the_data_set() -> None:
     assert config("--base", "adamw").lr < digits.lr
 
 
+def test_rates_and_radii_are_those_of_the_command_line_or_by_the_base() -> None:
+    assert [config("--base", base).weight_decay for base in ("sgd", "adamw")] == [5e-4, 5e-2]
+    assert [config("--base", base).msam_rho for base in ("sgd", "adamw")] == [0.3, 0.05]
+    given = config("--lr", "0.25", "--weight-decay", "0", "--msam-rho", "0")
+    assert (given.lr, given.weight_decay, given.msam_rho) == (0.25, 0.0, 0.0)
+
+
 def test_a_study_does_not_write_over_what_train_wrote() -> None:
     study = resolve(build_parser(["study"]).parse_args(["study"]))
     assert study.out == Path("runs/study-digits") != config().out
@@ -103,6 +110,7 @@ def test_theoretical_cost_counts_passes(k: str, batch_size: int, cost: float) ->
         ),
         (["--seeds", "0"], "argument --seeds: '0' is not a count >= 1"),
         (["--lr", "nan"], "argument --lr: 'nan' is not a positive number"),
+        (["--weight-decay", "-1"], "argument --weight-decay: '-1' is not a number >= 0"),
     ],
 )
 def test_mistakes_end_in_one_sentence(

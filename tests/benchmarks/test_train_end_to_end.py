@@ -29,7 +29,10 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
-    result = cli("--seeds", 1, "--epochs", 2, "--timing-rounds", 2, "--rho", 0.1, "--out", out)
+    result = cli(
+        *("--seeds", 1, "--epochs", 2, "--timing-rounds", 2),
+        *("--rho", 0.1, "--weight-decay", 0.001, "--out", out),
+    )
     assert result.status == 0, result.err
     rows = read_rows(out / "results.csv")
     assert tuple(rows[0]) == COLUMNS
@@ -41,6 +44,7 @@ def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
         ("", ""), ("1.0", "0.1"), (repr(1 / 3), "0.1"),
     ]  # fmt: skip
     assert {row["torch"] for row in rows} == {torch.__version__}
+    assert {row["weight_decay"] for row in rows} == {"0.001"}
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         # Two epochs from scratch: already far above chance, and the loss falls.
         assert 0.15 < float(second["test_accuracy"]) <= 1
@@ -53,6 +57,7 @@ def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
     ]
     assert summary["settings"]["rho"] == 0.1
     assert (summary["commit"], summary["backend"]) == (commit(), requested_backend())
+    assert summary["threads"] == torch.get_num_threads()
     assert summary["methods"][2]["cost"]["rounds"] == 2
     assert png_size(out / "accuracy.png") == (1050, 675)
     for name in ("results.csv", "summary.json", "accuracy.png"):

@@ -13,7 +13,8 @@ from benchmarks.__main__ import build_parser
 from benchmarks.train.config import TrainConfig, resolve
 from benchmarks.train.images import ImageWorkload, load_digits
 from benchmarks.train.loop import seeded_model, train
-from benchmarks.train.methods import METHODS, make_method, make_step
+from benchmarks.train.methods import METHODS, make_method
+from benchmarks.train.steps import make_step
 from benchmarks.train.workload import INDEX, LABEL, with_noise
 from ksam import From, OrderedSGD, Representative, SharpnessAware
 from tests.helpers import read_rows

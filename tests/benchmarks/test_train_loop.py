@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.__main__ import build_parser
-from benchmarks.train.config import IMAGE_MODELS, TrainConfig, resolve
+from benchmarks.timing import Quartiles
+from benchmarks.train.config import BASES, IMAGE_MODELS, TrainConfig, resolve
 from benchmarks.train.images import ImageWorkload, load_digits
 from benchmarks.train.loop import (
     EpochResult,
@@ -23,11 +24,12 @@ from benchmarks.train.loop import (
     train,
     warmup_cosine,
 )
-from benchmarks.train.methods import Step, make_method, make_step, parameter_groups
+from benchmarks.train.methods import make_method
 from benchmarks.train.models import build_image_model
 from benchmarks.train.plot import accuracy_curve
 from benchmarks.train.report import format_table
 from benchmarks.train.step_cost import measure_step_costs
+from benchmarks.train.steps import Step, make_step, parameter_groups
 from benchmarks.train.summary import Spread, summarize
 from benchmarks.train.workload import LABEL, Batch
 from ksam import KSAM
@@ -143,6 +145,18 @@ def test_label_smoothing_reaches_the_loss(name: str) -> None:
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("base", BASES)
+def test_rate_and_weight_decay_reach_the_optimizer(name: str, base: str) -> None:
+    config = make_config("--base", base, "--lr", "0.25", "--weight-decay", "0.125")
+    workload = RecordingWorkload()
+    optimizer, _ = make_step(make_method(name, config), workload, workload.build_model(), config)
+    inner = optimizer.base if isinstance(optimizer, KSAM) else optimizer
+    assert type(inner) is BASES[base]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.125, 0.0]
+
+
 def test_only_matrices_and_kernels_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     decayed, rest = parameter_groups(model, 0.1)
@@ -210,10 +224,10 @@ def test_step_costs_are_ratios_to_the_first_method(rounds: int) -> None:
     assert list(costs) == (list(METHODS) if rounds else [])
     for cost in costs.values():
         assert cost.rounds == rounds
-        assert 0 < cost.q1 <= cost.median <= cost.q3
+        assert 0 < cost.ratio.q25 <= cost.ratio.median <= cost.ratio.q75
         assert cost.milliseconds > 0
     if rounds:
-        assert (costs["sgd"].q1, costs["sgd"].median, costs["sgd"].q3) == (1.0, 1.0, 1.0)
+        assert costs["sgd"].ratio == Quartiles(1.0, 1.0, 1.0)
 
 
 def test_steps_that_differ_are_not_timed() -> None:
@@ -237,7 +251,7 @@ def test_what_is_drawn_after_an_epoch_is_not_training_time(
     def draw(step: Step) -> None:
         now[0] += 100.0
 
-    monkeypatch.setattr("benchmarks.train.methods._SharpStep.end_epoch", draw)
+    monkeypatch.setattr("benchmarks.train.steps._SharpStep.end_epoch", draw)
     config = make_config()
     results = train(RecordingWorkload(), make_method("ksam", config), config, 0, lambda: None)
     assert [result.train_seconds for result in results] == [0.0, 0.0]
