@@ -45,7 +45,7 @@ class Counter:
         self._holders = {tensor.untyped_storage().data_ptr(): 1 for tensor in present}
 
     def pack(self, tensor: Tensor) -> Held:
-        """For ``saved_tensors_hooks``."""
+        """The pack hook of ``saved_tensors_hooks``: what the graph holds in place of the tensor."""
         return Held(tensor, self)
 
     def add(self, storage: torch.UntypedStorage) -> None:

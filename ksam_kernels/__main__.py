@@ -16,7 +16,7 @@ from ksam_kernels.native import extension
 
 
 def _version() -> str | None:
-    """None where the packages are on the path, but not installed."""
+    """The installed version; None where the packages are on the path, but not installed."""
     try:
         return version("ksam")
     except PackageNotFoundError:
@@ -112,7 +112,7 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; 1 if a backend asked for by name cannot run some operator."""
+    """Print the report; return 1 if a backend asked for by name cannot run an operator, else 0."""
     parser = argparse.ArgumentParser(prog="python -m ksam_kernels", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     facts = report()

@@ -127,7 +127,7 @@ _thread = _Thread()
 
 @contextmanager
 def caching_allowed() -> Iterator[None]:
-    """Within the block this thread's kernels may cache memory between calls.
+    """Let this thread's kernels cache memory between calls within the block.
 
     Only eager code enters it: a program compiled with ``mode="reduce-overhead"`` warms up in its
     graph's memory pool and must get all of it back.
@@ -213,8 +213,8 @@ _warned: set[torch.device] = set()
 
 
 def _warn_of_reference(operator: str, device: torch.device) -> None:
-    """Once for each GPU on which ``auto`` finds no kernels: training would be slow, and nothing
-    else would tell why."""
+    """Warn once for each GPU on which ``auto`` finds no kernels: training would be slow, and
+    nothing else would tell why."""
     if device in _warned or requested_backend() != "auto":
         return
     _warned.add(device)

@@ -30,8 +30,8 @@ _functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _device(args: tuple[Any, ...]) -> torch.device | None:
-    """The device of the first tensor; of an operator on lists that of the first in them, whose
-    other tensors may lie elsewhere, and None where the lists are empty."""
+    """The device of the first tensor, of an operator on lists the device of the first one in them;
+    None where the lists are empty. The others may lie elsewhere."""
     of_lists = bool(args) and isinstance(args[0], (list, tuple))
     for arg in args:
         first = arg
@@ -107,8 +107,8 @@ def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
 
 
 def is_eager() -> bool:
-    """Nothing traces or intercepts operators now: no compiler, dispatch mode, transform, tracer or
-    forward-mode derivative."""
+    """Whether nothing traces or intercepts operators now: no compiler, dispatch mode, transform,
+    tracer or forward-mode derivative."""
     return not (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
@@ -119,15 +119,15 @@ def is_eager() -> bool:
 
 
 def is_transformed() -> bool:
-    """A transform of ``torch.func`` or forward-mode differentiation is active. PyTorch would loop
-    over custom operators, refuse them, or take their tangent for zero without a word."""
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is active. PyTorch
+    would loop over custom operators, refuse them, or take their tangent for zero without a word."""
     # Not _are_functorch_transforms_active(): torch.compile notes that in its graphs, and keeps no
     # program that has it for the next process.
     return isinstance(peek_interpreter_stack(), CInterpreter) or forward_ad._current_level >= 0
 
 
 def _resolved(arg: Any) -> Any:
-    """Without the negative bit, which the dispatcher resolves and a kernel does not see."""
+    """The argument without the negative bit, which the dispatcher resolves and no kernel sees."""
     return arg.resolve_neg() if isinstance(arg, Tensor) and arg.is_neg() else arg
 
 
@@ -138,7 +138,7 @@ def wants_grad(arg: Any) -> bool:
 
 
 def is_subclass(arg: Any) -> bool:
-    """A tensor that may have more to it than its data."""
+    """Whether it is a tensor that may have more to it than its data."""
     if isinstance(arg, (list, tuple)):
         return any(map(is_subclass, arg))
     kind = type(arg)
@@ -176,7 +176,7 @@ def dispatch(name: str, *args: Any) -> Any:
 
 
 def mark_written(*lists: Sequence[Tensor]) -> None:
-    """What declared mutations do: autograd then knows of the writing."""
+    """Tell autograd of writes to the tensors, as the dispatcher does for declared mutations."""
     for tensors in lists:
         torch.autograd.graph.increment_version(tensors)
 

@@ -17,7 +17,7 @@ def check(
     message: tl.constexpr,
     TRAPS: tl.constexpr,  # as triton_support.assertions says it
 ):
-    """The kernel fails where the condition does for any element."""
+    """Fail the kernel where the condition is false for any element."""
     if TRAPS:
         # Lanes that are masked out do not keep a warp from trapping: only a branch around it does.
         if tl.max((condition == 0).to(tl.int32), 0) != 0:

@@ -19,6 +19,6 @@ def _zero_kernel(out):
 
 
 def compile_for_current_device() -> None:
-    """Raises what a launch would. Nothing is launched or loaded, and no memory of the device's is
+    """Raise what a launch would. Nothing is launched or loaded, and no memory of the device's is
     taken, so a CUDA graph may be captured meanwhile."""
     _zero_kernel.warmup(torch.int32, grid=(1,), **EXACT)

@@ -97,7 +97,7 @@ def register(room: str, *, backend: str = "triton", devices: tuple[str, ...] = (
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """For launches where the tensor is: Triton takes the *current* device and its stream."""
+    """Context of launches on the tensor's device: Triton takes the *current* one and its stream."""
     if tensor.device.type != "cuda":
         return nullcontext()  # the interpreter
     return torch.cuda.device(tensor.device)
@@ -129,19 +129,19 @@ def doubles_bits(values: Sequence[float]) -> list[int]:
 
 @lru_cache(maxsize=64)  # devices
 def most_warps(device: torch.device) -> int:
-    """Of a program, which has 1,024 threads at most: warps of 32, on some of AMD's GPUs of 64."""
+    """Most warps of a program, which has up to 1,024 threads: 32 a warp, on some AMD GPUs 64."""
     if device.type != "cuda":
         return 32  # the interpreter
     return 1024 // torch.cuda.get_device_properties(device).warp_size
 
 
 def is_capturing(device: torch.device) -> bool:
-    """What is launched now becomes part of a CUDA graph."""
+    """Whether what is launched now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def may_cache_on(device: torch.device) -> bool:
-    """Whether memory of the device that is allocated now may be kept for later calls. Not in a
+    """Whether memory of the device that is allocated now may be cached for later calls. Not in a
     capture: a graph keeps no memory but its own."""
     return backends.may_cache() and not is_capturing(device)
 

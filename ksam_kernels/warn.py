@@ -10,7 +10,7 @@ _OURS = ("ksam.", "ksam_kernels.", "torch.", "contextlib")
 
 
 def warn(message: str) -> None:
-    """A UserWarning at the line of the user's that led here."""
+    """Issue a UserWarning at the line of the user's code that led here."""
     level = 1
     frame = sys._getframe(level)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):

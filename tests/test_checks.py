@@ -39,7 +39,7 @@ def test_numbers_of_python_and_numpy_pass(check: Callable[[str, Any], None], val
 @pytest.mark.parametrize("check", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("value", [True, False, np.True_, "0.5", None, torch.tensor(0.5)], ids=repr)
 def test_what_is_no_number_is_refused(check: Callable[[str, Any], None], value: Any) -> None:
-    with pytest.raises(TypeError, match="^x must be a number, got ") as caught:
+    with pytest.raises(TypeError, match=r"^x must be a number, got ") as caught:
         check("x", value)
     assert repr(value) in str(caught.value)
 

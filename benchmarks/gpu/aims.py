@@ -48,14 +48,14 @@ def _label(row: Row) -> str:
 
 
 def _failed(name: str, aim: str, what: Iterable[str]) -> Aim:
-    """Whatever the figures of the others are: no wrong result is fast enough."""
+    """An aim that is not met, whatever the other figures: no wrong result is fast enough."""
     return Aim(name, aim, f"failed: {', '.join(what)}", False)
 
 
 def _share(
     name: str, least: float, cases: int, rows: Sequence[Row], where: Callable[[Row], bool]
 ) -> Aim:
-    """Every row moves its bytes at this share of a copy's bandwidth; shows the worst."""
+    """The aim that every row moves bytes at this share of a copy's bandwidth; shows the worst."""
     aim = f">= {100 * least:.0f} % of the bandwidth of a copy"
     own = [row for row in rows if where(row)]
     failed = [_label(row) for row in own if "failure" in row]
@@ -183,7 +183,7 @@ def _sanitizer(results: Results) -> Aim:
 
 
 def _in_part(part: str, aim: Aim, results: Results) -> Aim:
-    """A part that broke off meets no aim, whatever it had found until then."""
+    """The aim with its part; a part that broke off meets none, whatever it had found till then."""
     failure = results.get(part, {}).get("failure")
     if failure is not None:
         aim = replace(aim, figure=f"{aim.figure}; {failure}", met=False)

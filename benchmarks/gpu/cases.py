@@ -112,13 +112,13 @@ def _as_case(loss: CrossEntropy, device: torch.device, *, tiny: bool) -> Case:
 
 
 def _quickly(case: Case) -> Case:
-    """Without contestants that take seconds to start."""
+    """The case without contestants that take seconds to start."""
     contestants = [c for c in case.contestants if not c.starts_slowly]
     return dataclasses.replace(case, contestants=contestants)
 
 
 def kernel_cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
-    """All cases, in turns what the aims are about first."""
+    """All cases, those that the aims are about first."""
     losses = [_as_case(loss, device, tiny=tiny) for loss in loss_cases()]
     plain = [case for case in losses if not case.extra or "k=" in case.extra]
     yield from plain

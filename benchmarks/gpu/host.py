@@ -21,7 +21,7 @@ _REPETITIONS = 300
 def microseconds(
     calls: dict[str, Callable[[], object]], repetitions: int, device: torch.device
 ) -> dict[str, Quartiles]:
-    """Of each call, made in turn, and of all of them together.
+    """Microseconds that each call keeps the host, made in turn, and all of them together.
 
     The GPU is idle before each round, so that no call waits for room in its queue.
     """

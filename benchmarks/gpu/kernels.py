@@ -42,7 +42,7 @@ Rows = list[dict[str, Any]]
 
 
 def pool_size(case: Case, cache_bytes: int) -> int:
-    """Inputs whose calls move more than twice the cache; two at least."""
+    """How many inputs it takes for their calls to move more than twice the cache; two at least."""
     most = _MAX_STATEFUL_POOL if case.stateful else _MAX_POOL
     return min(max(_CACHES * cache_bytes // case.floor_bytes + 1, 2), most)
 
@@ -58,7 +58,7 @@ class Timed:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> Timed:
-    """`work`, a pass over the pool, in a graph if it can be, as often as makes a sample."""
+    """How to time `work`, a pass over the pool: in a graph if it can be, repeated for a sample."""
     if device.type != "cuda":
         return Timed(work, "cpu", 1)
     try:
@@ -95,7 +95,7 @@ def _seconds_of_one(timed: Timed, device: torch.device) -> float:
 def rounds_of(
     contestants: dict[str, Timed], calls: int, plan: Plan, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds per call of each, one number a round; `calls`: in a pass over the pool."""
+    """Seconds per call of each contestant, one number a round; `calls`: in a pass over the pool."""
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()

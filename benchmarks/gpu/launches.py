@@ -73,7 +73,7 @@ def _short(name: str) -> str:
 
 
 def _of_case(case: Case, device: torch.device) -> dict[str, Any]:
-    """Every contestant's counts."""
+    """Counts of every contestant's call, or why it has none."""
     found: dict[str, Any] = {}
     with torch.set_grad_enabled(case.needs_grad):
         input = case.make_input()

@@ -48,12 +48,12 @@ class Context:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline."""
+        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     @property
     def prefix(self) -> str:
-        """Before file names: figures of a dry run must not look like a GPU's."""
+        """What file names begin with: figures of a dry run must not look like a GPU's."""
         return "dry-run-" if self.dry_run else ""
 
 
@@ -61,7 +61,7 @@ _SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 
 def _hash_of(*paths: Path, facts: str = "") -> str:
-    """Of files and of the sources in folders, and of facts."""
+    """A hash of files, of the sources in folders, and of facts."""
     digest = hashlib.sha256(facts.encode())
     for path in paths:
         files = [path] if path.is_file() else path.rglob("*")
@@ -93,7 +93,7 @@ def _tests() -> str:
 
 
 def measured(device: torch.device, part: str = "") -> dict[str, str]:
-    """What figures are of, those of a part's. Those of anything else are no part of this run."""
+    """What the figures of a part were measured on; figures of anything else are not of this run."""
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -120,7 +120,7 @@ class PartFile:
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """Path of the file."""
         return self.context.out / f"{self.context.prefix}{self.name}.json"
 
     @property

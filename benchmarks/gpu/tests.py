@@ -58,13 +58,13 @@ class Share:
 
     @property
     def name(self) -> str:
-        """Also of its log."""
+        """The share's name, which its log bears too."""
         group, first, count = self.selection
         return f"{self.room}-{group}-{first + 1}of{count}"
 
     @property
     def command(self) -> list[str]:
-        """Every test a line, failures with short tracebacks."""
+        """The command: pytest prints a line for every test, and short tracebacks of failures."""
         options = ["-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "--maxfail=25"]
         share = ["-p", "benchmarks.gpu.share", "--share", str(self.selection)]
         return [sys.executable, "-m", "pytest", *options, *share, *self.arguments]
@@ -190,7 +190,7 @@ def _describe(status: int | str) -> str:
 
 
 def nothing(status: str) -> dict[str, Any]:
-    """Of a share that did not run."""
+    """The results of a share that did not run."""
     return {"status": status, "outcomes": {}, "failed": [], "left_out": 0, "output_tail": ""}
 
 

@@ -47,12 +47,12 @@ class Workload:
 
     @property
     def label(self) -> str:
-        """For tables."""
+        """The workload as tables name it."""
         precision = "bfloat16 autocast" if self.bfloat16 else "float32"
         return f"{self.name}, {self.samples} x 3x{self.side}x{self.side}, {precision}"
 
     def model(self, device: torch.device) -> nn.Module:
-        """In the memory format that convolutions are fastest in."""
+        """The model, in the memory format that convolutions are fastest in."""
         torch.default_generator.manual_seed(0)
         return self.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
@@ -61,7 +61,7 @@ class Workload:
         return _random_batch(self.samples, self.side, self.classes, device)
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
-        """Around a forward pass; a cache of weights would not outlive a graph's capture."""
+        """Context of a forward pass; a cache of weights would not outlive a graph's capture."""
         if not self.bfloat16:
             return nullcontext()
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
@@ -69,7 +69,7 @@ class Workload:
 
 @functools.lru_cache(maxsize=1)
 def _random_batch(samples: int, side: int, classes: int, device: torch.device) -> Batch:
-    """Drawn on the CPU, as weights are: a capture that fails spoils the GPU's generator."""
+    """A batch drawn on the CPU, as weights are: a failed capture spoils the GPU's generator."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 3, side, side, generator=generator).to(device)
     y = torch.randint(classes, (samples,), generator=generator).to(device)

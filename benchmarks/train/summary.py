@@ -48,7 +48,7 @@ def _gain(results: Sequence[EpochResult], base: dict[int, float]) -> Spread | No
 
 
 def _last(results: Sequence[EpochResult]) -> list[EpochResult]:
-    """Those of a method's last epoch."""
+    """The results of a method's last epoch, one a seed."""
     last = max((result.epoch for result in results), default=0)
     return [result for result in results if result.epoch == last]
 

@@ -54,7 +54,7 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _map_tuple(fn: Callable[[Tensor], Tensor], tree: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A subclass's, whose ``__new__`` may take other arguments."""
+    """A tuple of the same subclass, whose ``__new__`` may take other arguments."""
     rows = tuple.__new__(type(tree), [map_tensors(fn, value) for value in tree])
     if hasattr(tree, "__dict__"):
         vars(rows).update(vars(tree))
@@ -94,19 +94,19 @@ def batched_tensors(batch: Any) -> list[Tensor]:
 
 
 def _paths(batch: Any, tensors: list[Tensor]) -> list[str]:
-    """Where the tensors stand in the batch, where the tree knows it."""
+    """Where each tensor stands in the batch, if the tree knows it: ``batch['x']``."""
     paths = {id(leaf): f"batch{keystr(path)}" for path, leaf in tree_flatten_with_path(batch)[0]}
     return [paths.get(id(tensor), "a nested tensor") for tensor in tensors]
 
 
 def _describe(batch: Any, tensors: list[Tensor]) -> str:
-    """``batch['x']: 8, batch['y']: 7``, the sizes of dimension 0."""
+    """The sizes of dimension 0 in words: ``batch['x']: 8, batch['y']: 7``."""
     paths = _paths(batch, tensors)
     return ", ".join(f"{path}: {t.size(0)}" for path, t in zip(paths, tensors, strict=True))
 
 
 def check_dense(batch: Any, tensors: list[Tensor]) -> None:
-    """Every tensor has rows of plain numbers in memory."""
+    """Raise TypeError unless every tensor has rows of plain numbers in memory."""
     for i, tensor in enumerate(tensors):
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             kind: object = tensor.dtype if tensor.is_quantized else tensor.layout
@@ -117,7 +117,8 @@ def check_dense(batch: Any, tensors: list[Tensor]) -> None:
 
 
 def check_without_graph(batch: Any, tensors: list[Tensor]) -> None:
-    """No tensor was computed from what wants a gradient: the gather would cut it off."""
+    """Raise ValueError if a tensor was computed from what wants a gradient: the gather would cut it
+    off."""
     for i, tensor in enumerate(tensors):
         if tensor.requires_grad and not tensor.is_leaf:
             raise ValueError(
@@ -128,7 +129,7 @@ def check_without_graph(batch: Any, tensors: list[Tensor]) -> None:
 
 
 def check_same_rows(batch: Any, tensors: list[Tensor]) -> None:
-    """Every tensor has the same size in dimension 0."""
+    """Raise ValueError unless every tensor has the same size in dimension 0."""
     # Not a set of them: sizes that torch.export leaves open cannot be hashed. Nested tensors have a
     # size of dimension 0 and may have no shape.
     if any(tensor.size(0) != tensors[0].size(0) for tensor in tensors):

@@ -65,8 +65,9 @@ def _check_cross_entropy(
 
 
 def _as_kernels_take_them(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Copied before autograd saves them: logits in a layout that no kernel reads, and probabilities
-    laid out differently from the logits. Otherwise the backward pass copies them once more."""
+    """Logits and target as kernels take them: copies of logits in a layout that no kernel reads,
+    and of probabilities laid out differently from the logits. Made before autograd saves them:
+    otherwise the backward pass would copy them once more."""
     if classes_apart(logits) and group_of(logits) == 0 and library.wants_grad(logits):
         logits = logits.contiguous()
     if target.is_floating_point():

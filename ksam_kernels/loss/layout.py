@@ -55,8 +55,8 @@ def gradient_like(logits: Tensor) -> Tensor:
 
 def in_memory_order(samples: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Tensors ``[B, ...]``, contiguous, their trailing dimensions in the order that those of the
-    first have in memory: of which this is a view, and of others a copy if they need one, so that
-    the backward pass need not make it again. All as they are where the first would need one."""
+    first have in memory. The first is a view; the others are copies if they need one, so that the
+    backward pass need not make it again. All are as they came where the first would need one."""
     if samples.is_contiguous():
         return samples, *(x.contiguous() for x in others)
     order = [0]
@@ -80,6 +80,6 @@ def planes_of(x: Tensor) -> Tensor | None:
 
 
 def as_gradient(dx: Tensor, logits: Tensor) -> Tensor:
-    """Contiguous gradients ``[N, C]`` or ``[..., C]``, in the dtype and layout they shall have."""
+    """The contiguous gradient ``[N, C]`` or ``[..., C]`` in the shape and layout of the logits."""
     dx = dx.to(logits.dtype).reshape(logits.shape)
     return gradient_like(logits).copy_(dx) if classes_apart(logits) else dx

@@ -21,20 +21,20 @@ from ksam_kernels.native import DEVICES, direct, extension, run
 
 
 def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
-    """Contiguous, in the dtype of the arithmetic on ``like``."""
+    """The weight, contiguous and in the dtype of the arithmetic on ``like``."""
     return None if weight is None else weight.to(opmath_dtype(like.dtype)).contiguous()
 
 
 def _target(target: Tensor, like: Tensor) -> Tensor:
-    """Contiguous, and if floating in a dtype that every kernel takes."""
+    """The target, contiguous, and if floating in a dtype that every kernel takes."""
     if target.is_floating_point() and target.dtype != like.dtype:
         target = target.to(opmath_dtype(like.dtype))
     return target.contiguous()
 
 
 def _wants_grad(input: Tensor, *constants: Tensor | None) -> bool | None:
-    """Whether there will be a backward pass; None where it would want a gradient that there is none
-    of."""
+    """Whether there will be a backward pass; None if a gradient is wanted of ``constants``, which
+    have none."""
     if not torch.is_grad_enabled():
         return False
     return None if any(map(wants_grad, constants)) else wants_grad(input)
@@ -54,8 +54,8 @@ def try_forward(name: str, logits: Tensor, target: Tensor, *rest: Any) -> tuple[
 
 
 def try_elementwise(name: str, input: Tensor, *constants: Tensor | None) -> Tensor | None:
-    """The losses ``binary_cross_entropy_with_logits`` or ``mse``, if the kernel takes the arguments
-    as they are."""
+    """The losses of ``binary_cross_entropy_with_logits`` or ``mse``, if the kernel takes the
+    arguments as they are."""
     kernel = direct(name)
     with_grad = _wants_grad(input, *constants)
     if kernel is None or with_grad is None:

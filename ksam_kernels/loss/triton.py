@@ -107,7 +107,7 @@ def _arguments(
     weight: Tensor | None,  # [columns]
     columns: int,
 ) -> dict[str, Any]:
-    """What all kernels take, by name."""
+    """Arguments that all kernels take, by name."""
     weight_vector = 1
     if weight is not None:
         weight_vector = vector_of(columns, weight.itemsize)
@@ -180,7 +180,7 @@ def _rows_of_planes(arguments: dict[str, Any], tile: int) -> tuple[int]:
 
 
 def _parts_of_planes(arguments: dict[str, Any], tile: int, grad: Tensor) -> tuple[int]:
-    """The grid of a gradient."""
+    """The grid of a gradient of rows in planes."""
     (programs,), g = _rows_of_planes(arguments, tile), grad.reshape(-1)
     arguments.update(grad=g, grad_stride=g.stride(0))
     return (programs * triton.cdiv(arguments["columns"], arguments["BLOCK"]),)

@@ -40,7 +40,7 @@ def elements_of(pointer, stride, row, column, VECTOR: tl.constexpr, BYTES: tl.co
 
 @triton.jit
 def plane_elements_of(pointer, stride, row, column, VECTOR: tl.constexpr, BYTES: tl.constexpr):
-    """The same of planes `stride` apart, in which the rows lie side by side."""
+    """Addresses as :func:`elements_of`, of planes `stride` apart, with the rows side by side."""
     at = pointer + row[:, None] + column[None, :] * multiple(stride, VECTOR)
     return tl.multiple_of(at, [BYTES, BYTES // VECTOR])
 
@@ -94,7 +94,7 @@ def rows_of_group(program, group, ROWS: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def first_plane(pointer, number, group_stride, group, VECTOR: tl.constexpr):
-    """Where row 0 would be, if all groups lay as the one of this number does."""
+    """Address at which row 0 would be if all groups lay as the one of this number does."""
     return pointer + number * (multiple(group_stride, VECTOR) - multiple(group, VECTOR))
 
 

@@ -34,8 +34,11 @@ TensorList = Sequence[Tensor]
 
 
 def _run(name: str, *args: Any, plainly_written: Sequence[list[Tensor]] | None = None) -> Any:
-    """The operator; of lists with DTensors in the first, on what this rank holds of them. Of lists
-    that native.fits() has found plain, these are written."""
+    """Run the operator ``name``; if the first list has DTensors, on what this rank holds of them.
+
+    Args:
+        plainly_written: the lists that are written, if native.fits() has found all lists plain.
+    """
     if plainly_written is not None:
         return library.call_in_place(name, plainly_written, *args)
     if first_dtensor(args[0]) is not None:

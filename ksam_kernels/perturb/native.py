@@ -98,7 +98,8 @@ def try_update_(
     states: tuple[list[Tensor], ...],
     *options: Any,
 ) -> bool:
-    """``restore_sgd_`` or ``restore_adam_``: the lists in ``states`` are written."""
+    """Whether the kernel of ``restore_sgd_`` or ``restore_adam_`` took the arguments and has run.
+    It writes the lists in ``states``."""
     kernel = direct_in_place(name)
     if kernel is None or not kernel(params, backup, grads, *states, *options):
         return False
@@ -115,12 +116,13 @@ def _with_norm(kernels: Any, name: str, *args: Any) -> Tensor:
 
 
 def _restore(kernels: Any, name: str, *args: Any) -> None:
-    """Without the kernel's True: the operator returns nothing."""
+    """Run the kernel, and drop its True: the operator returns nothing."""
     run(kernels, name, *args)
 
 
 def _update(kernels: Any, name: str, params: list[Tensor], *args: Any) -> None:
-    """The kernels read the last two, grad_scale and found_inf, where the parameters are."""
+    """Run an update with grad_scale and found_inf, the last two arguments, on the device of the
+    parameters, where the kernels read them."""
     scalars = (
         scalar.to(params[0].device) if scalar is not None and params else None
         for scalar in args[-2:]

@@ -24,7 +24,7 @@ TensorList = list[Tensor]
 
 
 class Spread(NamedTuple):
-    """Over which ranks a tensor is cut: those along some dimensions of a mesh, if any."""
+    """The ranks over which a tensor is cut: those along some dimensions of a mesh, if any."""
 
     mesh: DeviceMesh | None
     dims: tuple[int, ...]
@@ -77,8 +77,8 @@ def _norm(tensors: TensorList) -> Tensor:
 
 
 def _over_ranks(own: Tensor, spread: Spread) -> tuple[Tensor, Tensor]:
-    """The norm of all parts of what is cut so, the same bits on all ranks, and that of the others'
-    parts, given that of this rank's own."""
+    """The norm of the parts of all ranks over which tensors are cut, the same bits on all of them,
+    and the norm of the other ranks' parts. ``own``: the norm of this rank's part."""
     elsewhere = [torch.zeros_like(own)]
     for dim in spread.dims:
         assert spread.mesh is not None
@@ -113,7 +113,7 @@ def _parts(grads: TensorList, params: TensorList, adaptive: bool, eta: float) ->
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    """Without sums that are still to be taken over ranks."""
+    """The tensor, with sums over ranks taken where they were still to be."""
     if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
         return tensor
     placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
@@ -135,9 +135,9 @@ def perturb_(
     adaptive: bool,
     eta: float,
 ) -> Tensor:
-    """With the norm over all ranks. Whoever holds the same part moves it by the same bits: what is
-    cut alike is perturbed together, and knows of the others by one norm, that has the same bits on
-    all ranks which hold the part."""
+    """Perturb by the norm over all ranks. Ranks that hold the same part move it by the same bits:
+    what is cut alike is perturbed together, and knows of the others by one norm that has the same
+    bits on all ranks which hold the part."""
     weights, kept = _local("params", params, params), _local("backup", backup, params)
     parts = _parts(grads, params, adaptive, eta)
     done: list[int] = []

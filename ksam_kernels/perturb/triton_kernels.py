@@ -25,7 +25,7 @@ _HEAD = tl.constexpr(4)  # triton_table.HEAD; kernels see no plain globals
 
 @triton.jit
 def rounded(a, DTYPE: tl.constexpr):
-    """From double to half through float, as torch does."""
+    """The value in another dtype: from double to half through float, as torch does."""
     if DTYPE == tl.float64:
         return a.to(tl.float64)
     else:

@@ -103,7 +103,7 @@ def _are_contiguous(row: Sequence[Tensor]) -> bool:
 
 
 def _are_alike(row: Sequence[Tensor]) -> bool:
-    """One walk through memory meets the elements of all operands in the same order."""
+    """Whether one walk through memory meets the elements of all operands in the same order."""
     if _are_contiguous(row):
         return True
     if any(t.is_neg() for t in row):
@@ -191,7 +191,7 @@ class Rows:
         return tuple(copies)
 
     def tables(self) -> list[Table]:
-        """One for each combination of dtypes. In a graph they are new, and the graph's own."""
+        """A table for each combination of dtypes. In a graph they are new, and the graph's own."""
         if not self._records:
             return []
         device = self._rows[0][0].device
@@ -207,6 +207,6 @@ class Rows:
         ]
 
     def finish(self) -> None:
-        """What was written to copies, back to where it belongs."""
+        """Copy what was written to copies back to where it belongs."""
         for t, copy in self._copied:
             _copy_bits(t, copy)
