@@ -238,9 +238,9 @@ class Matched:
         if not perturbed:  # the pass need not come by, and those of the step before are not its
             self.r = self.d = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """BatchNorm with :math:`\\gamma r` for weight and :math:`\\gamma d + \\beta` for bias."""
-        norm = self.norm
+        norm, x = self.norm, input
         if not self.perturbed:
             mean, var = self.of_batch
             values = x.numel() / x.shape[1] / self.part  # of a channel, in the whole batch

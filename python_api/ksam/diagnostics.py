@@ -44,8 +44,8 @@ class Diagnostics:
         optimizer: any of the family. Its steps report their share from now on.
         writers: called with every row.
         every: steps between rows, >= 1.
-        measure_alignment: costs a forward and two backward passes over the batch for every row. Not
-            with FSDP2.
+        measure_alignment: costs two forward and two backward passes over the batch for every row.
+            Not with FSDP2.
         dataset_size: samples in the data set, to count how often each is selected; None: not
             counted.
         index: where a batch has the indices of its samples: a key or a function.

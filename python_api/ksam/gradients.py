@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from torch import Tensor
 
 
-def _owned(grad: Tensor) -> Tensor:
-    """A copy of a view, as DistributedDataParallel's are, of memory that every pass writes."""
-    return grad.clone() if grad._is_view() else grad
+def _copy_of_view(grad: Tensor) -> Tensor | None:
+    """A copy of what may be written in the meantime: DistributedDataParallel's gradients are views
+    of memory that every pass writes."""
+    return grad.clone() if grad._is_view() else None
 
 
 def clear(params: list[Tensor]) -> None:
@@ -21,14 +22,16 @@ def clear(params: list[Tensor]) -> None:
 
 @contextmanager
 def set_aside(params: list[Tensor]) -> Iterator[bool]:
-    """Within, ``.grad`` is None at first; then it is again what it was. Yields whether that is
-    anything."""
-    aside = [(p, _owned(grad)) for p in params if (grad := p.grad) is not None]
+    """Within, ``.grad`` is None at first; then it is again what it was, views the same views.
+    Yields whether that is anything."""
+    aside = [(p, grad, _copy_of_view(grad)) for p in params if (grad := p.grad) is not None]
     try:
-        for p, _ in aside:
+        for p, _, _ in aside:
             p.grad = None
         yield bool(aside)
     finally:
         clear(params)
-        for p, grad in aside:
+        for p, grad, copy in aside:
+            if copy is not None:
+                grad.copy_(copy)
             p.grad = grad

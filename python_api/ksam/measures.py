@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 import ksam_kernels
 from ksam import batchnorm, distributed, interrupts, micro_batches, weight_caches
 from ksam.base import parameters
+from ksam.gradients import clear, set_aside
 from ksam.optimizer import SharpnessAware
 from ksam.parts import Subset
 from ksam.passes import PerSampleLoss, containers_copied, joined, per_sample
 from ksam.radius import check_not_negative
-from ksam_kernels.checks import check_count
+from ksam_kernels.checks import check_count, opmath_dtype
 from ksam_kernels.dtensor import first_dtensor
 
 
@@ -25,9 +27,9 @@ def alignment(
 ) -> Tensor:
     r"""Cosine of the k highest-loss samples' gradient with the batch's, a float32 scalar.
 
-    Both from one forward pass over the batch at the present weights, or, where it is more than the
-    optimizer's ``micro_batch_size``, from one without gradients and one by micro-batches. ``.grad``
-    and the states of PyTorch's random generators are left alone, and with the optimizer's ``model``
+    Each is taken in forward and backward passes of its own, at the present weights and with the
+    same random draws, by micro-batches of the optimizer's ``micro_batch_size``. ``.grad`` and the
+    states of PyTorch's random generators are left alone, and with the optimizer's ``model``
     BatchNorm's running statistics; without it the passes update them, as any forward does.
 
     Raises:
@@ -36,29 +38,58 @@ def alignment(
     """
     params = [p for p in parameters(optimizer.param_groups) if p.requires_grad]
     check_whole("alignment", params)
+    others = () if optimizer.model is None else optimizer.model.parameters()
     whole = Subset(batch, ksam_kernels.batch_size(batch))
     parts = micro_batches.split(whole, optimizer.micro_batch_size)
-    of_batch, of_top = ([torch.zeros_like(p) for p in params] for _ in range(2))
     with (
         torch.enable_grad(),
         distributed.apart(optimizer.model),
         batchnorm.Norms(optimizer.model).frozen(),
-        _random_state_kept(params),
+        set_aside(list(dict.fromkeys([*params, *others]))),
     ):
-        with torch.set_grad_enabled(len(parts) == 1):
-            losses = [_losses(per_sample_loss, part.batch) for part in parts]
-        top = ksam_kernels.topk_indices(joined(losses).detach(), k)
+        with _random_state_kept(params):
+            found = []
+            for part in parts:
+                losses = _losses(per_sample_loss, part.batch)
+                _backward(losses, whole.samples, optimizer.grad_scaler)
+                found.append(losses.detach())
+        of_batch = _taken_gradients(params)
+        top = ksam_kernels.topk_indices(joined(found), k)
         begin = 0
-        for part in parts:
-            of_part = losses[0] if len(parts) == 1 else _losses(per_sample_loss, part.batch)
-            inside = top[(top >= begin) & (top < begin + part.samples)] - begin
-            _add_gradient(of_batch, of_part, whole.samples, params, again=len(inside) > 0)
-            _add_gradient(of_top, of_part.index_select(0, inside), k, params)
-            begin += part.samples
-            del of_part  # and its graph, before the next one's
-    dots = [(a * b).sum() for a, b in zip(of_batch, of_top, strict=True)]
-    norms = ksam_kernels.grad_norm(of_batch) * ksam_kernels.grad_norm(of_top)
-    return torch.stack([d.float() for d in dots]).sum() / norms
+        with _random_state_kept(params):
+            for part in parts:
+                inside = top[(top >= begin) & (top < begin + part.samples)] - begin
+                with torch.set_grad_enabled(len(inside) > 0):
+                    losses = _losses(per_sample_loss, part.batch)
+                _backward(losses.index_select(0, inside), k, optimizer.grad_scaler)
+                begin += part.samples
+        of_top = _taken_gradients(params)
+    return _cosine(of_batch, of_top)
+
+
+def _backward(losses: Tensor, count: int, scaler: GradScaler | None) -> None:
+    """Add the gradient of the losses' sum, divided by ``count`` and scaled, to ``.grad``."""
+    if len(losses) > 0:
+        mean = losses.mean() * (len(losses) / count)
+        mean = mean if scaler is None else scaler.scale(mean)
+        mean.backward()  # type: ignore[no-untyped-call]
+
+
+def _taken_gradients(params: list[Tensor]) -> list[Tensor]:
+    """``.grad``, 0 where there is none; it is None afterwards."""
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    clear(params)
+    return found
+
+
+def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Of two lists as one vector each, a float32 scalar. Of unit vectors: no product underflows."""
+    norms = ksam_kernels.grad_norm(a), ksam_kernels.grad_norm(b)
+    dots = []
+    for pair in zip(a, b, strict=True):
+        x, y = (t.to(opmath_dtype(t.dtype)) / n for t, n in zip(pair, norms, strict=True))
+        dots.append((x * y).sum().float())
+    return torch.stack(dots).sum()
 
 
 def check_whole(name: str, params: Sequence[Tensor]) -> None:
@@ -78,23 +109,6 @@ def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
     weight_caches.drop()  # of other weights, or without gradients
     output = per_sample_loss(containers_copied(batch))
     return per_sample(output, ksam_kernels.batch_size(batch))[0]
-
-
-def _add_gradient(
-    totals: list[Tensor], losses: Tensor, count: int, params: list[Tensor], again: bool = False
-) -> None:
-    """Add the gradient of the losses' sum, divided by ``count``, to the totals.
-
-    Args:
-        again: whether the graph is needed once more.
-    """
-    if len(losses) == 0:
-        return
-    mean = losses.mean() * (len(losses) / count)
-    found = torch.autograd.grad(mean, params, retain_graph=again, allow_unused=True)
-    for total, gradient in zip(totals, found, strict=True):
-        if gradient is not None:
-            total += gradient
 
 
 class Sharpness(NamedTuple):
@@ -171,16 +185,17 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _mean_loss(per_sample_loss: PerSampleLoss, batches: list[Any], backward: bool = False) -> float:
-    """Mean over all samples; with ``backward`` its gradient in ``.grad``."""
-    total = sum(ksam_kernels.batch_size(batch) for batch in batches)
-    means = []
-    for batch in batches:
+    """Mean over all samples; with ``backward`` the direction of its gradient in ``.grad``."""
+    sizes = [ksam_kernels.batch_size(batch) for batch in batches]
+    sums = []
+    for batch, size in zip(batches, sizes, strict=True):
         with torch.set_grad_enabled(backward):
-            mean = _losses(per_sample_loss, batch).sum() / total
+            mean = _losses(per_sample_loss, batch).mean()
         if backward:
-            mean.backward()  # type: ignore[no-untyped-call]
-        means.append(mean.detach().double())
-    return float(torch.stack(means).sum())
+            # In units of one batch: of all batches' mean, gradients in float16 would underflow.
+            (mean * (size / sizes[0])).backward()  # type: ignore[no-untyped-call]
+        sums.append(mean.detach().double() * size)
+    return float(torch.stack(sums).sum()) / sum(sizes)
 
 
 @contextmanager

@@ -66,10 +66,18 @@ class Momentum(Part):
         """v of every parameter, to go down along; None where there is none yet, or it is frozen.
 
         Raises:
-            ValueError: there is state, and no momentum in it under a name that is known.
+            ValueError: there is state, and no momentum in it under a name that is known, or one
+                that is no tensor of the parameter's size.
         """
         states = [base.state.get(p, {}) if p.requires_grad else {} for p in params]
         found = [_momentum(state) for state in states]
+        for p, v in zip(params, found, strict=True):
+            if v is not None and (not isinstance(v, Tensor) or v.numel() != p.numel()):
+                what = tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"
+                raise ValueError(
+                    f"base must keep a momentum of its parameters' shapes to perturb along it; got "
+                    f"{type(base).__name__} with {what} for a parameter of {tuple(p.shape)}"
+                )
         if all(v is None for v in found) and any(states):
             names = {name for state in states for name in state}
             if names.isdisjoint(_NAMES):
@@ -84,6 +92,6 @@ class Momentum(Part):
         return -(group["rho"] if self.rho is None else radius_at(self.rho, step, group))
 
 
-def _momentum(state: dict[str, Any]) -> Tensor | None:
+def _momentum(state: dict[str, Any]) -> Any:
     found = (state.get(name) for name in _NAMES)
-    return next((buffer for buffer in found if isinstance(buffer, Tensor)), None)
+    return next((buffer for buffer in found if buffer is not None), None)

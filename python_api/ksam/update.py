@@ -171,8 +171,9 @@ class Update:
             try:
                 self.scaler.step(optimizer, *arguments)
             except BaseException:
-                # The next step has new gradients, which it may unscale.
-                self.scaler._per_optimizer_states[id(optimizer)]["stage"] = OptState.READY
+                if self.scaler.is_enabled():
+                    # The next step has new gradients, which it may unscale.
+                    self.scaler._per_optimizer_states[id(optimizer)]["stage"] = OptState.READY
                 raise
 
     def by_grad(self) -> None:

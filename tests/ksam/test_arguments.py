@@ -256,6 +256,25 @@ def test_a_momentum_that_is_not_found_is_no_silent_plain_step(backend: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("make", "found"),
+    [(lambda v: {0.9: v}, "a dict"), (lambda v: v.flatten()[:1], r"\(1,\)")],
+    ids=["of several", "of low rank"],
+)
+def test_a_momentum_of_another_shape_is_no_silent_plain_step(
+    backend: str, make: Callable[[torch.Tensor], Any], found: str
+) -> None:
+    model = network()
+    optimizer = MSAM(model.parameters(), torch.optim.SGD, lr=0.01, momentum=0.9)
+    optimizer.step(loss_of(model), batch())
+    before = weights(model)
+    state = optimizer.state[model[0].weight]
+    state["momentum_buffer"] = make(state["momentum_buffer"])
+    with pytest.raises(ValueError, match=rf"momentum of its parameters' shapes .*SGD with {found}"):
+        optimizer.step(loss_of(model), batch())
+    assert all_same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize(
     ("method", "name"), [(MSAM, "rho"), (AutoKSAM, "momentum_rho")], ids=["MSAM", "AutoKSAM"]
 )
 def test_the_radius_along_the_momentum(method: type[Any], name: str) -> None:

@@ -132,10 +132,14 @@ def _train_in_three_calls(rank: int, views: bool) -> dict[str, Any]:
     return {"weights": weights(net)}
 
 
-def _train_beside_alignment(rank: int, looks: bool) -> dict[str, Any]:
+def _train_beside_alignment(
+    rank: int, looks: bool, unused: bool = False, views: bool = False
+) -> dict[str, Any]:
     """Steps whose first call is a rank's own, with a look at the alignment before each."""
     net = network(batchnorm=True)
-    model = DistributedDataParallel(net)
+    model = DistributedDataParallel(
+        net, find_unused_parameters=unused, gradient_as_bucket_view=views
+    )
     optimizer = KSAM(model.parameters(), torch.optim.SGD, model=model, rho=RHO, **OPTIONS)
     for step in range(3):
         if looks:
@@ -173,7 +177,12 @@ def _train_all(rank: int, folder: Path) -> None:
     found = {run: _train(rank, *run) for run in runs}
     unused = {("unused", views): _train_with_unused(rank, views) for views in (False, True)}
     three = {("three", views): _train_in_three_calls(rank, views) for views in (False, True)}
-    beside = {("beside", looks): _train_beside_alignment(rank, looks) for looks in (False, True)}
+    ways = [(False, False), (False, True), (True, False), (True, True)]
+    beside = {
+        ("beside", (looks, *way)): _train_beside_alignment(rank, looks, *way)
+        for looks in (False, True)
+        for way in ways
+    }
     seen = {(name, False): _see_statistics(rank, name) for name in ("full", "running")}
     torch.save({**found, **unused, **three, **beside, **seen}, folder / f"{rank}.pt")
 
@@ -276,10 +285,15 @@ def test_calls_within_no_sync_climb_along_a_rank_s_own_gradient(
     )
 
 
-def test_a_look_at_the_alignment_changes_nothing(found: list[Found]) -> None:
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("views", [False, True])
+def test_a_look_at_the_alignment_changes_nothing(
+    found: list[Found], unused: bool, views: bool
+) -> None:
     """Neither the average of a later pass nor the statistics of a rank."""
     for of_rank in found:
-        without, beside = (of_rank["beside", looks]["weights"] for looks in (False, True))
+        runs = (of_rank["beside", (looks, unused, views)] for looks in (False, True))
+        without, beside = (run["weights"] for run in runs)
         assert all_same_bits(without, beside)
 
 

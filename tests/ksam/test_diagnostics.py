@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import ksam
 from ksam import KSAM, CSVWriter, Diagnostics, EveryNth, Representative, TensorBoardWriter, plot
+from tests.device import DEVICE
 from tests.helpers import all_same_bits, default_dtype, read_rows
 from tests.ksam import plain
 from tests.ksam.models import batch, loss_of, network, noting_weights, weights
@@ -78,6 +82,82 @@ def test_alignment_is_the_cosine_of_two_gradients(backend: str) -> None:
     torch.testing.assert_close(found.double(), F.cosine_similarity(a, b, 0), rtol=1e-5, atol=0)
 
 
+def _checkpointed(
+    begin: int, end: int, reentrant: bool
+) -> Callable[[nn.Sequential, Tensor], Tensor]:
+    """Layers [begin, end) keep no activations; their input requires a gradient, as PEFT has it."""
+
+    def forward(model: nn.Sequential, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_() if begin == 0 else model[:begin](x)
+        x = checkpoint(model[begin:end], x, use_reentrant=reentrant)
+        logits: Tensor = model[end:](x)
+        return logits
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        pytest.param(_checkpointed(0, 2, False), id="checkpointed"),
+        pytest.param(_checkpointed(0, 2, True), id="reentrant"),
+        pytest.param(_checkpointed(0, 3, True), id="reentrant, all layers"),
+        pytest.param(_checkpointed(1, 2, True), id="reentrant, above a layer"),
+    ],
+)
+def test_alignment_of_models_that_recompute(
+    forward: Callable[[nn.Sequential, Tensor], Tensor],
+) -> None:
+    model = network(dtype=torch.float64)
+    data = batch(dtype=torch.float64)
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    expected = float(ksam.alignment(optimizer, loss_of(model), data, 8))
+    found = ksam.alignment(
+        optimizer, lambda b: ksam.cross_entropy(forward(model, b["x"]), b["y"]), data, 8
+    )
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_alignment_of_a_compiled_model() -> None:
+    """Whose steps make programs that free what a second backward pass would need."""
+    model = network()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    optimizer.step(loss_of(compiled), batch())
+    expected = float(ksam.alignment(optimizer, loss_of(model), batch(), 8))
+    found = ksam.alignment(optimizer, loss_of(compiled), batch(), 8)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_alignment_of_small_gradients_in_float16(backend: str) -> None:
+    """Products of the gradients' elements are less than float16 can hold."""
+    model = network()
+    with torch.no_grad():
+        model[-1].weight *= 0.01
+    data, factor = batch(), 2.0**-12
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        half = copy.deepcopy(model).to(dtype)
+        optimizer = KSAM(half.parameters(), torch.optim.SGD, lr=0.1)
+
+        def function(b: dict[str, Tensor], net: nn.Module = half, kind: Any = dtype) -> Tensor:
+            return ksam.cross_entropy(net(b["x"].to(kind)), b["y"]) * factor
+
+        found.append(float(ksam.alignment(optimizer, function, data, 8)))
+    assert found[0] == pytest.approx(found[1], abs=0.02)
+
+
+def test_alignment_draws_alike_in_both_passes(backend: str) -> None:
+    """Of all samples it is 1, with dropout too, and what a run draws afterwards is not touched."""
+    model = nn.Sequential(network(), nn.Dropout(0.5))
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, micro_batch_size=9)
+    state = torch.get_rng_state()
+    for k in (24, 1):  # of one sample, most micro-batches have none
+        found = float(ksam.alignment(optimizer, loss_of(model), batch(), k))
+        assert found == pytest.approx(1, abs=1e-6) if k == 24 else found < 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("sharp", [True, False])
 def test_rows_have_the_alignment_of_a_selection(backend: str, sharp: bool) -> None:
     """Of a plain step too, which selects none itself."""
@@ -98,9 +178,11 @@ def test_no_selection_has_no_alignment(backend: str) -> None:
 
 
 def test_alignment_leaves_gradients_and_statistics_alone(backend: str) -> None:
+    """Those of parameters that the optimizer does not hold, too."""
     model = network(batchnorm=True)
     unused = nn.Parameter(torch.ones(2))
-    optimizer = KSAM([*model.parameters(), unused], torch.optim.SGD, lr=0.1, model=model)
+    held = [*list(model.parameters())[:-1], unused]
+    optimizer = KSAM(held, torch.optim.SGD, lr=0.1, model=model)
     optimizer.step(loss_of(model), batch())
     grads = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
     before = [b.clone() for b in model.buffers()]
@@ -220,6 +302,20 @@ def test_sharpness_is_the_same_under_any_default_dtype_and_device(
         assert ksam.sharpness(model, loss_of(model), data, rho=0.5) == expected
     with torch.device("meta"):
         assert ksam.sharpness(model, loss_of(model), data, rho=0.5) == expected
+
+
+def test_sharpness_in_float16_is_that_of_any_number_of_samples(backend: str) -> None:
+    """The gradient of one of many samples' mean would be less than float16 can hold."""
+    model = network()
+    function = loss_of(model)
+
+    def small(b: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(DEVICE.type, dtype=torch.float16):
+            return function(b) * 2.0**-8
+
+    once, often = (ksam.sharpness(model, small, [batch()] * n, directions=1) for n in (1, 300))
+    assert once.adversarial > 0
+    assert often.adversarial == pytest.approx(once.adversarial, rel=1e-3)
 
 
 def test_sharpness_moves_no_frozen_weights(backend: str) -> None:

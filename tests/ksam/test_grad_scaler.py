@@ -135,13 +135,14 @@ def test_a_forgotten_update_is_told_and_loses_nothing(backend: str) -> None:
     assert not all_same_bits(weights(model), before)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("updates", [True, False])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
 def test_a_step_after_one_that_failed_in_the_base(
-    backend: str, base: type[torch.optim.Optimizer], updates: bool
+    backend: str, base: type[torch.optim.Optimizer], updates: bool, enabled: bool
 ) -> None:
     model, twin = network(), network()
-    grad_scaler = scaler()
+    grad_scaler = scaler(enabled=enabled)
     optimizer = KSAM(model.parameters(), base, lr=0.01, grad_scaler=grad_scaler)
 
     def fails(*_: Any) -> None:

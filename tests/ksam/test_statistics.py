@@ -173,6 +173,24 @@ def test_matched_values_have_the_gradient_of_batchnorm(backend: str, affine: boo
         torch.testing.assert_close(p.grad, g)
 
 
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_norms_that_are_called_by_keyword(backend: str, statistics: str) -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self, layers: nn.Sequential) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.layers[2:](self.layers[1](input=self.layers[0](x)))
+            return logits
+
+    model = network(batchnorm=True)
+    other = ByKeyword(copy.deepcopy(model))
+    for each in (model, other):
+        train(KSAM, each, statistics, k=8)
+    assert all_same_bits(weights(model), weights(other))
+
+
 def train(method: type[Any], model: nn.Module, statistics: str, **options: Any) -> None:
     """Two steps."""
     optimizer = method(
