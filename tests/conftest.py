@@ -97,6 +97,39 @@ def native() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installation without compiled extension and Triton, with nothing asked for."""
+    monkeypatch.setattr(backends, "_choices", [["auto"]])
+    for name in ("native", "triton"):
+        monkeypatch.setitem(backends._kernels, name, {})
+
+
+@pytest.fixture
+def half_native(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A native backend of one operator, which notes its calls."""
+    calls = []
+
+    def topk_indices(losses: torch.Tensor, k: int) -> torch.Tensor:
+        calls.append("native")
+        return torch.arange(k)
+
+    monkeypatch.setitem(backends._kernels, "native", {"topk_indices": topk_indices})
+    return calls
+
+
+@pytest.fixture
+def extra(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend that is none of BACKENDS, of one operator."""
+    monkeypatch.setattr(backends, "_kernels", dict(backends._kernels))
+
+    @backends.implements("another", "topk_indices")
+    def topk_indices(losses: torch.Tensor, k: int) -> torch.Tensor:
+        return torch.arange(k)
+
+    return "another"
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,9 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ksam_kernels import backends
+
 ROOT = Path(__file__).resolve().parents[1]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 U32 = 2.0**-24
+#: (room, operator) of every operator.
+OPERATORS = [(room, name) for room, names in backends.OPERATORS.items() for name in names]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -171,3 +178,13 @@ def assert_ends(pid_file: Path) -> None:
             return False
 
     wait_for(lambda: not runs(), 10.0)
+
+
+def run_python(*args: str, backend: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter of the tests with KSAM_BACKEND as given, None: without it."""
+    environment = {key: value for key, value in os.environ.items() if key != "KSAM_BACKEND"}
+    if backend is not None:
+        environment["KSAM_BACKEND"] = backend
+    return subprocess.run(
+        [sys.executable, *args], env=environment, capture_output=True, text=True, check=False
+    )
