@@ -213,7 +213,7 @@ def cross_entropy_kernel(
 
     Each of ROWS x BLOCK lanes has a maximum of its own, which its sums are measured from, until
     they are put together. Bytes moved: each logit once, each probability where the target has
-    them; per row a class, 4 for the loss, 12 for the statistics.
+    them; per row a class, 4 for the loss, 12 for the statistics (float64: 24).
     """
     SPREADS: tl.constexpr = KIND != CLASSES
     kept, share = double_of(kept).to(A), double_of(share).to(A)
@@ -326,7 +326,7 @@ def cross_entropy_backward_kernel(
     """dx_c = g (mass p_c - q_c) with p_c = exp(x_c - m - log s); 0 in ignored rows.
 
     Bytes moved: each logit once, each element of the gradient once, each probability where the
-    target has them; per row a class, 4 for g, 12 for the statistics.
+    target has them; per row a class, 4 for g, 12 for the statistics (float64: 24).
     """
     kept, share = double_of(kept).to(A), double_of(share).to(A)
     if PLANES:

@@ -301,11 +301,11 @@ def _update(
 
     Args:
         moments: argument name -> the optimizer's list; None where it keeps none.
-        steps: the step counts; None where it keeps none.
+        steps: the step counts; None where the optimizer keeps none.
         options: the operator's other arguments, checked; grad_scale and found_inf are the last two.
     """
     counters = steps or []
-    states = (*(tensors or [] for tensors in moments.values()), counters)
+    states = (*[tensors or [] for tensors in moments.values()], counters)
     if native.try_update_(name, params, backup, grads, states, *options):
         return
     kept = {argument: tensors for argument, tensors in moments.items() if tensors is not None}

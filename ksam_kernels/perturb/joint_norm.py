@@ -1,4 +1,4 @@
-"""Lists of a perturbation whose norm is not that of their gradients alone."""
+"""Perturbations whose norm is not that of their own gradients alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def with_extra_norm(
     adaptive: bool,
     eta: float,
 ) -> Lists:
-    """The lists and radii for ``perturb_``, whose norm then includes ``norm``, that of T g of
-    others: one more parameter, w = 1, has it for a gradient and does not move."""
+    """Lists and radii for a ``perturb_`` whose norm includes ``norm``, a scalar: that of T g of
+    other tensors. One more parameter, w = 1, has it for a gradient and does not move."""
     one = torch.ones_like(norm)
     return (
         [*params, one],

@@ -57,6 +57,7 @@ def _scalar_for(tensors: TensorList) -> Tensor:
 def try_grad_norm(
     grads: list[Tensor], params: list[Tensor], adaptive: bool, eta: float
 ) -> Tensor | None:
+    """The norm, a float32 scalar, if the kernel takes the arguments as they are."""
     kernel = direct("grad_norm")
     if kernel is None or (torch.is_grad_enabled() and any(map(library.wants_grad, grads))):
         return None
@@ -72,6 +73,7 @@ def try_perturb_(
     adaptive: bool,
     eta: float,
 ) -> Tensor | None:
+    """The norm, a float32 scalar, if the kernel took the arguments and has perturbed."""
     kernel = direct_in_place("perturb_")
     if kernel is None:
         return None
@@ -83,6 +85,7 @@ def try_perturb_(
 
 
 def try_restore_(params: list[Tensor], backup: list[Tensor]) -> bool:
+    """Whether the kernel took the arguments and has restored the weights."""
     kernel = direct_in_place("restore_")
     if kernel is None or not kernel(params, backup):
         return False
