@@ -93,5 +93,5 @@ class Momentum(Part):
 
 
 def _momentum(state: dict[str, Any]) -> Any:
-    found = (state.get(name) for name in _NAMES)
-    return next((buffer for buffer in found if buffer is not None), None)
+    buffer = state.get(_NAMES[0])  # spelled out: a loop takes as long as the step's kernels
+    return state.get(_NAMES[1]) if buffer is None else buffer
