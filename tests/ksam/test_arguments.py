@@ -33,8 +33,7 @@ from ksam import (
 from ksam.geometry import Geometry, NamedAdaptive, StochasticWeights, named_weight
 from ksam.samplers import All, Importance, LossIncrease, Ordered, Random, TopK
 from ksam.tables import SharpnessSample, StaleTopK
-from tests.helpers import all_same_bits
-from tests.ksam.models import NAMES, batch, build, loss_of, network, noting_weights, weights
+from tests.ksam.models import NAMES, batch, build, loss_of, network
 
 
 @pytest.mark.parametrize(
@@ -221,77 +220,12 @@ def test_complex_parameters_are_refused_unless_they_are_frozen(name: str) -> Non
         KSAM([late], torch.optim.SGD, lr=0.1)
 
 
-@pytest.mark.parametrize("name", ["Adagrad", "ASGD", "Rprop", "RMSprop", "SGD"])
-@pytest.mark.parametrize("method", [MSAM, AutoKSAM])
-def test_a_base_without_momentum_is_refused(method: type[Any], name: str) -> None:
-    with pytest.raises(ValueError, match=f"base must have momentum or betas.*got {name} with"):
-        method(network().parameters(), getattr(torch.optim, name), lr=0.1)
-
-
 @pytest.mark.parametrize("name", ["Adam", "Adamax", "NAdam", "RAdam"])
 def test_a_base_with_betas_has_a_direction(backend: str, name: str) -> None:
     model = network()
     optimizer = MSAM(model.parameters(), getattr(torch.optim, name), lr=0.01)
     norms = [float(optimizer.step(loss_of(model), batch()).grad_norm) for _ in range(2)]
     assert norms[0] == 0 < norms[1]
-
-
-class Unknown(torch.optim.Adam):
-    """Has betas, and keeps what it makes of them under names of its own."""
-
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        for state in self.state.values():
-            state["z"] = state.pop("exp_avg")
-
-
-def test_a_momentum_that_is_not_found_is_no_silent_plain_step(backend: str) -> None:
-    model = network()
-    optimizer = MSAM(model.parameters(), Unknown, lr=0.01)
-    optimizer.step(loss_of(model), batch())
-    before = weights(model)
-    with pytest.raises(ValueError, match=r"its momentum as .*Unknown with exp_avg_sq, step, z"):
-        optimizer.step(loss_of(model), batch())
-    assert all_same_bits(weights(model), before)
-
-
-@pytest.mark.parametrize(
-    ("make", "found"),
-    [(lambda v: {0.9: v}, "a dict"), (lambda v: v.flatten()[:1], r"\(1,\)")],
-    ids=["of several", "of low rank"],
-)
-def test_a_momentum_of_another_shape_is_no_silent_plain_step(
-    backend: str, make: Callable[[torch.Tensor], Any], found: str
-) -> None:
-    model = network()
-    optimizer = MSAM(model.parameters(), torch.optim.SGD, lr=0.01, momentum=0.9)
-    optimizer.step(loss_of(model), batch())
-    before = weights(model)
-    state = optimizer.state[model[0].weight]
-    state["momentum_buffer"] = make(state["momentum_buffer"])
-    with pytest.raises(ValueError, match=rf"momentum of its parameters' shapes .*SGD with {found}"):
-        optimizer.step(loss_of(model), batch())
-    assert all_same_bits(weights(model), before)
-
-
-@pytest.mark.parametrize(
-    ("method", "name"), [(MSAM, "rho"), (AutoKSAM, "momentum_rho")], ids=["MSAM", "AutoKSAM"]
-)
-def test_the_radius_along_the_momentum(method: type[Any], name: str) -> None:
-    """By the base where it is not given; a bad one is named as the user knows it."""
-
-    def radius(base: Any, **arguments: Any) -> Any:
-        optimizer = method(network().parameters(), base, lr=0.1, **arguments)
-        part = optimizer.ascent if method is MSAM else optimizer.otherwise
-        return -part.radius(optimizer.param_groups[0], 0)
-
-    for kin in ("Adam", "Adamax", "AdamW", "NAdam", "RAdam"):
-        assert radius(getattr(torch.optim, kin)) == 0.05
-    assert radius(torch.optim.SGD, momentum=0.9) == 0.3
-    assert radius(torch.optim.AdamW, **{name: 0.7}) == 0.7
-    for bad, error in (("Auto", TypeError), (-1, ValueError), (float("nan"), ValueError)):
-        with pytest.raises(error, match=rf"^{name} must be .*{bad}"):
-            radius(torch.optim.SGD, momentum=0.9, **{name: bad})
 
 
 @pytest.mark.parametrize(
@@ -318,26 +252,6 @@ def test_what_a_method_sets_is_not_given_to_it(name: str, option: str) -> None:
     arguments = {"lr": 0.1, "momentum": 0.9, **table, option: None}
     with pytest.raises(TypeError, match=rf"^{option} must not be given to {name}, .*got None"):
         getattr(ksam, name)(network().parameters(), torch.optim.SGD, **arguments)
-
-
-def test_a_group_without_momentum_is_refused() -> None:
-    optimizer = MSAM(network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
-    with pytest.raises(ValueError, match=r"momentum .*SGD with momentum=0\.0"):
-        optimizer.add_param_group({"params": nn.Parameter(torch.ones(())), "momentum": 0.0})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_frozen_weights_are_not_perturbed(backend: str) -> None:
-    """Frozen in mid-run, they have a momentum but no direction."""
-    model = network()
-    optimizer = MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
-    optimizer.step(loss_of(model), batch())
-    model[0].weight.requires_grad_(False)
-    before = weights(model)
-    function, seen = noting_weights(model)
-    optimizer.step(function, batch())
-    assert all_same_bits(before[:1], seen[0][:1])
-    assert not all_same_bits(before[1:], seen[0][1:])
 
 
 def test_defaults_reach_the_parts() -> None:

@@ -53,24 +53,6 @@ def take(optimizer: SharpnessAware, function: Callable[[Batch], Any], data: Batc
     return result
 
 
-@pytest.mark.parametrize("method", [KSAM, MSAM])
-def test_gradients_in_a_buffer_of_the_user_s_are_added_up_there(
-    backend: str, method: type[SharpnessAware]
-) -> None:
-    model, twin = network(), network()
-    params = list(model.parameters())
-    flat = torch.zeros(sum(p.numel() for p in params))
-    views = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in params]), params)]  # noqa: B905
-    for p, view in zip(params, views, strict=True):
-        p.grad = view
-    optimizer, other = (method(m.parameters(), torch.optim.SGD, **SGD) for m in (model, twin))
-    for step in range(2):
-        for each, net in ((optimizer, model), (other, twin)):
-            each.backward(loss_of(net), batch(step))
-    assert all(p.grad is view for p, view in zip(params, views, strict=True))
-    assert all_same_bits(views, gradients(other))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_family(backend: str, name: str) -> None:
     model, twin = (network(dtype=torch.float64) for _ in range(2))

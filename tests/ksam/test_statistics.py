@@ -175,17 +175,12 @@ def test_matched_values_have_the_gradient_of_batchnorm(backend: str, affine: boo
 
 @pytest.mark.parametrize("statistics", STATISTICS)
 def test_norms_that_are_called_by_keyword(backend: str, statistics: str) -> None:
-    class ByKeyword(nn.Module):
-        def __init__(self, layers: nn.Sequential) -> None:
-            super().__init__()
-            self.layers = layers
-
+    class ByKeyword(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.layers[2:](self.layers[1](input=self.layers[0](x)))
-            return logits
+            return self[3](self[2](self[1](input=self[0](x))))
 
     model = network(batchnorm=True)
-    other = ByKeyword(copy.deepcopy(model))
+    other = ByKeyword(*copy.deepcopy(model))
     for each in (model, other):
         train(KSAM, each, statistics, k=8)
     assert all_same_bits(weights(model), weights(other))

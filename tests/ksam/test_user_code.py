@@ -14,10 +14,19 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LinearLR
 
-from ksam import KSAM, MSAM, SAM, AutoKSAM, ByLearningRate, OrderedSGD, cross_entropy
+from ksam import (
+    KSAM,
+    MSAM,
+    SAM,
+    AutoKSAM,
+    ByLearningRate,
+    OrderedSGD,
+    SharpnessAware,
+    cross_entropy,
+)
 from ksam.batchnorm import Norms, Snapshot
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, loss_of, network, weights
+from tests.ksam.models import batch, gradients, loss_of, network, weights
 
 METHODS: dict[str, Callable[..., Any]] = {
     "KSAM": KSAM, "SAM": SAM, "MSAM": MSAM, "AutoKSAM": AutoKSAM, "OrderedSGD": OrderedSGD
@@ -287,3 +296,21 @@ def test_some_parameters_without_a_gradient_are_no_reason_to_warn(
         for _ in range(2):
             optimizer.step(loss_of(model), batch())
             frozen.step(loss_of(model), batch())
+
+
+@pytest.mark.parametrize("method", [KSAM, MSAM])
+def test_gradients_in_a_buffer_of_the_user_s_are_added_up_there(
+    backend: str, method: type[SharpnessAware]
+) -> None:
+    model, twin = network(), network()
+    params = list(model.parameters())
+    flat = torch.zeros(sum(p.numel() for p in params))
+    views = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in params]), params)]  # noqa: B905
+    for p, view in zip(params, views, strict=True):
+        p.grad = view
+    optimizer, other = (method(m.parameters(), SGD, **MOMENTUM) for m in (model, twin))
+    for step in range(2):
+        for each, net in ((optimizer, model), (other, twin)):
+            each.backward(loss_of(net), batch(step))
+    assert all(p.grad is view for p, view in zip(params, views, strict=True))
+    assert all_same_bits(views, gradients(other))
