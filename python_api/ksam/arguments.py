@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ksam.base import entries
-from ksam.distributed import data_parallel, fully_sharded
+from ksam.distributed import data_parallel, has_fully_sharded
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.parts import Sampler
@@ -99,8 +99,7 @@ def _check_micro_batches(arguments: Composed) -> None:
     if size is None:
         return
     check_count("micro_batch_size", size, 1)
-    wrapped = data_parallel(arguments.model)
-    if wrapped is not None and wrapped.static_graph:
+    if any(wrapped.static_graph for wrapped in data_parallel(arguments.model)):
         raise ValueError(
             f"micro_batch_size must be None with static_graph=True of DistributedDataParallel, "
             f"which cannot leave out a synchronization, got {size!r}"
@@ -119,7 +118,7 @@ def _check_micro_batches(arguments: Composed) -> None:
 
 def _check_model(model: Any) -> None:
     _check_type("model", model, (nn.Module,), "a torch.nn.Module")
-    if fully_sharded(model) is not None:
+    if has_fully_sharded(model):
         raise TypeError(
             "model must not be a FullyShardedDataParallel, whose parameters look like whole "
             "tensors although each is a shard: shard it by torch.distributed.fsdp.fully_shard "
@@ -162,7 +161,7 @@ def check_group(
         momentum: whether the method perturbs along the base optimizer's momentum.
 
     Raises:
-        TypeError: complex parameters that are trained.
+        TypeError: complex parameters that are trained, or shards that are no DTensors.
         ValueError: ``maximize``, no momentum where one is needed, or DTensors without their model.
     """
     named = entries(group)
@@ -176,6 +175,12 @@ def check_group(
             raise TypeError(
                 f"params must be real, got {p.dtype} for {_which(position, name, p)}: train what "
                 f"torch.view_as_real makes of it"
+            )
+        if hasattr(p, "_st_info"):  # where DistributedDataParallel notes what the tensor was
+            raise TypeError(
+                f"params must not be those of a tensor-parallel model in DistributedDataParallel, "
+                f"which look like whole tensors although each is a shard, got "
+                f"{_which(position, name, p)}: shard it by torch.distributed.fsdp.fully_shard"
             )
     group = {**base.defaults, **group}
     if group.get("maximize"):

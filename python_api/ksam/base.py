@@ -70,7 +70,12 @@ def parameter_names(groups: Sequence[dict[str, Any]], model: nn.Module | None) -
 
 
 def check_base(base: Optimizer) -> None:
-    """It steps without arguments, and leaves the name rho to the radius."""
+    """Check that the base steps without arguments, and leaves the name rho to the radius."""
+    if not hasattr(base, "defaults"):
+        raise TypeError(
+            f"base must have defaults, as torch.optim.Optimizer's constructor sets them, got "
+            f"{type(base).__name__} without"
+        )
     if "rho" in base.defaults:
         raise ValueError(
             f"base must have no hyperparameter of the name rho, which is the radius's in "

@@ -100,7 +100,7 @@ class Norms:
         # Which would take rank 0's statistics in place of the batch's own, or of the running ones
         # that the pass before had.
         constant = statistics in ("full", "running")
-        self._wrapped = distributed.data_parallel(model) if constant else None
+        self._wrapped = distributed.data_parallel(model) if constant else []
 
     def put_back(self, *names: str) -> None:
         """The modules' settings of these names as they were when the step began."""

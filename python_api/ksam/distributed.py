@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -17,33 +17,31 @@ from ksam_kernels.dtensor import first_dtensor
 M = TypeVar("M", bound=nn.Module)
 
 
-def _first(model: nn.Module | None, kind: type[M]) -> M | None:
-    """The module of that kind that a model is or has, behind ``torch.compile`` for one."""
+def _all(model: nn.Module | None, kind: type[M]) -> list[M]:
+    """The modules of that kind that a model is or has, behind ``torch.compile`` for one."""
     modules = () if model is None else model.modules()
-    return next((module for module in modules if isinstance(module, kind)), None)
+    return [module for module in modules if isinstance(module, kind)]
 
 
-def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
-    """The DistributedDataParallel that a model is or has."""
-    return _first(model, DistributedDataParallel)
+def data_parallel(model: nn.Module | None) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules that a model is or has."""
+    return _all(model, DistributedDataParallel)
 
 
-def fully_sharded(model: nn.Module | None) -> nn.Module | None:
-    """The FullyShardedDataParallel (FSDP1) that a model is or has."""
+def has_fully_sharded(model: nn.Module | None) -> bool:
+    """Whether a model is or has a FullyShardedDataParallel (FSDP1)."""
     # Takes a second to import: who has one, has imported it.
     package = sys.modules.get("torch.distributed.fsdp")
-    return None if package is None else _first(model, package.FullyShardedDataParallel)
+    return package is not None and bool(_all(model, package.FullyShardedDataParallel))
 
 
 def _groups(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
     """Process groups over whose ranks the batches of a step are spread, one after the other."""
-    wrapped = data_parallel(model)
-    if wrapped is not None:
-        return [wrapped.process_group]
+    groups = [wrapped.process_group for wrapped in data_parallel(model)]
     sharded = first_dtensor(params)
-    if sharded is None:
-        return []
-    return [sharded.device_mesh.get_group(dim) for dim in range(sharded.device_mesh.ndim)]
+    if not groups and sharded is not None:
+        groups = [sharded.device_mesh.get_group(dim) for dim in range(sharded.device_mesh.ndim)]
+    return list(dict.fromkeys(groups))
 
 
 def mean_over_ranks(value: Tensor, model: nn.Module | None, params: list[Tensor]) -> Tensor:
@@ -60,28 +58,33 @@ def mean_over_ranks(value: Tensor, model: nn.Module | None, params: list[Tensor]
     return value
 
 
-def without_sync(
-    wrapped: DistributedDataParallel | None, accumulates: bool
-) -> AbstractContextManager[None]:
-    """Forward and backward passes within leave a rank's own gradient, if it ``accumulates``.
+@contextmanager
+def without_sync(wrapped: list[DistributedDataParallel]) -> Iterator[None]:
+    """Forward and backward passes within leave a rank's own gradient.
 
     The pass after them averages the sum over the ranks, once.
     """
-    return wrapped.no_sync() if accumulates and wrapped is not None else nullcontext()
+    with ExitStack() as stack:
+        for each in wrapped:
+            stack.enter_context(each.no_sync())
+        yield
 
 
 @contextmanager
-def own_buffers(wrapped: DistributedDataParallel | None) -> Iterator[None]:
+def own_buffers(wrapped: list[DistributedDataParallel]) -> Iterator[None]:
     """Forward passes within leave a rank's buffers as they are: none come from rank 0."""
-    if wrapped is None or not wrapped.broadcast_buffers:
+    broadcasting = [each for each in wrapped if each.broadcast_buffers]
+    if not broadcasting:
         yield
         return
 
     def put_back() -> None:
-        wrapped.broadcast_buffers = True
+        for each in broadcasting:
+            each.broadcast_buffers = True
 
     with interrupts.undone(put_back):
-        wrapped.broadcast_buffers = False
+        for each in broadcasting:
+            each.broadcast_buffers = False
         yield
 
 
@@ -93,16 +96,18 @@ def apart(model: nn.Module | None) -> Iterator[None]:
     gradient that ``torch.autograd.grad`` takes is none: the average would be of the pass after.
     """
     wrapped = data_parallel(model)
-    if wrapped is None:
+    if not wrapped:
         yield
         return
-    before = wrapped.require_forward_param_sync
+    before = [each.require_forward_param_sync for each in wrapped]
 
     def put_back() -> None:
-        wrapped.require_forward_param_sync = before
+        for each, was in zip(wrapped, before, strict=True):
+            each.require_forward_param_sync = was
 
-    with interrupts.undone(put_back), wrapped.no_sync():
-        wrapped.require_forward_param_sync = False  # of buffers; within no_sync() it stays so
+    with interrupts.undone(put_back), without_sync(wrapped):
+        for each in wrapped:
+            each.require_forward_param_sync = False  # of buffers; within no_sync() it stays so
         yield
 
 
@@ -114,21 +119,21 @@ def averaged(model: nn.Module | None, params: list[Tensor], accumulates: bool) -
     used in earlier, unsynchronized passes are reduced only in the next synchronized one, when their
     gradient has been set aside. So the average is taken here.
     """
-    wrapped = data_parallel(model) if accumulates else None
-    if (
-        wrapped is None
-        or not wrapped.find_unused_parameters
-        or not wrapped.require_backward_grad_sync  # the user's no_sync()
-    ):
+    wrapped = [
+        each
+        for each in (data_parallel(model) if accumulates else [])
+        # Not in the user's no_sync().
+        if each.find_unused_parameters and each.require_backward_grad_sync
+    ]
+    with without_sync(wrapped):
         yield
-        return
-    with wrapped.no_sync():
-        yield
-    for p in params:
-        if p.requires_grad:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.distributed.all_reduce(p.grad, group=wrapped.process_group)
-            p.grad /= torch.distributed.get_world_size(wrapped.process_group)
+    held = set(map(id, params))
+    for each in wrapped:
+        for p in each.parameters():
+            if p.requires_grad and id(p) in held:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad, group=each.process_group)
+                p.grad /= torch.distributed.get_world_size(each.process_group)
 
 
 def _sharded_modules(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
@@ -141,20 +146,26 @@ def _sharded_modules(model: nn.Module | None, params: list[Tensor]) -> list[Any]
 
 
 def check_synchronizes(model: nn.Module | None, params: list[Tensor]) -> None:
-    """FSDP2 leaves no gradient to climb along where it is told not to average it.
+    """Check that FSDP2 averages gradients: where it does not, it leaves none to climb along, and
+    adds it to that of a later pass.
 
     Raises:
-        RuntimeError: ``set_requires_gradient_sync(False)``.
+        RuntimeError: ``set_requires_gradient_sync(False)`` or ``set_requires_all_reduce(False)``.
     """
     for module in _sharded_modules(model, params):
         state = module._get_fsdp_state()
         several = hasattr(state, "_fsdp_param_groups")  # from PyTorch 2.13 on
         groups = state._fsdp_param_groups if several else [state._fsdp_param_group]
-        if not all(group.reduce_grads for group in groups if group is not None):
-            raise RuntimeError(
-                "FSDP2's gradients must be averaged in every call, as the ascent is along them; "
-                "got set_requires_gradient_sync(False)"
-            )
+        known = [group for group in groups if group is not None]
+        for name, averages in (
+            ("set_requires_gradient_sync", all(group.reduce_grads for group in known)),
+            ("set_requires_all_reduce", all(group.all_reduce_grads for group in known)),
+        ):
+            if not averages:
+                raise RuntimeError(
+                    f"FSDP2's gradients must be averaged in every call, as the ascent is along "
+                    f"them; got {name}(False)"
+                )
 
 
 def reshard(model: nn.Module | None, params: list[Tensor]) -> None:

@@ -140,7 +140,8 @@ def sharpness(
     The model's mode is the caller's choice: ``model.eval()`` measures the network that is tested.
     Its running statistics and the states of PyTorch's random generators are left alone and its
     weights come back bit for bit, also where the function raises. The model's gradients are
-    discarded.
+    discarded. With DistributedDataParallel it is of a rank's own batches, and may be measured on
+    one rank alone.
 
     Args:
         per_sample_loss: as for a step.
@@ -159,7 +160,12 @@ def sharpness(
     params = [p for p in model.parameters() if p.requires_grad]
     check_whole("sharpness", params)
     # Ctrl-C may come just before a block without gradients is left: this one then ends it.
-    with torch.enable_grad(), batchnorm.Norms(model).frozen(), _random_state_kept(params):
+    with (
+        torch.enable_grad(),
+        distributed.apart(model),
+        batchnorm.Norms(model).frozen(),
+        _random_state_kept(params),
+    ):
         batches = list(batches)  # a loader draws their order
         if not batches:
             raise ValueError("batches must hold at least one batch, got none")

@@ -52,8 +52,14 @@ class Momentum(Part):
         """Refuse a base that keeps no momentum, whose weights would silently not be perturbed.
 
         Raises:
-            ValueError: the group has neither a ``momentum`` that is not 0, nor ``betas``.
+            ValueError: the group has neither a ``momentum`` that is not 0, nor ``betas``, or the
+                base is a ZeroRedundancyOptimizer.
         """
+        if type(base).__name__ == "ZeroRedundancyOptimizer":  # its module takes a second to import
+            raise ValueError(
+                "base must keep the momentum of all parameters to perturb along it, got "
+                "ZeroRedundancyOptimizer, of which every rank keeps a part"
+            )
         if "betas" in group or group.get("momentum", 0) != 0:
             return
         found = f"momentum={group['momentum']!r}" if "momentum" in group else "neither"

@@ -274,7 +274,7 @@ class SharpnessAware(Composed):
         params = self._parameters()
         cost = self.cost(samples)
         sharp = self._is_sharp(cost)
-        if sharp and isinstance(self.ascent, Sampler):
+        if isinstance(self.ascent, Sampler):  # now or in a later step
             check_synchronizes(self.model, params)
         norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._kept)
         passes = self._passes(per_sample_loss, batch, samples, sharp, norms)
@@ -329,7 +329,7 @@ class SharpnessAware(Composed):
             watch=self.model is None and not self._looked_for_batchnorm,
             scale=self._update.scale,
         )
-        wrapped = None if self.micro_batch_size is None else data_parallel(self.model)
+        wrapped = [] if self.micro_batch_size is None else data_parallel(self.model)
         return Passes(function, batch, samples, options, norms, wrapped)
 
     def _descent_gradient(

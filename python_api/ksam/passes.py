@@ -119,7 +119,7 @@ class Passes:
         samples: int,
         options: PassOptions,
         norms: batchnorm.Norms,
-        wrapped: DistributedDataParallel | None,
+        wrapped: list[DistributedDataParallel],
     ) -> None:
         self.batch, self.samples, self.step = batch, samples, options.step
         self.aux: Any = None
@@ -242,7 +242,7 @@ class Passes:
         found = []
         for part in parts:
             weight_caches.drop()
-            with without_sync(self._wrapped, part is not parts[-1]):
+            with without_sync([] if part is parts[-1] else self._wrapped):
                 found.append(self._micro_batch(part, at_once, reports, backward))
         losses = joined([of_part.losses for of_part in found])
         if subset.keep is not None and subset.top is None:

@@ -120,6 +120,18 @@ def test_a_base_that_is_built_has_the_named_parameters_it_was_built_of() -> None
         KSAM(network().named_parameters(), base)
 
 
+def test_a_base_without_defaults_is_refused() -> None:
+    """As wrappers are that call no constructor of Optimizer's, PostLocalSGDOptimizer for one."""
+
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, wrapped: torch.optim.Optimizer) -> None:
+            self.param_groups = wrapped.param_groups
+
+    base = Bare(torch.optim.SGD(network().parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"^base must have defaults, .*got Bare without"):
+        KSAM(None, base)
+
+
 def test_the_parameters_of_a_new_group_may_come_from_a_generator() -> None:
     late = nn.Linear(2, 2)
     optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1)

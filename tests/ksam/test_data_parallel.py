@@ -170,9 +170,6 @@ def _see_statistics(rank: int, statistics: str) -> list[Tensor]:
 
 def _train_all(rank: int, folder: Path) -> None:
     """A process: what its runs end with goes to a file."""
-    static = DistributedDataParallel(network(), static_graph=True)
-    with pytest.raises(ValueError, match="micro_batch_size must be None with static_graph=True"):
-        KSAM(static.parameters(), torch.optim.SGD, model=static, micro_batch_size=8, lr=0.1)
     runs = [(name, views) for name in STEPS for views in (False, True)]
     found = {run: _train(rank, *run) for run in runs}
     unused = {("unused", views): _train_with_unused(rank, views) for views in (False, True)}

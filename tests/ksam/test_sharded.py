@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ksam
-from ksam import KSAM, AutoKSAM, SharpnessAware
+from ksam import KSAM, AutoKSAM, From, SharpnessAware
 from ksam.distributed import mean_over_ranks
 from tests import ranks
 from tests.helpers import all_same_bits
@@ -165,12 +165,14 @@ def check_failure(rank: int, where: str, n: int) -> None:
 
 
 def check_averages_that_are_left_out(rank: int) -> None:
-    """FSDP2 then keeps gradients where nobody can climb along them."""
-    model = sharded(network())
-    optimizer = with_base(SGD, lr=0.1)(model)
-    model.set_requires_gradient_sync(False)
-    with pytest.raises(RuntimeError, match=r"got set_requires_gradient_sync\(False\)"):
-        optimizer.backward(loss_of(model), data_of(rank, 0))
+    """FSDP2 then keeps gradients where nobody can climb along them, now or in a later call."""
+    for name in ("set_requires_gradient_sync", "set_requires_all_reduce"):
+        for when in (None, From(1)):
+            model = sharded(network())
+            optimizer = with_base(SGD, lr=0.1, when=when)(model)
+            getattr(model, name)(False)
+            with pytest.raises(RuntimeError, match=rf"got {name}\(False\)"):
+                optimizer.backward(loss_of(model), data_of(rank, 0))
 
 
 def check_two_calls(rank: int, make: Make) -> None:
