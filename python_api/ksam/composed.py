@@ -188,7 +188,7 @@ class Composed(OptimizerWrapper):
             self._told_of_no_gradient = True
 
     def _parameters(self) -> list[Tensor]:
-        """All parameters; in every step, so without the checks of :func:`base.parameters`."""
+        """All parameters; in every step, so without the checks of :func:`ksam.base.parameters`."""
         params: list[Tensor] = []
         for group in self.param_groups:
             params += group["params"]

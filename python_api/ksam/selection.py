@@ -51,7 +51,7 @@ class Amount(Part):
         return subset_size(check_k(value, self.name), samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of a schedule that has some, such as :class:`AccuracySchedule`; else empty."""
+        """The schedule's state, if it has some (:class:`ksam.AccuracySchedule`); else empty."""
         return self.value.state_dict() if isinstance(self.value, Part) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
