@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch  # before the extension, which can_inspect for its thread pool
+import torch  # before the extension, which looks for its thread pool
 from torch import Tensor
 
 from ksam_kernels import backends, library

@@ -44,7 +44,12 @@ void* GpuCall::scratch(int64_t bytes) {
   };
   if (torch_api().managed_tensor_allocator(&prototype, &scratch_, &error, set_error) != 0) {
     scratch_ = nullptr;
-    throw std::runtime_error("no " + std::to_string(bytes) + " bytes of device memory: " + error);
+    error = "no " + std::to_string(bytes) + " bytes of device memory: " + error;
+    // As torch's allocators for GPUs and for the CPU, which the tests' runner has, put it.
+    for (const char* words : {"out of memory", "can't allocate memory"}) {
+      if (error.find(words) != std::string::npos) throw OutOfMemory(error);
+    }
+    throw std::runtime_error(error);
   }
   return static_cast<char*>(scratch_->tensor.data) + scratch_->tensor.byte_offset;
 }

@@ -69,6 +69,29 @@ int place_of(int device, Stream stream) {
 
 __global__ void any_kernel() {}
 
+// Whether an error says that the device will never run this build's code. Others pass: a device that
+// is full for now or another process's, a stream that is captured; the launch will tell.
+bool is_final(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorInvalidPtx:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+    case cudaErrorInsufficientDriver:
+    case cudaErrorStubLibrary:
+    case cudaErrorNoDevice:
+    case cudaErrorInvalidDevice:
+    case cudaErrorSystemDriverMismatch:
+    case cudaErrorCompatNotSupportedOnDevice:
+      return true;
+    default:
+      return false;
+  }
+}
+
 // Throws nothing: where there is no driver that the runtime can use (a GPU of another maker, a
 // driver older than the toolkit), there is no code either.
 cudaError_t find_code(int device) noexcept {
@@ -85,14 +108,16 @@ cudaError_t find_code(int device) noexcept {
   }
   if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
   return_to_device(previous);
-  // A device that is full, for now, has not said: the launch will tell.
-  return error == cudaErrorMemoryAllocation ? cudaSuccess : error;
+  return error;
 }
 
-// Kept as its number and one: 0 is what is not known yet.
+// Kept as its number and one: 0 is what is not known yet, also after an error that is not final.
 cudaError_t code_error(int device) {
-  return static_cast<cudaError_t>(
-      once_per_device<int>(device, [](int which) { return find_code(which) + 1; }) - 1);
+  const int known = once_per_device<int>(device, [](int which) {
+    const cudaError_t error = find_code(which);
+    return error == cudaSuccess || is_final(error) ? error + 1 : 0;
+  });
+  return known == 0 ? cudaSuccess : static_cast<cudaError_t>(known - 1);
 }
 
 }  // namespace

@@ -38,6 +38,12 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.device_type == b.device_type && a.device_id == b.device_id;
 }
 
+// Device memory has run out: torch's for scratch, or what CUDA takes for its own to load a kernel.
+// In Python it is torch.OutOfMemoryError.
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // Makes a device the current one, and then what was before.
 class DeviceGuard {
  public:

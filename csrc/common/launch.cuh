@@ -70,7 +70,9 @@ bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... 
 
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  const std::string message = std::string("CUDA: ") + cudaGetErrorString(error);
+  if (error == cudaErrorMemoryAllocation) throw OutOfMemory(message);
+  throw std::runtime_error(message);
 }
 
 template <class P>

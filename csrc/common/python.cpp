@@ -19,6 +19,7 @@ struct Names {
 const Names* names = nullptr;
 
 PyObject *torch_empty_like = nullptr, *tensor_is_conj = nullptr, *tensor_is_neg = nullptr;
+PyObject* out_of_memory_error = nullptr;
 
 struct TorchDTypes {
   PyObject *f32, *f64, *i64;
@@ -97,6 +98,14 @@ void load_torch_types() {
   names = new Names;
   torch_dtypes = {kept(torch, "float32"), kept(torch, "float64"), kept(torch, "int64")};
   torch_empty_like = kept(torch, "empty_like");
+  out_of_memory_error = kept(torch, "OutOfMemoryError");
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const OutOfMemory& error) {
+      PyErr_SetString(out_of_memory_error, error.what());
+    }
+  });
 }
 
 const dlpack::ExchangeApi& torch_api() { return *api; }

@@ -76,6 +76,26 @@ def test_weights_that_were_copied_back_are_undone(monkeypatch: pytest.MonkeyPatc
     assert (backup == 1).all()
 
 
+@pytest.mark.parametrize("message", ["Triton Error [CUDA]: out of memory", "something else"])
+def test_weights_come_back_where_the_kernel_cannot_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    """Of a step that failed for want of memory, whose activations may still be held."""
+
+    def launch(*args: Any, **constants: Any) -> None:
+        raise RuntimeError(message)
+
+    backup = [torch.ones(3), torch.ones(4, dtype=torch.float64)]
+    params = [torch.zeros_like(b) for b in backup]
+    monkeypatch.setattr(launches, "_launch", launch)
+    if "memory" in message:
+        launches.restore_(params, backup)
+        assert all((p == 1).all() for p in params)
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            launches.restore_(params, backup)
+
+
 @pytest.mark.parametrize("operator", ["restore_sgd_", "restore_adam_"])
 @pytest.mark.parametrize("taken_for", ["device_ints", "_scalar_at"])
 def test_an_update_takes_all_its_memory_before_its_first_launch(
