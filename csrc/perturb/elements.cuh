@@ -257,11 +257,17 @@ __global__ void __launch_bounds__(kThreads)
   Formula::finish(args, table);
 }
 
-// Launches the formula over all rows.
+// Launches the formula over all rows. Its kernels are loaded before the first launch: what fails for
+// want of memory fails before the first write, and nothing takes back a call that ends halfway.
 template <class Formula, int M, class ValueOf>
 void apply_to_rows(const Rows<M>& rows, const ArgsOf<Formula>& args, const ValueOf& value_of,
                    Stream stream) {
   static_assert(sizeof(ArgsOf<Formula>) + kTableBytes <= kParameterBytes, "too many parameters");
+  once_per_device<bool>(current_device(), [](int) {
+    load(flat_kernel<float, Formula>, flat_kernel<double, Formula>, flat_kernel<bf16, Formula>,
+         flat_kernel<f16, Formula>, strided_kernel<Formula>);
+    return true;
+  });
   for_each_launch<Formula::kOperands, typename Formula::Value>(
       rows, value_of,
       [&](DType dtype, const auto& table) {

@@ -234,14 +234,9 @@ void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch, fl
 }
 
 // Bytes moved: 16 an element (read w and g, write w and backup). Launches: as the norm's. A failure
-// leaves all weights as they were: what may fail for want of memory does so before the first moves.
+// leaves all weights as they were.
 void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream) {
   const ClimbArgs climb{args.norm, args.eta, args.adaptive};
-  once_per_device<bool>(current_device(), [](int) {
-    load(flat_kernel<float, Climb>, flat_kernel<double, Climb>, flat_kernel<bf16, Climb>,
-         flat_kernel<f16, Climb>, strided_kernel<Climb>);
-    return true;
-  });
   apply_to_rows<Climb>(rows, climb, [&](const Row<3>& row) { return args.rho[row.index]; }, stream);
 }
 

@@ -99,7 +99,6 @@ struct AdamUpdate : Update<AdamArgs> {
 };
 
 // Launches: 1 for each dtype, if no row is strided or of several dtypes and the rows fit a table.
-// Kernels are loaded before the first: nothing takes back an update that ends between two of them.
 template <class Formula, int N, class Hyperparameters>
 void launch_update(const Rows<N>& rows, const Hyperparameters& options, float* const* steps,
                    void* scratch, Stream stream) {
@@ -107,11 +106,6 @@ void launch_update(const Rows<N>& rows, const Hyperparameters& options, float* c
   const auto step_of = [&](const Row<N>& row) {
     return steps == nullptr ? nullptr : steps[row.index];
   };
-  once_per_device<bool>(current_device(), [](int) {
-    load(flat_kernel<float, Formula>, flat_kernel<double, Formula>, flat_kernel<bf16, Formula>,
-         flat_kernel<f16, Formula>, strided_kernel<Formula>);
-    return true;
-  });
   apply_to_rows<Formula>(rows, args, step_of, stream);
 }
 

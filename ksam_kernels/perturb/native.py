@@ -87,14 +87,9 @@ def try_perturb_(
 def try_restore_(params: list[Tensor], backup: list[Tensor]) -> bool:
     """Whether the kernel took the arguments and has restored the weights."""
     kernel = direct_in_place("restore_")
-    if kernel is None:
-        return False
-    try:
-        if not kernel(params, backup):
+    with reference.restoring(params, backup):
+        if kernel is None or not kernel(params, backup):
             return False
-    except torch.OutOfMemoryError:  # to load it; a copy needs nothing
-        with torch.no_grad():
-            reference.restore_(params, backup)
     library.mark_written(params)
     return True
 
@@ -126,10 +121,8 @@ def _with_norm(kernels: Any, name: str, *args: Any) -> Tensor:
 
 def _restore(kernels: Any, name: str, *args: Any) -> None:
     """Run the kernel, and drop its True: the operator returns nothing."""
-    try:
+    with reference.restoring(*args):
         run(kernels, name, *args)
-    except torch.OutOfMemoryError:  # as in try_restore_
-        reference.restore_(*args)
 
 
 def _update(kernels: Any, name: str, params: list[Tensor], *args: Any) -> None:

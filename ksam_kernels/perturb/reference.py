@@ -7,7 +7,8 @@ result is rounded once, to the dtype it is stored in. Nothing waits for the devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,6 +129,22 @@ def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
     """w <- backup, as bits."""
     for p, b in zip(params, backup, strict=True):
         as_bits(p).copy_(as_bits(b))
+
+
+@contextmanager
+def restoring(params: list[Tensor], backup: list[Tensor]) -> Iterator[None]:
+    """Kernels within restore the weights; plain copies do, if there is no memory to load them.
+
+    After a step that failed for want of memory its activations may still be held; a copy needs
+    none. Triton's errors are of no class of their own.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # as torch.OutOfMemoryError is
+        if "out of memory" not in str(error):
+            raise
+        with torch.no_grad():
+            restore_(params, backup)
 
 
 def _store(target: Tensor, value: Tensor, kept: Tensor, found_inf: Tensor | None) -> None:

@@ -145,17 +145,12 @@ def perturb_(
 
 @_on_one_device
 def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
-    """Launches: one for each dtype. A device that has no memory for a table or a kernel can still
-    copy: this brings the weights back after a step for which it had not enough."""
-    try:
+    """Launches: one for each dtype."""
+    with reference.restoring(params, backup):
         rows = Rows(params, backup, written=(0,))
         for table in rows.tables():
             _launch(triton_kernels.restore_kernel, table, BITS=_BITS[table.dtypes[0].itemsize])
         rows.finish()
-    except RuntimeError as error:  # Triton's own, where it loads a kernel
-        if "out of memory" not in str(error):
-            raise
-        reference.restore_(params, backup)
 
 
 def _count_steps(addresses: Tensor, found_inf: Tensor | None) -> None:

@@ -10,11 +10,17 @@ from typing import Any, TypeVar
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ksam import interrupts
 from ksam_kernels.dtensor import first_dtensor
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def _imported(module: str, name: str) -> Any:
+    """A class whose module takes a second to import; None where nobody has, so there is none."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _all(model: nn.Module | None, kind: type[M]) -> list[M]:
@@ -30,9 +36,14 @@ def data_parallel(model: nn.Module | None) -> list[DistributedDataParallel]:
 
 def has_fully_sharded(model: nn.Module | None) -> bool:
     """Whether a model is or has a FullyShardedDataParallel (FSDP1)."""
-    # Takes a second to import: who has one, has imported it.
-    package = sys.modules.get("torch.distributed.fsdp")
-    return package is not None and bool(_all(model, package.FullyShardedDataParallel))
+    kind = _imported("torch.distributed.fsdp", "FullyShardedDataParallel")
+    return kind is not None and bool(_all(model, kind))
+
+
+def is_zero(base: Optimizer) -> bool:
+    """Whether every rank keeps a part of the optimizer's state, as ZeroRedundancyOptimizer does."""
+    kind = _imported("torch.distributed.optim", "ZeroRedundancyOptimizer")
+    return kind is not None and isinstance(base, kind)
 
 
 def _groups(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
@@ -92,8 +103,8 @@ def own_buffers(wrapped: list[DistributedDataParallel]) -> Iterator[None]:
 def apart(model: nn.Module | None) -> Iterator[None]:
     """Passes within are a rank's own, and nothing of them is left in DistributedDataParallel.
 
-    A forward pass with gradients prepares it to average those of the next backward pass, and a
-    gradient that ``torch.autograd.grad`` takes is none: the average would be of the pass after.
+    Ranks need not all make them: no gradient is averaged, and no buffers come from rank 0, now or
+    because of what a pass here has left.
     """
     wrapped = data_parallel(model)
     if not wrapped:
@@ -125,6 +136,9 @@ def averaged(model: nn.Module | None, params: list[Tensor], accumulates: bool) -
         # Not in the user's no_sync().
         if each.find_unused_parameters and each.require_backward_grad_sync
     ]
+    if not wrapped:
+        yield
+        return
     with without_sync(wrapped):
         yield
     held = set(map(id, params))

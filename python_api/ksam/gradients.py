@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -14,7 +14,7 @@ def _copy_of_view(grad: Tensor) -> Tensor | None:
     return grad.clone() if grad._is_view() else None
 
 
-def clear(params: list[Tensor]) -> None:
+def clear(params: Sequence[Tensor]) -> None:
     """What ``zero_grad()`` does, without its bookkeeping, which takes twice as long as the work."""
     for p in params:
         p.grad = None

@@ -75,7 +75,7 @@ def _backward(losses: Tensor, count: int, scaler: GradScaler | None) -> None:
         mean.backward()  # type: ignore[no-untyped-call]
 
 
-def _taken_gradients(params: list[Tensor]) -> list[Tensor]:
+def _taken_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """``.grad``, 0 where there is none; it is None afterwards."""
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     clear(params)
@@ -171,8 +171,7 @@ def sharpness(
             raise ValueError("batches must hold at least one batch, got none")
         model.zero_grad()
         loss = _mean_loss(per_sample_loss, batches, backward=True)
-        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        model.zero_grad()
+        gradient = _taken_gradients(params)
         generator = torch.Generator().manual_seed(seed)
         rises = []
         for _ in range(directions):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
+from ksam.distributed import is_zero
 from ksam.parts import Part
 from ksam.radius import Rho, check_radius, radius_at
 
@@ -55,7 +56,7 @@ class Momentum(Part):
             ValueError: the group has neither a ``momentum`` that is not 0, nor ``betas``, or the
                 base is a ZeroRedundancyOptimizer.
         """
-        if type(base).__name__ == "ZeroRedundancyOptimizer":  # its module takes a second to import
+        if is_zero(base):
             raise ValueError(
                 "base must keep the momentum of all parameters to perturb along it, got "
                 "ZeroRedundancyOptimizer, of which every rank keeps a part"
