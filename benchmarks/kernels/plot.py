@@ -45,6 +45,8 @@ def plot_ratios(path: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def _draw_room(axes: Any, name: str, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     labels = _labels(rows)
     places = {label: place for place, label in enumerate(labels)}
     contestants = [c for c in _names(rows, "contestant") if c != KSAM]
@@ -60,8 +62,10 @@ def _draw_room(axes: Any, name: str, rows: Sequence[Row]) -> None:
             label=contestant,
         )
     axes.axvline(1, color="black", lw=1)
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=range(2, 10))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # labels in between would touch
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first case on top
     axes.grid(alpha=0.3)
