@@ -125,7 +125,12 @@ class Norms:
         if not norms:
             yield
             return
-        with interrupts.undone(lambda: self.put_back("momentum", "forward", "_buffers")):
+        # Before others stand in their place, which DistributedDataParallel would take for them.
+        distributed.sync_buffers(self._wrapped)
+        with (
+            distributed.own_buffers(self._wrapped),
+            interrupts.undone(lambda: self.put_back("momentum", "forward", "_buffers")),
+        ):
             for norm in norms:
                 self._watch(norm)
                 # Buffers of its own, as the backward pass wants to find them as they were. They

@@ -81,6 +81,13 @@ def without_sync(wrapped: list[DistributedDataParallel]) -> Iterator[None]:
         yield
 
 
+def sync_buffers(wrapped: list[DistributedDataParallel]) -> None:
+    """Buffers become rank 0's, where a forward pass would make them so."""
+    for each in wrapped:
+        if each._check_sync_bufs_pre_fwd():  # type: ignore[no-untyped-call]
+            each._sync_buffers()  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def own_buffers(wrapped: list[DistributedDataParallel]) -> Iterator[None]:
     """Forward passes within leave a rank's buffers as they are: none come from rank 0."""

@@ -155,7 +155,7 @@ def _train_beside_alignment(
 
 
 def _see_statistics(rank: int, statistics: str) -> list[Tensor]:
-    """BatchNorm's running means in the passes of steps, three each."""
+    """BatchNorm's running means in the passes of two steps, three each, and after them."""
     net = network(batchnorm=True)
     model = DistributedDataParallel(net)
     optimizer = KSAM(
@@ -165,7 +165,7 @@ def _see_statistics(rank: int, statistics: str) -> list[Tensor]:
     net[1].register_forward_pre_hook(lambda norm, _: seen.append(norm.running_mean.clone()))
     for step in range(2):
         optimizer.step(loss_of(model), batch(RANKS * step + rank))
-    return seen
+    return [*seen, net[1].running_mean.clone()]
 
 
 def _train_all(rank: int, folder: Path) -> None:
@@ -303,6 +303,15 @@ def test_constant_statistics_are_a_rank_s_own_in_both_passes(
         assert not torch.equal(first[ascent], second[ascent])
         assert torch.equal(first[ascent], first[descent])
         assert torch.equal(second[ascent], second[descent])
+
+
+def test_a_rank_s_batch_is_averaged_into_rank_0_s_statistics(found: list[Found]) -> None:
+    """As DistributedDataParallel without this library does."""
+    first, second = (of_rank["full", False] for of_rank in found)
+    assert torch.equal(first[3], second[3])  # as the second step's first pass begins
+    for of_rank in (first, second):
+        of_batch, after = of_rank[4], of_rank[-1]
+        torch.testing.assert_close(after, torch.lerp(first[3], of_batch, 0.1))
 
 
 def _check_weights(
