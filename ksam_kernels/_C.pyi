@@ -77,6 +77,7 @@ def restore_sgd_(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
+    device_lr: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> bool: ...
@@ -94,6 +95,7 @@ def restore_adam_(
     weight_decay: float,
     maximize: bool,
     decoupled_weight_decay: bool,
+    device_lr: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> bool: ...

@@ -106,12 +106,12 @@ def perturb() -> Samples:
 def restore_sgd() -> Samples:
     lists = [[rand(4, 3), rand(5).to(BF16)] for _ in range(4)]
     steps = [torch.zeros(()), torch.ones(1)]
-    amp = (torch.tensor([2.0]), torch.tensor([0.0]))
+    scalars = (torch.tensor([0.1]), torch.tensor([2.0]), torch.tensor([0.0]))
     return [
-        (*lists, steps, 0.1, 0.9, 0.1, 0.01, False, True, *amp),
-        (*lists, [], 0.1, 0.9, 0.0, 0.0, True, False, None, None),
-        (*lists[:3], [], [], 0.1, 0.0, 0.0, 0.0, False, False, None, None),
-        ([], [], [], [], [], 0.1, 0.0, 0.0, 0.0, False, False, None, None),
+        (*lists, steps, 0.0, 0.9, 0.1, 0.01, False, True, *scalars),
+        (*lists, [], 0.1, 0.9, 0.0, 0.0, True, False, None, None, None),
+        (*lists[:3], [], [], 0.1, 0.0, 0.0, 0.0, False, False, None, None, None),
+        ([], [], [], [], [], 0.1, 0.0, 0.0, 0.0, False, False, None, None, None),
     ]
 
 
@@ -120,10 +120,11 @@ def restore_adam() -> Samples:
     lists.append([rand(4, 3).square(), rand(5).square().to(BF16)])
     steps = [torch.zeros(()), torch.ones(1)]
     hyper = (0.1, 0.9, 0.99, 1e-8, 0.01, False)
+    scalars = (torch.tensor([0.1]), torch.tensor([2.0]), torch.tensor([0.0]))
     return [
-        (*lists, steps, *hyper, True, torch.tensor([2.0]), torch.tensor([0.0])),
-        (*lists, steps, *hyper, False, None, None),
-        (*[[]] * 6, *hyper, False, None, None),
+        (*lists, steps, *hyper, True, *scalars),
+        (*lists, steps, *hyper, False, None, None, None),
+        (*[[]] * 6, *hyper, False, None, None, None),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class Operations:
             "restore_sgd_": self.update,
         }
 
+    def schedule(self) -> None:
+        """Nothing changes from step to step."""
+
     def step(self) -> None:
         """All of them."""
         for call in self.calls.values():
@@ -92,6 +96,12 @@ class Training:
     def _losses(self, batch: Batch) -> Tensor:
         return cross_entropy(self.model(batch["x"]), batch["y"])
 
+    def schedule(self) -> None:
+        """Lower the learning rate as torch's schedulers do: in its memory, where it is a tensor."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(0.9 * group["lr"])
+
     def step(self) -> None:
         """One step, nothing of which is read."""
         self.optimizer.step(self._losses, self.batch)
@@ -108,11 +118,13 @@ class Training:
 def subjects(
     device: torch.device, *, tiny: bool
 ) -> dict[str, Callable[[], Operations] | Callable[[], Training]]:
-    """The operations alone, and KSAM over the base optimizers that have fused updates."""
+    """The operations alone, and KSAM over the base optimizers that have fused updates: SGD with a
+    learning rate that is a number, AdamW with one in the device's memory."""
+    rate = partial(torch.tensor, 1e-3, device=device)
     return {
         "operations": lambda: Operations(device, tiny=tiny),
         "KSAM over SGD": lambda: Training(device, torch.optim.SGD, lr=0.1, momentum=0.9),
-        "KSAM over AdamW": lambda: Training(device, torch.optim.AdamW, lr=1e-3),
+        "KSAM over AdamW": lambda: Training(device, torch.optim.AdamW, lr=rate()),
     }
 
 

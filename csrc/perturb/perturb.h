@@ -56,14 +56,23 @@ struct Scaling {
   const float* found_inf = nullptr;   // where not 0, weights are restored and nothing else changes
 };
 
+// A learning rate, a number or where the tensors are [1]: then a CUDA graph reads it anew in every
+// replay.
+struct Rate {
+  double number = 0;
+  const float* stored = nullptr;  // in place of the number
+};
+
 struct SgdArgs {
-  double lr, momentum, dampening, weight_decay;
+  Rate lr;
+  double momentum, dampening, weight_decay;
   bool nesterov, maximize;
   Scaling scaling;
 };
 
 struct AdamArgs {
-  double lr, beta1, beta2, eps, weight_decay;
+  Rate lr;
+  double beta1, beta2, eps, weight_decay;
   bool maximize, decoupled_weight_decay;
   Scaling scaling;
 };

@@ -4,6 +4,7 @@
 #include "common/python.h"
 #include "perturb/perturb.h"
 #include "perturb/rows.h"
+#include "perturb/update.h"
 #include "rooms.h"
 
 namespace py = pybind11;
@@ -173,14 +174,16 @@ bool restore_(py::handle params_, py::handle backup_) {
 struct UpdateCall {
   TensorList params, backup, grads;
   std::vector<float*> steps;  // one per parameter, or none
+  Rate lr;
   Scaling scaling;
 
   bool read(py::handle params_, py::handle backup_, py::handle grads_, py::handle steps_,
-            py::handle grad_scale, py::handle found_inf) {
+            double lr_, py::handle device_lr, py::handle grad_scale, py::handle found_inf) {
+    lr.number = lr_;
     return read_first(params_, &params) && read_tensors(backup_, &backup) &&
            read_tensors(grads_, &grads) && backup.size() == params.size() &&
            grads.size() == params.size() && same_dtypes(params, backup) && read_steps(steps_) &&
-           read_scalar(grad_scale, &scaling.grad_scale) &&
+           read_scalar(device_lr, &lr.stored) && read_scalar(grad_scale, &scaling.grad_scale) &&
            read_scalar(found_inf, &scaling.found_inf);
   }
 
@@ -229,11 +232,13 @@ void sgd_on_cpu(const UpdateCall& update, const Rows<4>& rows, const SgdArgs& ar
 
 bool restore_sgd_(py::handle params_, py::handle backup_, py::handle grads_, py::handle buffers_,
                   py::handle steps_, double lr, double momentum, double dampening,
-                  double weight_decay, bool nesterov, bool maximize, py::handle grad_scale,
-                  py::handle found_inf) {
+                  double weight_decay, bool nesterov, bool maximize, py::handle device_lr,
+                  py::handle grad_scale, py::handle found_inf) {
   UpdateCall update;
   TensorList buffers;
-  if (!update.read(params_, backup_, grads_, steps_, grad_scale, found_inf)) return false;
+  if (!update.read(params_, backup_, grads_, steps_, lr, device_lr, grad_scale, found_inf)) {
+    return false;
+  }
   if (!read_tensors(buffers_, &buffers)) return false;
   if (momentum == 0) buffers.clear();
   if (buffers.size() != (momentum == 0 ? 0 : update.params.size())) return false;
@@ -241,12 +246,14 @@ bool restore_sgd_(py::handle params_, py::handle backup_, py::handle grads_, py:
   if (!table.build({&update.params, &update.backup, &update.grads, &buffers}, 0b1001)) return false;
   if (update.params.empty()) return true;
   if (update.overflows_on_cpu()) return restore_lists(update.params, update.backup);
-  const SgdArgs args{lr, momentum, dampening, weight_decay, nesterov, maximize, update.scaling};
+  const SgdArgs args{update.lr, momentum, dampening, weight_decay, nesterov, maximize,
+                     update.scaling};
   (on_gpu(update.params[0]) ? sgd_on_gpu : sgd_on_cpu)(update, table.rows(), args);
   return true;
 }
 
 std::vector<BiasCorrection> bias_corrections(const UpdateCall& update, const AdamArgs& args) {
+  const double lr = value_of(args.lr);
   std::vector<BiasCorrection> corrections;
   double previous = 0;
   for (const float* step : update.steps) {
@@ -255,7 +262,7 @@ std::vector<BiasCorrection> bias_corrections(const UpdateCall& update, const Ada
       corrections.push_back(corrections.back());
     } else {
       corrections.push_back(
-          {args.lr / (1 - std::pow(args.beta1, t)), std::sqrt(1 - std::pow(args.beta2, t))});
+          {lr / (1 - std::pow(args.beta1, t)), std::sqrt(1 - std::pow(args.beta2, t))});
     }
     previous = t;
   }
@@ -279,10 +286,13 @@ void adam_on_cpu(const UpdateCall& update, const Rows<5>& rows, const AdamArgs& 
 bool restore_adam_(py::handle params_, py::handle backup_, py::handle grads_, py::handle exp_avgs_,
                    py::handle exp_avg_sqs_, py::handle steps_, double lr, double beta1,
                    double beta2, double eps, double weight_decay, bool maximize,
-                   bool decoupled_weight_decay, py::handle grad_scale, py::handle found_inf) {
+                   bool decoupled_weight_decay, py::handle device_lr, py::handle grad_scale,
+                   py::handle found_inf) {
   UpdateCall update;
   TensorList means, squares;
-  if (!update.read(params_, backup_, grads_, steps_, grad_scale, found_inf)) return false;
+  if (!update.read(params_, backup_, grads_, steps_, lr, device_lr, grad_scale, found_inf)) {
+    return false;
+  }
   if (!read_tensors(exp_avgs_, &means) || !read_tensors(exp_avg_sqs_, &squares)) return false;
   const size_t count = update.params.size();
   if (means.size() != count || squares.size() != count || update.steps.size() != count) {
@@ -295,7 +305,7 @@ bool restore_adam_(py::handle params_, py::handle backup_, py::handle grads_, py
   if (count == 0) return true;
   if (update.overflows_on_cpu()) return restore_lists(update.params, update.backup);
   const AdamArgs args{
-      lr, beta1, beta2, eps, weight_decay, maximize, decoupled_weight_decay, update.scaling};
+      update.lr, beta1, beta2, eps, weight_decay, maximize, decoupled_weight_decay, update.scaling};
   (on_gpu(update.params[0]) ? adam_on_gpu : adam_on_cpu)(update, table.rows(), args);
   return true;
 }

@@ -91,7 +91,7 @@ struct AdamUpdate : Update<AdamArgs> {
   static __device__ __forceinline__ Element<A> element(const Args& args, const float* step) {
     const AdamArgs& options = args.options;
     const double t = double{*step} + 1;
-    const BiasCorrection correction{options.lr / (1 - pow(options.beta1, t)),
+    const BiasCorrection correction{value_of(options.lr) / (1 - pow(options.beta1, t)),
                                     sqrt(1 - pow(options.beta2, t))};
     return {direction_of<A>(options.scaling, l2_of(options), options.maximize),
             adam_of<A>(options, correction)};

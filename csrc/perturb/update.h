@@ -32,6 +32,10 @@ KSAM_FORMULA V climbed_adaptive(V w, V magnitude, V g, S n, S rho, S eta) {
   return w + rho * (t * (t * g / n));
 }
 
+KSAM_FORMULA double value_of(const Rate& rate) {
+  return rate.stored == nullptr ? rate.number : double{*rate.stored};
+}
+
 // The gradient as an update takes it: unscaled, turned uphill if maximized, with L2 weight decay.
 template <class S>
 struct Direction {
@@ -75,7 +79,7 @@ struct Sgd {
 
 template <class S>
 KSAM_FORMULA Sgd<S> sgd_of(const SgdArgs& args, bool first) {
-  return {static_cast<S>(args.lr), static_cast<S>(args.momentum),
+  return {static_cast<S>(value_of(args.lr)), static_cast<S>(args.momentum),
           static_cast<S>(1 - args.dampening), args.nesterov, first};
 }
 
@@ -110,7 +114,8 @@ KSAM_FORMULA double l2_of(const AdamArgs& args) {
 
 template <class S>
 KSAM_FORMULA Adam<S> adam_of(const AdamArgs& args, const BiasCorrection& correction) {
-  const double kept = args.decoupled_weight_decay ? 1 - args.lr * args.weight_decay : 1;
+  const double kept =
+      args.decoupled_weight_decay ? 1 - value_of(args.lr) * args.weight_decay : 1;
   return {static_cast<S>(args.beta1),
           static_cast<S>(1 - args.beta1),
           static_cast<S>(args.beta2),

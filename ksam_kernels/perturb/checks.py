@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksam_kernels.checks import FLOATING, check_dtype, check_finite
+from ksam_kernels.checks import FLOATING, check_dtype, check_finite, plain_number
 
 
 def check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> None:
@@ -101,6 +101,16 @@ def check_scalar(name: str, scalar: Tensor | None) -> None:
         check_dtype(name, scalar, (torch.float32,))
         if scalar.numel() != 1:
             raise ValueError(f"{name} must be one element, got shape {tuple(scalar.shape)}")
+
+
+def checked_rate(lr: Any) -> tuple[float, Tensor | None]:
+    """A learning rate as a number, or 0 and the tensor that the kernels read; raise TypeError or
+    ValueError naming the value unless it is a finite number or one float32 element."""
+    if not isinstance(lr, Tensor):
+        check_finite("lr", lr)
+        return plain_number(lr), None
+    check_scalar("lr", lr)
+    return 0.0, lr
 
 
 def checked_radii(radii: Sequence[Any]) -> list[float]:

@@ -25,6 +25,7 @@ from ksam_kernels.perturb.checks import (
     check_scalar,
     check_steps,
     checked_radii,
+    checked_rate,
     listed,
 )
 
@@ -178,7 +179,7 @@ def restore_sgd_(
     momentum_buffers: TensorList,
     *,
     steps: TensorList | None = None,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -204,7 +205,8 @@ def restore_sgd_(
         steps: one-element float32 tensors counting the updates done. Where 0, d is the first
             momentum (no dampening), as in torch. None: the buffers are history.
         lr, momentum, dampening, weight_decay, nesterov, maximize: those of ``torch.optim.SGD``. A
-            rate may be negative, as torch's schedulers end a rounding below 0.
+            rate may be negative, as torch's schedulers end a rounding below 0. One float32 element
+            is read by the kernels, so by every replay of a CUDA graph.
         grad_scale: one float32 element; the gradients are divided by it first.
         found_inf: one float32 element; if not 0 the weights are restored and nothing else changes,
             neither buffers nor steps.
@@ -215,7 +217,7 @@ def restore_sgd_(
     """
     for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
-    check_finite("lr", lr)
+    rate, device_lr = checked_rate(lr)
     check_finite("dampening", dampening)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(
@@ -226,8 +228,8 @@ def restore_sgd_(
     if counters is not None:
         check_as_many("steps", counters, params)
     flags = (bool(nesterov), bool(maximize))
-    numbers = map(plain_number, (lr, momentum, dampening, weight_decay))
-    options = (*numbers, *flags, grad_scale, found_inf)
+    numbers = map(plain_number, (momentum, dampening, weight_decay))
+    options = (rate, *numbers, *flags, device_lr, grad_scale, found_inf)
     moments = {"momentum_buffers": list(momentum_buffers) if momentum != 0 else None}
     _update("restore_sgd_", params, backup, grads, moments, counters, options)
 
@@ -240,7 +242,7 @@ def restore_adam_(
     exp_avg_sqs: TensorList,
     steps: TensorList,
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -273,7 +275,7 @@ def restore_adam_(
     """
     for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         check_range(name, value, 0.0)
-    check_finite("lr", lr)
+    rate, device_lr = checked_rate(lr)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
@@ -283,8 +285,8 @@ def restore_adam_(
     params, backup, grads = list(params), list(backup), list(grads)
     moments = {"exp_avgs": list(exp_avgs), "exp_avg_sqs": list(exp_avg_sqs)}
     flags = (bool(maximize), bool(decoupled_weight_decay))
-    numbers = map(plain_number, (lr, *betas, eps, weight_decay))
-    options = (*numbers, *flags, grad_scale, found_inf)
+    numbers = map(plain_number, (*betas, eps, weight_decay))
+    options = (rate, *numbers, *flags, device_lr, grad_scale, found_inf)
     _update("restore_adam_", params, backup, grads, moments, list(steps), options)
 
 
@@ -302,14 +304,15 @@ def _update(
     Args:
         moments: argument name -> the optimizer's list; None where it keeps none.
         steps: the step counts; None where the optimizer keeps none.
-        options: the operator's other arguments, checked; grad_scale and found_inf are the last two.
+        options: the operator's other arguments, checked but for grad_scale and found_inf, the last
+            two after the learning rate that is a tensor.
     """
     counters = steps or []
     states = (*[tensors or [] for tensors in moments.values()], counters)
     if native.try_update_(name, params, backup, grads, states, *options):
         return
     kept = {argument: tensors for argument, tensors in moments.items() if tensors is not None}
-    lists, scalars = (params, backup, grads, *kept.values()), options[-2:]
+    lists, scalars = (params, backup, grads, *kept.values()), options[-3:]
     plain = (steps is None or len(steps) == len(params)) and native.fits(
         *lists,
         written=(0, *range(3, len(lists))),
@@ -325,7 +328,7 @@ def _update(
             check_like(argument, tensors, params, written=True)
         if steps is not None:
             check_steps(steps, params)
-    for argument, scalar in zip(("grad_scale", "found_inf"), scalars, strict=True):
+    for argument, scalar in zip(("grad_scale", "found_inf"), scalars[1:], strict=True):
         check_scalar(argument, scalar)
     arguments = (params, backup, grads, *states, *options)
     with torch.no_grad():

@@ -126,13 +126,13 @@ def _restore(kernels: Any, name: str, *args: Any) -> None:
 
 
 def _update(kernels: Any, name: str, params: list[Tensor], *args: Any) -> None:
-    """Run an update with grad_scale and found_inf, the last two arguments, on the device of the
-    parameters, where the kernels read them."""
+    """Run an update with its scalars, the last three arguments, on the device of the parameters,
+    where the kernels read them."""
     scalars = (
         scalar.to(params[0].device) if scalar is not None and params else None
-        for scalar in args[-2:]
+        for scalar in args[-3:]
     )
-    run(kernels, name, params, *args[:-2], *scalars)
+    run(kernels, name, params, *args[:-3], *scalars)
 
 
 def _on_one_device(call: Any, kernels: Any, name: str, *args: Any) -> Any:

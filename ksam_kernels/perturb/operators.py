@@ -36,7 +36,8 @@ def restore_(*_: Any) -> None:
 @operator(
     "(Tensor(a!)[] params, Tensor[] backup, Tensor[] grads, Tensor(b!)[] momentum_buffers,"
     " Tensor(c!)[] steps, float lr, float momentum, float dampening, float weight_decay,"
-    " bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+    " bool nesterov, bool maximize, Tensor? device_lr, Tensor? grad_scale, Tensor? found_inf)"
+    " -> ()"
 )
 def restore_sgd_(*_: Any) -> None:
     return None
@@ -45,8 +46,8 @@ def restore_sgd_(*_: Any) -> None:
 @operator(
     "(Tensor(a!)[] params, Tensor[] backup, Tensor[] grads, Tensor(b!)[] exp_avgs,"
     " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, bool maximize, bool decoupled_weight_decay, Tensor? grad_scale,"
-    " Tensor? found_inf) -> ()"
+    " float weight_decay, bool maximize, bool decoupled_weight_decay, Tensor? device_lr,"
+    " Tensor? grad_scale, Tensor? found_inf) -> ()"
 )
 def restore_adam_(*_: Any) -> None:
     return None

@@ -155,6 +155,11 @@ def _store(target: Tensor, value: Tensor, kept: Tensor, found_inf: Tensor | None
     target.copy_(value)
 
 
+def _rate(lr: float, device_lr: Tensor | None, like: Tensor) -> float | Tensor:
+    """The number, or what the tensor holds in its place; a scalar of the device and dtype."""
+    return lr if device_lr is None else device_lr.to(like.device, like.dtype).reshape(())
+
+
 def _gradient(g: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool) -> Tensor:
     g = g.to(dtype)
     if grad_scale is not None:
@@ -175,6 +180,7 @@ def restore_sgd_(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
+    device_lr: Tensor | None,  # one float32 element, in place of lr
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -196,7 +202,7 @@ def restore_sgd_(
                 v = torch.where(steps[i].reshape(()) == 0, d, v)
             d = d + momentum * v if nesterov else v
             _store(buffer, v, buffer, found_inf)
-        _store(p, w - lr * d, b, found_inf)
+        _store(p, w - _rate(lr, device_lr, w) * d, b, found_inf)
         if steps:
             _store(steps[i], steps[i] + 1, steps[i], found_inf)
 
@@ -216,6 +222,7 @@ def restore_adam_(
     weight_decay: float,
     maximize: bool,
     decoupled_weight_decay: bool,
+    device_lr: Tensor | None,  # one float32 element, in place of lr
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -232,13 +239,15 @@ def restore_adam_(
     ):
         dtype = opmath_dtype(p.dtype)
         t = step.to(_norm_dtype([p])).reshape(()) + 1
-        step_size = (lr / (1 - beta1**t)).to(dtype)
+        rate = _rate(lr, device_lr, t)
+        step_size = (rate / (1 - beta1**t)).to(dtype)
         root = (1 - beta2**t).sqrt().to(dtype)
         w = b.to(dtype)
         d = _gradient(g, dtype, grad_scale, maximize)
         if weight_decay != 0:
             if decoupled_weight_decay:
-                w = w * (1 - lr * weight_decay)
+                kept = 1 - rate * weight_decay
+                w = w * (kept.to(dtype) if isinstance(kept, Tensor) else kept)
             else:
                 d = d + weight_decay * w
         old = m.to(dtype)

@@ -177,12 +177,13 @@ def restore_sgd_(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
+    device_lr: Tensor | None,  # one float32 element, in place of lr
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
     """Launches: one for each combination of dtypes, and one that counts steps."""
     lists = [params, backup, grads, *([momentum_buffers] if momentum != 0 else [])]
-    grad_scale, found_inf = _scalar_at(grad_scale, params), _scalar_at(found_inf, params)
+    scalars = [_scalar_at(scalar, params) for scalar in (device_lr, grad_scale, found_inf)]
     addresses = [step.data_ptr() for step in steps]
     # All memory is taken before the first weight is written.
     counters = device_ints(tuple(addresses), params[0].device) if steps else None
@@ -193,7 +194,7 @@ def restore_sgd_(
         _launch(
             triton_updates.restore_sgd_kernel,
             table,
-            *(grad_scale, found_inf, *doubles),
+            *(*scalars, *doubles),
             **constants,
             MOMENTUM=momentum != 0,
             NESTEROV=nesterov,
@@ -203,7 +204,7 @@ def restore_sgd_(
         )
     rows.finish()
     if counters is not None:
-        _count_steps(counters, found_inf)
+        _count_steps(counters, scalars[-1])
 
 
 def _log2(beta: float) -> float:
@@ -225,23 +226,24 @@ def restore_adam_(
     weight_decay: float,
     maximize: bool,
     decoupled_weight_decay: bool,
+    device_lr: Tensor | None,  # one float32 element, in place of lr
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
     """Launches: one for each combination of dtypes, and one that counts steps."""
-    grad_scale, found_inf = _scalar_at(grad_scale, params), _scalar_at(found_inf, params)
+    scalars = [_scalar_at(scalar, params) for scalar in (device_lr, grad_scale, found_inf)]
     addresses = [step.data_ptr() for step in steps]
     # All memory is taken before the first weight is written.
     counters = device_ints(tuple(addresses), params[0].device)
     lists = (params, backup, grads, exp_avgs, exp_avg_sqs)
     rows = Rows(*lists, written=(0, 3, 4), values=addresses)
-    decay = 1 - lr * weight_decay if decoupled_weight_decay else weight_decay
-    doubles = (lr, _log2(beta1), _log2(beta2), beta1, 1 - beta1, beta2, 1 - beta2, eps, decay)
+    powers = (_log2(beta1), _log2(beta2))
+    doubles = (lr, *powers, beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay)
     for table in rows.tables():
         _launch(
             triton_updates.restore_adam_kernel,
             table,
-            *(grad_scale, found_inf, *map(double_bits, doubles)),
+            *(*scalars, *map(double_bits, doubles)),
             **_types(table.dtypes, "P", "_", "G", "M", "V"),
             NEAR=beta1 > 0.5,
             MAXIMIZE=maximize,
@@ -249,4 +251,4 @@ def restore_adam_(
             DECOUPLED=decoupled_weight_decay,
         )
     rows.finish()
-    _count_steps(counters, found_inf)
+    _count_steps(counters, scalars[-1])

@@ -36,6 +36,14 @@ def _is_skipped(found_inf):
 
 
 @triton.jit
+def _rate(lr, device_lr):
+    if device_lr is None:
+        return double_of(lr)
+    else:
+        return tl.load(device_lr).to(tl.float64)
+
+
+@triton.jit
 def _direction(
     g, w, grad_scale, decay, A: tl.constexpr, MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr
 ):
@@ -81,6 +89,7 @@ def restore_sgd_kernel(
     records,  # int64 [rows, HEAD + 3], [rows, HEAD + 4] if MOMENTUM: (params, backup, grads,
     #           momentum buffers), value: the address of the step count, if COUNTED
     chunk_rows,  # int32 [chunks]
+    device_lr,  # float32 [1], in place of lr, or None
     grad_scale,  # float32 [1] or None
     found_inf,  # float32 [1] or None
     lr: tl.int64,
@@ -104,7 +113,7 @@ def restore_sgd_kernel(
     momentum."""
     OPERANDS: tl.constexpr = 4 if MOMENTUM else 3
     record, start, left, full = chunk_of(records, chunk_rows, OPERANDS, CHUNK)
-    lr_, momentum_ = double_of(lr), double_of(momentum)
+    lr_, momentum_ = _rate(lr, device_lr), double_of(momentum)
     undampened_, decay_ = double_of(undampened), double_of(decay)
     if _is_skipped(found_inf):
         copy_chunk(record, start, left, 1, 0, BITS, False, CHUNK)
@@ -151,6 +160,7 @@ def restore_adam_kernel(
     records,  # int64 [rows, HEAD + 5]: (params, backup, grads, exp_avgs, exp_avg_sqs),
     #           value: the address of the step count
     chunk_rows,  # int32 [chunks]
+    device_lr,  # float32 [1], in place of lr, or None
     grad_scale,  # float32 [1] or None
     found_inf,  # float32 [1] or None
     lr: tl.int64,
@@ -161,7 +171,7 @@ def restore_adam_kernel(
     beta2: tl.int64,
     rest2: tl.int64,  # 1 - beta2
     eps: tl.int64,
-    decay: tl.int64,  # weight_decay, DECOUPLED 1 - lr * weight_decay
+    decay: tl.int64,
     P: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -182,10 +192,13 @@ def restore_adam_kernel(
     """
     record, start, left, full = chunk_of(records, chunk_rows, 5, CHUNK)
     t = tl.load(tl.load(record + 3).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
-    step_size = double_of(lr) / (1 - tl.exp2(t * double_of(log2_beta1)))
+    lr_ = _rate(lr, device_lr)
+    step_size = lr_ / (1 - tl.exp2(t * double_of(log2_beta1)))
     root = tl.sqrt(1 - tl.exp2(t * double_of(log2_beta2)))
     b1, r1, b2, r2 = double_of(beta1), double_of(rest1), double_of(beta2), double_of(rest2)
     eps_, decay_ = double_of(eps), double_of(decay)
+    if DECOUPLED:
+        decay_ = 1 - lr_ * decay_
     if _is_skipped(found_inf):
         copy_chunk(record, start, left, 1, 0, BITS, False, CHUNK)
     elif full:

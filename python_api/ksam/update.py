@@ -15,7 +15,7 @@ from ksam_kernels.checks import FLOATING
 
 _SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
-_NUMBERS = ("lr", "momentum", "dampening", "eps", "weight_decay")
+_NUMBERS = ("momentum", "dampening", "eps", "weight_decay")
 
 
 def _plain(base: Optimizer) -> bool:
@@ -27,6 +27,15 @@ def _plain(base: Optimizer) -> bool:
     )
 
 
+def _is_rate(lr: Any, params: list[Tensor]) -> bool:
+    """A learning rate that the kernels take: a number, or one float32 element beside the weights,
+    as torch's schedulers fill it in."""
+    if not isinstance(lr, Tensor):
+        return True
+    is_element = lr.dtype == torch.float32 and lr.numel() == 1
+    return is_element and all(p.device == lr.device for p in params)
+
+
 def _fusable(group: dict[str, Any]) -> bool:
     numbers = *(group.get(name) for name in _NUMBERS), *group.get("betas", ())
     return not (
@@ -35,6 +44,7 @@ def _fusable(group: dict[str, Any]) -> bool:
         or group["differentiable"]
         or group.get("amsgrad")
         or any(isinstance(number, Tensor) for number in numbers)
+        or not _is_rate(group["lr"], group["params"])
     )
 
 

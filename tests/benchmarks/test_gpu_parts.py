@@ -209,6 +209,9 @@ def test_different_bits_are_seen() -> None:
         def __init__(self) -> None:
             self.state = [torch.zeros(2)]
 
+        def schedule(self) -> None:
+            pass
+
         def step(self) -> None:
             self.state[0] += next(counter)
 

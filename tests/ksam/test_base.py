@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ksam import KSAM, cross_entropy
 from ksam.update import can_fuse
+from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, losses, network
 
 
@@ -67,6 +68,39 @@ def test_an_implementation_that_was_asked_for_is_used(option: str) -> None:
     base = torch.optim.SGD(network().parameters(), lr=0.1)
     assert can_fuse(base)
     base.param_groups[0][option] = True
+    assert not can_fuse(base)
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"weight_decay": 0.1})],
+    ids=["SGD", "AdamW"],
+)
+def test_a_learning_rate_may_be_an_element_that_a_scheduler_fills_in(
+    backend: str, base: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    """The kernels read it, as a CUDA graph asks for, in place of the number that it holds."""
+    by_element, by_number = network(), network()
+    element = torch.tensor(0.1)
+    first = KSAM(by_element.parameters(), base, lr=element, **options)
+    second = KSAM(by_number.parameters(), base, lr=0.1, **options)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(first, 0.5)
+    for step in range(3):
+        second.param_groups[0]["lr"] = element.item()
+        first.step(losses(by_element), batch(step))
+        second.step(losses(by_number), batch(step))
+        assert can_fuse(first.base)
+        scheduler.step()
+    assert element == 0.1 * 0.5**3
+    assert all_same_bits(list(by_element.parameters()), list(by_number.parameters()))
+
+
+@pytest.mark.parametrize(
+    "rate", [torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.1, device="meta")], ids=str
+)
+def test_a_learning_rate_that_the_kernels_cannot_read_is_the_base_s(rate: Tensor) -> None:
+    base = torch.optim.SGD(network().parameters(), lr=0.1)
+    base.param_groups[0]["lr"] = rate
     assert not can_fuse(base)
 
 

@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one beta": ({"betas": (0.9,)}, ValueError, r"betas must be two numbers, got \(0.9,\)"),
     "beta2 None": ({"betas": (0.9, None)}, TypeError, r"betas\[1\] must be a number, got None"),
     "lr inf": ({"lr": INF}, ValueError, "lr must be finite, got inf"),
-    "lr a tensor": ({"lr": ONE}, TypeError, "lr must be a number, got tensor"),
+    "lr float64": ({"lr": ONE.double()}, TypeError, "lr must be float32, got torch.float64"),
     "beta2 NaN": ({"betas": (0.9, NAN)}, ValueError, r"betas\[1\] must be .*got nan"),
     "grad_scale long": ({"grad_scale": W}, ValueError, "grad_scale must be one element, got shape"),
     "found_inf empty": ({"found_inf": W[:0]}, ValueError, r"found_inf must be one .*\(0,\)"),

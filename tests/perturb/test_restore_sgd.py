@@ -283,6 +283,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lr inf": ({"lr": -INF}, ValueError, "lr must be finite, got -inf"),
     "lr NaN": ({"lr": NAN}, ValueError, "lr must be .*got nan"),
     "lr None": ({"lr": None}, TypeError, "lr must be a number, got None"),
+    "lr float64": ({"lr": one(0.1).double()}, TypeError, "lr must be float32, got torch.float64"),
+    "lr long": ({"lr": W}, ValueError, r"lr must be one element, got shape \(3,\)"),
     "momentum < 0": ({"momentum": -0.9}, ValueError, "momentum must be .*got -0.9"),
     "weight_decay < 0": ({"weight_decay": -1.0}, ValueError, "weight_decay must be .*got -1.0"),
     "dampening too large": ({"dampening": 10**400}, ValueError, "dampening must be .*got 1000"),

@@ -109,7 +109,7 @@ def check_updates(mesh: Any) -> None:
     one, two = whole(), [t.abs() for t in whole()]
     updates: list[tuple[Callable[..., None], int, dict[str, Any]]] = [
         (kk.restore_sgd_, 0, {"lr": 0.1, "weight_decay": 0.01}),
-        (kk.restore_sgd_, 1, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        (kk.restore_sgd_, 1, {"lr": torch.tensor(0.1), "momentum": 0.9, "nesterov": True}),
         (kk.restore_adam_, 2, {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": True}),
     ]
     for update, count, options in updates:

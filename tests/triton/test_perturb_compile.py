@@ -19,7 +19,7 @@ from ksam_kernels.triton_support import EXACT
 from tests.triton.compiled import ARCHITECTURES, Compiled, compiled
 
 TABLE = {"records": "*i64", "chunk_rows": "*i32"}
-SCALARS = {"grad_scale": "*fp32", "found_inf": "*fp32"}
+SCALARS = dict.fromkeys(("device_lr", "grad_scale", "found_inf"), "*fp32")
 DOUBLES = ("lr", "log2_beta1", "log2_beta2", "beta1", "rest1", "beta2", "rest2", "eps", "decay")
 
 
@@ -125,7 +125,7 @@ def test_float64_fits_without_spills(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_without_grad_scale_and_found_inf(name: str) -> None:
+def test_without_scalars_on_the_device(name: str) -> None:
     made = KERNELS[name](torch.float32, 90, scalars=False)
     assert made.widest("st") == 16
     assert made.spill_bytes == 0

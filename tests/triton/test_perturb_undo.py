@@ -102,7 +102,7 @@ def test_an_update_takes_all_its_memory_before_its_first_launch(
     monkeypatch: pytest.MonkeyPatch, operator: str, taken_for: str
 ) -> None:
     """Nothing undoes momentum that has moved beside a count of steps that has not."""
-    scale = torch.ones(())
+    scalars = (None, torch.ones(()), None)
     lists = [[torch.ones(3)] for _ in range(5 if operator == "restore_adam_" else 4)]
     numbers = [0.1] * (5 if operator == "restore_adam_" else 4)
 
@@ -116,7 +116,7 @@ def test_an_update_takes_all_its_memory_before_its_first_launch(
     monkeypatch.setattr(launches, taken_for, no_memory)
     monkeypatch.setattr(launches, "_launch", launch)
     with pytest.raises(torch.OutOfMemoryError, match="for a test"):
-        getattr(launches, operator)(*lists, [torch.ones(())], *numbers, False, True, scale, None)
+        getattr(launches, operator)(*lists, [torch.ones(())], *numbers, False, True, *scalars)
 
 
 @pytest.mark.parametrize(("width", "warps"), [(32, 32), (64, 16)])

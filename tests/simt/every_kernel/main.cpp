@@ -189,11 +189,12 @@ void perturb() {
   // Nothing reads buffers of a first step, nor weights that are about to be written.
   Fresh<float> updated(n), buffers(n);
   const auto sgd = rows_of<4>(sizes, {updated.data(), backup.data(), g.data(), m.data()});
-  const SgdArgs sgd_args{0.1, 0.9, 0.0, 1e-4, false, false, {}};
+  const SgdArgs sgd_args{{0.1}, 0.9, 0.0, 1e-4, false, false, {}};
   gpu::restore_sgd(view(sgd, n), sgd_args, step.data(), scratch.data(), nullptr);
   updated.check();
   const auto adam = rows_of<5>(sizes, {updated.data(), backup.data(), g.data(), m.data(), v.data()});
-  const AdamArgs adam_args{1e-3, 0.9, 0.999, 1e-8, 0.01, false, true, {}};
+  const float rate = 1e-3f;
+  const AdamArgs adam_args{{0, &rate}, 0.9, 0.999, 1e-8, 0.01, false, true, {}};
   gpu::restore_adam(view(adam, n), adam_args, step.data(), scratch.data(), nullptr);
   updated.check();
 }
