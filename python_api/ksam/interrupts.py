@@ -1,4 +1,4 @@
-"""Ctrl-C, and other signals that end runs, wait while weights are in between two states."""
+"""Ctrl-C and other signals wait while weights are in between two states."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: What users, schedulers of clusters and limits of time send; Windows has some of them.
-_NAMES = ("INT", "TERM", "HUP", "ALRM", "USR1", "USR2", "XCPU")
-_SIGNALS = [getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(signal, f"SIG{name}")]
+#: All but the real-time signals, which are as many again. (A DataLoader handles SIGCHLD, and raises
+#: where a worker was killed.) Plain integers: enumerations take longer to ask about.
+_SIGNALS = [int(s) for s in signal.valid_signals() if s < getattr(signal, "SIGRTMIN", signal.NSIG)]
 
 Handler = Callable[[int, FrameType | None], Any]
 

@@ -164,7 +164,8 @@ def test_handlers_of_all_that_arrive_run_and_stay() -> None:
         seen.append(number)
         raise PreemptedError
 
-    names = ("INT", "TERM", "HUP", "ALRM", "USR1", "USR2", "XCPU")
+    ends = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "XCPU", "ALRM", "VTALRM", "PROF", "PIPE")
+    names = (*ends, "CHLD", "CONT", "WINCH")
     numbers = [getattr(signal, f"SIG{name}") for name in names]
 
     @interrupts.deferred()
