@@ -29,8 +29,9 @@ def deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    found = {number: _signal.getsignal(number) for number in _SIGNALS}
-    handlers: dict[int, Handler] = {n: h for n, h in found.items() if callable(h)}
+    handlers: dict[int, Handler] = {
+        number: handler for number in _SIGNALS if callable(handler := _signal.getsignal(number))
+    }
     put_back = [(_signal.signal, number, handler) for number, handler in handlers.items()]
     arrived: dict[int, FrameType | None] = {}
 
