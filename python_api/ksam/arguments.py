@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -228,19 +228,31 @@ def check_call(per_sample_loss: object, batch: object, advice: str = "") -> None
         raise TypeError(f"batch must be given with per_sample_loss, got None{advice}")
 
 
-def check_batch(batch: Any, samples: int, gathers: bool) -> None:
+def check_batch(batch: Any, samples: int, takes_parts: bool, params: Iterable[Tensor]) -> None:
     """Check that every pass of a step can be given the batch.
 
     Args:
-        gathers: whether some samples are gathered from it.
+        takes_parts: whether some samples are gathered from it, or go into micro-batches.
+        params: the optimizer's.
 
     Raises:
-        ValueError: no samples, or tensors with a graph, which the first pass would use up.
+        ValueError: no samples, tensors with a graph, which the first pass would use up, or a
+            parameter to take a part of.
         TypeError: sparse and other tensors that nothing is gathered from.
     """
     if samples == 0:
         raise ValueError("batch must hold at least one sample, got 0")
     tensors = batched_tensors(batch)
     check_without_graph(batch, tensors)
-    if gathers:
-        check_dense(batch, tensors)
+    if not takes_parts:
+        return
+    check_dense(batch, tensors)
+    differentiated = [tensor for tensor in tensors if tensor.requires_grad]
+    held = set(map(id, params)) if differentiated else set()
+    for tensor in differentiated:
+        if id(tensor) in held:
+            raise ValueError(
+                f"batch must not hold parameters of the optimizer, got one of shape "
+                f"{tuple(tensor.shape)}: a part of its rows is another tensor, whose gradient it "
+                f"does not get; use it in the function"
+            )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 
+from torch import Tensor
+
 from ksam.parts import Subset
 from ksam_kernels.compact.tree import map_batched
 
@@ -22,10 +24,16 @@ def split(subset: Subset, size: int | None) -> list[Subset]:
     return [_rows(subset, begin, end) for begin, end in pairwise(bounds)]
 
 
+def _slice(tensor: Tensor, begin: int, end: int) -> Tensor:
+    """A leaf as the tensor is: the view that a pass without gradients makes would have no graph."""
+    rows = tensor.detach()[begin:end]
+    return rows.requires_grad_(tensor.requires_grad)
+
+
 def _rows(subset: Subset, begin: int, end: int) -> Subset:
     return dataclasses.replace(
         subset,
-        batch=map_batched(lambda tensor: tensor[begin:end], subset.batch),
+        batch=map_batched(lambda tensor: _slice(tensor, begin, end), subset.batch),
         samples=end - begin,
         indices=None if subset.indices is None else subset.indices[begin:end],
         weights=None if subset.weights is None else subset.weights[begin:end],

@@ -173,7 +173,8 @@ class SharpnessAware(Composed):
                 batch's tensors in place must be the same done once or thrice: clamping is, scaling
                 is not.
             batch: any tree of tensors with the samples in dimension 0; what else is in it is
-                passed on (see :func:`ksam_kernels.compact_batch`).
+                passed on (see :func:`ksam_kernels.compact_batch`). Leaves that require a gradient
+                do so in every pass.
             closure: for trainers that pass one: called first, once, as torch's optimizers do.
 
         Returns:
@@ -267,11 +268,12 @@ class SharpnessAware(Composed):
         samples = ksam_kernels.batch_size(batch)
         # Also in a step that selects none: not in the tenth epoch.
         gathers = samples > 0 and self.num_selected(samples) < samples
-        check_batch(batch, samples, gathers or self.micro_batch_size is not None)
-        for sampler in self._samplers():
-            sampler.check(batch, samples)
         self._adopt_groups()
         params = self._parameters()
+        takes_parts = gathers or self.micro_batch_size is not None
+        check_batch(batch, samples, takes_parts, params)
+        for sampler in self._samplers():
+            sampler.check(batch, samples)
         cost = self.cost(samples)
         sharp = self._is_sharp(cost)
         if isinstance(self.ascent, Sampler):  # now or in a later step

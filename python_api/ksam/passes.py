@@ -141,8 +141,12 @@ class Passes:
         return Subset(self.batch, self.samples, keep=keep)
 
     def select(self, indices: Tensor, weights: Tensor | None = None) -> Subset:
-        """The samples at ``indices``, gathered."""
+        """The samples at ``indices``, gathered; what required a gradient does so again."""
         batch = ksam_kernels.compact_batch(self.batch, indices)
+        differentiated = [whole.requires_grad for whole in batched_tensors(self.batch)]
+        if any(differentiated):  # positions that forces are a derivative by, say
+            for rows, wanted in zip(batched_tensors(batch), differentiated, strict=True):
+                rows.requires_grad_(wanted)
         return Subset(batch, indices.shape[0], indices, weights)
 
     def random(self) -> Tensor:

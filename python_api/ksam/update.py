@@ -247,14 +247,29 @@ class _InKernels:
         return self.base.param_groups
 
     def step(self, backup: dict[Tensor, Tensor]) -> None:
-        """Restore and update in one pass."""
+        """Restore and update in one pass; where gradients are sparse, in the base's own step."""
+        moving = [_moving(group, backup) for group in self.param_groups]
+        if any(grad.layout is not torch.strided for _, _, grads in moving for grad in grads):
+            self._by_base(backup)
+            return
         without_grad = [p for p in backup if p.grad is None]
         ksam_kernels.restore_(without_grad, [backup[p] for p in without_grad])
         update = _sgd if isinstance(self.base, SGD) else _adam
-        for group in self.param_groups:
-            moving = [
-                (p, backup.get(p, p), grad) for p in group["params"] if (grad := p.grad) is not None
-            ]
-            if moving:
-                params, backups, grads = map(list, zip(*moving, strict=True))
-                update(self.base, group, params, backups, grads, self.found_inf)
+        for group, lists in zip(self.param_groups, moving, strict=True):
+            if lists[0]:
+                update(self.base, group, *lists, self.found_inf)
+
+    def _by_base(self, backup: dict[Tensor, Tensor]) -> None:
+        """Restore, and take the step unless the scaler found that a gradient is not finite."""
+        ksam_kernels.restore_(list(backup), list(backup.values()))
+        if self.found_inf is None or not self.found_inf.item():
+            self.base.step()
+
+
+def _moving(
+    group: dict[str, Any], backup: dict[Tensor, Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """A group's parameters that have a gradient, their weights before the step, the gradients."""
+    found = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
+    params = [p for p, _ in found]
+    return params, [backup.get(p, p) for p in params], [grad for _, grad in found]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ksam import ESAM, KSAM, MSAM, SharpnessAware
+from ksam import ESAM, KSAM, MSAM, OrderedSGD, SharpnessAware
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
 from tests.ksam.models import (
@@ -25,6 +25,40 @@ from tests.ksam.models import (
     tensors_of_state,
     weights,
 )
+
+
+class WithTable(torch.nn.Module):
+    """A network over a table of which a batch reads some rows."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(4, 5)
+        self.table = torch.nn.Embedding(9, 4, sparse=sparse)
+        with torch.no_grad():
+            self.table.weight.copy_(torch.arange(36).reshape(9, 4).sin())
+            self.head.weight.copy_(torch.arange(20).reshape(5, 4).cos())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x.flatten(1)[:, 0].abs().mul(4).long().clamp_max(8)))
+
+
+@pytest.mark.parametrize("factor", [None, 1.0, float("inf")])
+def test_sparse_gradients_are_for_the_base_s_own_step(backend: str, factor: float | None) -> None:
+    """All of it or, where the scaler finds one that is not finite, none."""
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = WithTable(sparse)
+        groups = [{"params": model.head.parameters()}, {"params": model.table.parameters()}]
+        scaling = {} if factor is None else {"grad_scaler": scaler()}
+        optimizer = OrderedSGD(groups, torch.optim.SGD, q=5, lr=0.1, **scaling)
+        before = weights(model)
+        optimizer.step(times(factor or 1.0, 0, loss_of(model)), batch())
+        assert all_same_bits(weights(model), before) == (factor == float("inf"))
+        assert model.table.weight.grad.is_sparse == sparse
+        found.append(weights(model))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def times(factor: float, call: int, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:

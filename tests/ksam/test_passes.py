@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import ksam
-from ksam import KSAM, SAM
+from ksam import KSAM, SAM, cross_entropy
 from ksam.arguments import STATISTICS
 from tests.device import DEVICE
 from tests.helpers import all_same_bits, default_dtype
@@ -176,6 +176,49 @@ def test_activation_checkpointing_changes_nothing(
         found.append([*weights(model), *grads, *model.buffers()])
         assert model.body[1].momentum == momentum
     assert all_same_bits(*found)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("method", [KSAM, ksam.ImportanceKSAM, ksam.ESAM, SAM])
+def test_what_the_batch_wants_a_gradient_of_has_one_in_every_pass(
+    backend: str, method: type[Any], micro_batch_size: int | None
+) -> None:
+    """A penalty on the derivative by the inputs, with inputs marked by their owner or in the
+    function."""
+    found = []
+    for is_marked in (True, False):
+        torch.manual_seed(0)
+        model = network()
+
+        def losses(b: Any, model: nn.Module = model) -> Tensor:
+            with torch.enable_grad():
+                x = b["x"] if b["x"].requires_grad else b["x"].detach().requires_grad_()
+                slopes = torch.autograd.grad(model(x).logsumexp(1).sum(), x, create_graph=True)[0]
+            return cross_entropy(model(x), b["y"]) + slopes.square().flatten(1).sum(1)
+
+        optimizer = method(
+            model.parameters(), torch.optim.SGD, lr=0.1, micro_batch_size=micro_batch_size
+        )
+        for step in range(2):
+            data = batch(step)
+            data["x"].requires_grad_(is_marked)
+            optimizer.step(losses, data)
+        found.append(weights(model))
+    assert all_same_bits(*found)
+
+
+def test_a_parameter_in_the_batch_is_refused_where_rows_of_it_would_be_copies() -> None:
+    table = nn.Parameter(torch.randn(8, 3))
+    data = {"rows": table, "y": torch.arange(8) % 3}
+
+    def losses(b: Any) -> Tensor:
+        return cross_entropy(b["rows"], b["y"])
+
+    with pytest.raises(ValueError, match=r"parameters of the optimizer, got one of shape \(8, 3\)"):
+        KSAM([table], torch.optim.SGD, lr=0.1).step(losses, data)
+    before = table.detach().clone()
+    SAM([table], torch.optim.SGD, lr=0.1).step(losses, data)
+    assert (table != before).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
