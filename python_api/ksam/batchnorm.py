@@ -118,10 +118,10 @@ class Norms:
     def updating(self, whole: bool) -> Iterator[None]:
         """The pass that updates the running statistics, over the whole batch or a subset."""
         norms: list[_BatchNorm] = []
-        if self._statistics == "full":
+        if self._statistics == "full" or (self._statistics == "matched" and whole):
             norms = [norm for norm in self.modules if norm.running_mean is not None]
-        elif self._statistics == "matched" and whole:
-            norms = list(filter(_can_match, self.modules))
+        if self._statistics == "matched":
+            norms = list(filter(_can_match, norms))
         if not norms:
             yield
             return

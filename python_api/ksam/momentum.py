@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import Adam, Adamax, NAdam, Optimizer, RAdam
 
 from ksam.distributed import is_zero
 from ksam.parts import Part
@@ -27,7 +27,7 @@ def momentum_radius(
     if rho != "auto":
         return check_radius(rho, name)
     kind = base if isinstance(base, type) else type(base)
-    return 0.05 if issubclass(kind, (Adam, Adamax, AdamW, NAdam, RAdam)) else 0.3
+    return 0.05 if issubclass(kind, (Adam, Adamax, NAdam, RAdam)) else 0.3
 
 
 class Momentum(Part):

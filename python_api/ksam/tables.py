@@ -211,10 +211,10 @@ class SharpnessSample(_Table):
         return samples if self._epoch(samples, step) == 0 else self.amount.of(samples, step)
 
     def _some(self, passes: Passes, size: int) -> Subset:
-        # The sum of logarithm and Gumbel noise: its top k is a draw without replacement.
+        # The sum of logarithm and Gumbel noise: its top k is a draw without replacement. (A draw of
+        # 0 comes last: its key is -inf.)
         p = self.probabilities(passes)
-        noise = -passes.random().to(p.device).clamp_min(1e-20).log()
-        keys = p.log() - noise.clamp_min(1e-20).log()
+        keys = p.log() - (-passes.random().to(p.device).log()).log()
         return passes.select(ksam_kernels.topk_indices(keys, size))
 
     def probabilities(self, passes: Passes) -> Tensor:

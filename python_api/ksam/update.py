@@ -127,7 +127,7 @@ def _adam(
         grads,
         *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
         **{name: group[name] for name in _ADAM_OPTIONS},
-        decoupled_weight_decay=isinstance(base, AdamW) or group["decoupled_weight_decay"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
         found_inf=found_inf,
     )
 

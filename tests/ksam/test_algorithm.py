@@ -18,12 +18,13 @@ from tests.ksam.models import batch, loss_of, network, noting_weights, plain_ksa
 BASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "foreach": True}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}),
     (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 1e-2}),
     (torch.optim.AdamW, {"lr": 1e-2}),
     (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
-    (torch.optim.AdamW, {"lr": torch.tensor(1e-2)}),
+    (torch.optim.AdamW, {"lr": torch.tensor(1e-2, dtype=torch.float64)}),
     (torch.optim.RMSprop, {"lr": 1e-2}),
 ]
 

@@ -71,6 +71,27 @@ def test_an_implementation_that_was_asked_for_is_used(option: str) -> None:
     assert not can_fuse(base)
 
 
+def test_one_group_that_the_kernels_do_not_take_leaves_all_to_the_base(backend: str) -> None:
+    model = network(dtype=torch.float64)
+    twin = copy.deepcopy(model)
+
+    def groups(net: nn.Module) -> list[dict[str, Any]]:
+        first, *others = net.parameters()
+        return [{"params": [first]}, {"params": others, "amsgrad": True}]
+
+    optimizer = KSAM(groups(model), torch.optim.AdamW, rho=0.0, k=1.0, lr=0.01)
+    plain = torch.optim.AdamW(groups(twin), lr=0.01)
+    for step in range(3):
+        data = batch(step, dtype=torch.float64)
+        optimizer.step(losses(model), data)
+        plain.zero_grad()
+        losses(twin)(data).mean().backward()
+        plain.step()
+    assert "max_exp_avg_sq" in optimizer.state[model[2].bias]
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("base", "options"),
     [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"weight_decay": 0.1})],

@@ -37,6 +37,19 @@ def test_hooks_run_as_those_of_any_optimizer() -> None:
     assert len(expected) == 4
 
 
+def test_what_a_hook_gives_in_place_of_a_state_is_loaded() -> None:
+    optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1)
+
+    def other_rate(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "lr": 0.3} for group in state["param_groups"]]
+        return {**state, "param_groups": groups, "ksam": {**state["ksam"], "steps_done": 7}}
+
+    optimizer.register_load_state_dict_pre_hook(other_rate)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert optimizer.steps_done == 7
+
+
 @pytest.mark.parametrize("wrong", ["part", "groups", "steps"])
 def test_a_load_that_fails_changes_nothing(backend: str, wrong: str) -> None:
     """Also in parts that were loaded before the failure: here the table and the policy."""
@@ -99,6 +112,35 @@ def test_a_schedule_takes_a_checkpoint_that_has_none(name: str) -> None:
     scheduled = build(name, network(dtype=torch.float64), k=AccuracySchedule())
     scheduled.load_state_dict(constant.state_dict())
     assert scheduled.num_selected(24) == 24
+
+
+def test_a_constant_takes_a_checkpoint_of_a_schedule() -> None:
+    """And keeps to its value; what the schedule knew goes with the checkpoint only."""
+    scheduled = build("OrderedSGD", network(), q=AccuracySchedule())
+    scheduled.q.accuracy = 0.9
+    constant = build("OrderedSGD", network(), q=0.5)
+    constant.load_state_dict(scheduled.state_dict())
+    assert constant.num_selected(24) == 12
+
+
+def test_torchs_momentum_gets_no_step_count_where_none_is_needed(backend: str) -> None:
+    model = network()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses(model)(batch()).mean().backward()
+    plain.step()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(plain.state_dict())
+    optimizer.step(loss_of(model), batch())
+    assert {key for state in optimizer.state.values() for key in state} == {"momentum_buffer"}
+
+
+@pytest.mark.parametrize("name", ["param_groups", "state"])
+def test_what_is_assigned_is_the_base_s(name: str) -> None:
+    optimizer = KSAM(network().parameters(), torch.optim.SGD, lr=0.1)
+    given = copy.copy(getattr(optimizer, name))
+    setattr(optimizer, name, given)
+    assert getattr(optimizer, name) is given
+    assert getattr(optimizer.base, name) is given
 
 
 def test_the_base_may_load_by_itself(backend: str) -> None:

@@ -166,6 +166,15 @@ def test_sharpness_against_plain_torch(backend: str) -> None:
     assert found.adversarial > found.random
 
 
+def test_sharpness_of_batches_that_come_once(backend: str) -> None:
+    model = network()
+    data = [batch(seed) for seed in range(2)]
+    expected = ksam.sharpness(model, loss_of(model), data, directions=1)
+    assert ksam.sharpness(model, loss_of(model), iter(data), directions=1) == expected
+    with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
+        ksam.sharpness(model, loss_of(model), iter(()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_sharpness_is_the_same_under_any_default_dtype_and_device(
     backend: str, dtype: torch.dtype

@@ -82,6 +82,17 @@ def test_the_radius_along_the_momentum(method: type[Any], name: str) -> None:
             radius(torch.optim.SGD, momentum=0.9, **{name: bad})
 
 
+def test_a_momentum_that_is_still_to_come_is_none(backend: str) -> None:
+    """As older checkpoints of torch's SGD have it."""
+    model, twin = network(), network()
+    optimizer = MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    for p in model.parameters():
+        optimizer.base.state[p] = {"momentum_buffer": None}
+    optimizer.step(loss_of(model), batch())
+    MSAM(twin.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9).step(loss_of(twin), batch())
+    assert all_same_bits(weights(model), weights(twin))
+
+
 def test_a_group_without_momentum_is_refused() -> None:
     optimizer = MSAM(network().parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"momentum .*SGD with momentum=0\.0"):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from ksam import KSAM, MSAM, ByLearningRate, EveryNth, Momentum
+from ksam import KSAM, MSAM, ByLearningRate, EveryNth, Momentum, SharpnessAware
+from ksam.samplers import All
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, weights
 
@@ -126,6 +127,19 @@ def test_the_peak_may_be_that_of_a_step_that_another_part_took(backend: str) -> 
     optimizer = KSAM(
         model.parameters(), torch.optim.SGD, lr=0.2, momentum=0.9, k=8,
         when=lambda step: step == 0, otherwise=Momentum(ByLearningRate(0.3)),
+    )  # fmt: skip
+    optimizer.step(loss_of(model), batch())
+    optimizer.param_groups[0]["lr"] = 0.02
+    optimizer.step(loss_of(model), batch())
+    assert optimizer.param_groups[0]["peak_lr"] == 0.2
+
+
+def test_it_may_be_that_of_a_plain_step(backend: str) -> None:
+    """Before the first step that climbs along the momentum."""
+    model = network()
+    optimizer = SharpnessAware(
+        model.parameters(), torch.optim.SGD, lr=0.2, momentum=0.9, descent=All(),
+        ascent=Momentum(ByLearningRate(0.3)), when=lambda step: step > 0,
     )  # fmt: skip
     optimizer.step(loss_of(model), batch())
     optimizer.param_groups[0]["lr"] = 0.02

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ksam
@@ -40,6 +41,35 @@ def test_losses_are_ranked_as_the_function_returns_them(backend: str, how: str) 
     assert how != "weighted" or not torch.equal(expected, ksam_kernels.topk_indices(unweighted, 8))
     result = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8).step(function, data)
     assert torch.equal(result.indices, expected)
+
+
+@pytest.mark.parametrize("ignored", [{}, {"ignore_index": 1}], ids=["-100", "1"])
+def test_ignored_classes_have_no_loss(backend: str, ignored: dict[str, int]) -> None:
+    """In a step's selection too."""
+    model, data = network(), batch()
+    data["y"][::5] = ignored.get("ignore_index", -100)
+
+    def function(b: Batch) -> Tensor:
+        return ksam.cross_entropy(model(b["x"]), b["y"], **ignored)
+
+    expected = F.cross_entropy(model(data["x"]), data["y"], reduction="none", **ignored).detach()
+    torch.testing.assert_close(function(data).detach(), expected, rtol=1e-5, atol=1e-6)
+    result = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8).step(function, data)
+    assert (result.losses[::5] == 0).all()
+    assert torch.equal(result.indices, ksam_kernels.topk_indices(result.losses, 8))
+
+
+@pytest.mark.parametrize("name", ["KSAM", "SAM", "MSAM", "ESAM", "ImportanceKSAM"])
+def test_gradient_bounds_are_computed_where_they_are_read(
+    backend: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """They take another pass over the logits."""
+    calls = []
+    real = Recording.scores
+    monkeypatch.setattr(Recording, "scores", lambda *args: calls.append(1) or real(*args))
+    optimizer = build(name, network(dtype=torch.float64))
+    optimizer.step(losses(optimizer.model), data_of(0))  # type: ignore[arg-type]
+    assert len(calls) == (name == "ImportanceKSAM")
 
 
 def test_the_share_is_float32(backend: str) -> None:
