@@ -133,6 +133,7 @@ def test_tensors_without_dimensions_and_other_leaves_pass_through(backend: str) 
         "x": torch.arange(3),
         "scale": scale,
         "names": ["a", "b", "c"],
+        "shape": torch.Size([3, 4]),
         "text": "abc",
         "none": None,
         "number": 3,
@@ -142,6 +143,7 @@ def test_tensors_without_dimensions_and_other_leaves_pass_through(backend: str) 
     assert rows["x"].tolist() == [2]
     assert rows["scale"] is scale
     assert rows["names"] == ["a", "b", "c"]
+    assert rows["shape"] == torch.Size([3, 4])
     assert rows["text"] == "abc"
     assert rows["none"] is None
     assert rows["number"] == 3

@@ -254,6 +254,12 @@ def test_what_a_method_sets_is_not_given_to_it(name: str, option: str) -> None:
         getattr(ksam, name)(network().parameters(), torch.optim.SGD, **arguments)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_members_of_a_class_can_be_listed(name: str) -> None:
+    """As help() and the makers of documentation do, without an optimizer."""
+    assert "step" in dict(inspect.getmembers(getattr(ksam, name)))
+
+
 def test_defaults_reach_the_parts() -> None:
     params = [*network().parameters()]
     auto = AutoKSAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)

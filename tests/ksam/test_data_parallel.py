@@ -154,10 +154,10 @@ def _train_beside_alignment(
     return {"weights": weights(net)}
 
 
-def _see_statistics(rank: int, statistics: str) -> list[Tensor]:
+def _see_statistics(rank: int, statistics: str, broadcasts: bool = True) -> list[Tensor]:
     """BatchNorm's running means in the passes of two steps, three each, and after them."""
     net = network(batchnorm=True)
-    model = DistributedDataParallel(net)
+    model = DistributedDataParallel(net, broadcast_buffers=broadcasts)
     optimizer = KSAM(
         model.parameters(), torch.optim.SGD, model=model, rho=RHO, statistics=statistics, **OPTIONS
     )
@@ -165,6 +165,7 @@ def _see_statistics(rank: int, statistics: str) -> list[Tensor]:
     net[1].register_forward_pre_hook(lambda norm, _: seen.append(norm.running_mean.clone()))
     for step in range(2):
         optimizer.step(loss_of(model), batch(RANKS * step + rank))
+    assert model.broadcast_buffers == broadcasts
     return [*seen, net[1].running_mean.clone()]
 
 
@@ -181,6 +182,7 @@ def _train_all(rank: int, folder: Path) -> None:
         for way in ways
     }
     seen = {(name, False): _see_statistics(rank, name) for name in ("full", "running")}
+    seen["own", False] = _see_statistics(rank, "full", broadcasts=False)
     torch.save({**found, **unused, **three, **beside, **seen}, folder / f"{rank}.pt")
 
 
@@ -303,6 +305,14 @@ def test_constant_statistics_are_a_rank_s_own_in_both_passes(
         assert not torch.equal(first[ascent], second[ascent])
         assert torch.equal(first[ascent], first[descent])
         assert torch.equal(second[ascent], second[descent])
+
+
+def test_statistics_that_are_not_broadcast_stay_a_rank_s_own(found: list[Found]) -> None:
+    first, second = (of_rank["own", False] for of_rank in found)
+    for of_rank in (first, second):
+        torch.testing.assert_close(of_rank[3], torch.lerp(of_rank[0], of_rank[1], 0.1))
+        torch.testing.assert_close(of_rank[-1], torch.lerp(of_rank[3], of_rank[4], 0.1))
+    assert not torch.equal(first[3], second[3])
 
 
 def test_a_rank_s_batch_is_averaged_into_rank_0_s_statistics(found: list[Found]) -> None:

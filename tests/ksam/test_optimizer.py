@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ksam import KSAM, MSAM, AutoKSAM
+from ksam.backups import Backups
 from ksam.selection import subset_size
 from ksam.update import _step_counter
 from tests.helpers import all_same_bits, default_dtype, same_bits
@@ -374,3 +375,15 @@ def test_data_pointers_are_stable(backend: str) -> None:
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
     optimizer.step(loss_of(model), batch())
     assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def test_backups_keep_their_memory_whatever_moves() -> None:
+    """Other tensors in every step, as ESAM draws them."""
+    a, b = torch.ones(3), torch.ones(4)
+    backups = Backups()
+    addresses = [
+        [backup.data_ptr() for backup in backups.of(moving, lambda: [a, b])]
+        for moving in ([a, b], [b], [a], [a, b])
+    ]
+    first, second = addresses[0]
+    assert addresses == [[first, second], [second], [first], [first, second]]

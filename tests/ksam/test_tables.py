@@ -258,3 +258,11 @@ def test_the_table_of_another_method_is_refused(name: str, other: str) -> None:
     columns = [name for name, value in before.items() if isinstance(value, Tensor)]
     assert columns
     assert all_same_bits([after[name] for name in columns], [before[name] for name in columns])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_made_under_another_default_device_is_on_the_cpu(backend: str, name: str) -> None:
+    model = network(dtype=torch.float64)
+    with torch.device("meta"):
+        optimizer = build(name, model)
+    assert optimizer.step(losses(model), data_of(0)).loss.isfinite()

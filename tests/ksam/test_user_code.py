@@ -267,7 +267,9 @@ def test_parameters_that_are_not_those_of_the_function_are_told_of_once(
     method: str, compiled: bool
 ) -> None:
     model = network()
-    optimizer = METHODS[method](copy.deepcopy(model).parameters(), SGD, **MOMENTUM)
+    others = list(copy.deepcopy(model).parameters())
+    others[0].requires_grad_(False)
+    optimizer = METHODS[method](others, SGD, **MOMENTUM)
     torch._dynamo.reset()
 
     def step() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels import grad_norm, perturb_, restore_, use_backend
-from ksam_kernels.perturb import reference
+from ksam_kernels.perturb import native, reference
 from tests.helpers import (
     FLOATS,
     U32,
@@ -350,6 +350,22 @@ def test_what_it_cannot_serve_raises_and_leaves_everything_as_it_was(
         perturb_(**args)
     assert torch.equal(w, torch.ones(3))
     assert b.isnan().all()
+
+
+def test_gradients_may_share_memory_where_no_kernel_looks_at_them(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the gradient of a sum does."""
+    found = []
+    for looked in (True, False):
+        if not looked:
+            monkeypatch.setattr(native, "fits", lambda *_, **__: False)
+            monkeypatch.setattr(native, "direct", lambda _: None)
+            monkeypatch.setattr(native, "direct_in_place", lambda _: None)
+        w, grads = [torch.ones(3, 4)], [torch.ones(()).expand(3, 4)]
+        norm = perturb_(w, grads, [torch.empty(3, 4)], rho=0.5)
+        found.append([*w, norm, grad_norm(grads)])
+    assert all_same_bits(*found)
 
 
 def test_numbers_of_numpy_are_numbers(backend: str) -> None:

@@ -225,6 +225,16 @@ def test_adam_and_adamw_differ_and_empty_lists_are_fine(backend: str) -> None:
     restore_adam_([], [], [], [], [], [], lr=0.1)
 
 
+def test_lists_may_be_any_that_give_tensors(backend: str) -> None:
+    params = tensors(torch.float32, SHAPES)
+    grads, state = like(params), random_state(params, 2.0)
+    other, moved = [clones(part) for part in state], garbage(params)
+    expected = step(params, grads, state, **FULL)
+    restore_adam_(*map(iter, (moved, params, grads, *other)), **FULL)
+    assert all_same_bits(moved, expected)
+    assert all(map(all_same_bits, other, state))
+
+
 @pytest.mark.parametrize("step", [-2.0, -1.0, float("nan")])
 def test_a_step_count_without_meaning_gives_nan_as_in_torch(backend: str, step: float) -> None:
     w = [torch.ones(3)]
