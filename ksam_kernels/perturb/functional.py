@@ -205,8 +205,8 @@ def restore_sgd_(
         steps: one-element float32 tensors counting the updates done. Where 0, d is the first
             momentum (no dampening), as in torch. None: the buffers are history.
         lr, momentum, dampening, weight_decay, nesterov, maximize: those of ``torch.optim.SGD``. A
-            rate may be negative, as torch's schedulers end a rounding below 0. One float32 element
-            is read by the kernels, so by every replay of a CUDA graph.
+            rate may be negative, as torch's schedulers end a rounding below 0. As a tensor, of one
+            float32 element, it is read when the kernels run: in every replay of a CUDA graph.
         grad_scale: one float32 element; the gradients are divided by it first.
         found_inf: one float32 element; if not 0 the weights are restored and nothing else changes,
             neither buffers nor steps.
