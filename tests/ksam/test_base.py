@@ -38,6 +38,20 @@ def test_hooks_after_the_steps_of_the_base_run(backend: str) -> None:
     assert ran == ["after"]
 
 
+def check_steps(
+    optimizer: KSAM, model: nn.Module, plain: torch.optim.Optimizer, twin: nn.Module
+) -> None:
+    """With radius 0 on all samples they are those of the base optimizer."""
+    for step in range(3):
+        data = batch(step, dtype=torch.float64)
+        optimizer.step(losses(model), data)
+        plain.zero_grad()
+        losses(twin)(data).mean().backward()
+        plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -53,14 +67,7 @@ def test_options_of_adam_mean_what_they_do_in_adam(backend: str, options: dict[s
     twin = copy.deepcopy(model)
     optimizer = KSAM(model.parameters(), torch.optim.Adam, rho=0.0, k=1.0, lr=0.01, **options)
     plain = torch.optim.Adam(twin.parameters(), lr=0.01, **options)
-    for step in range(3):
-        data = batch(step, dtype=torch.float64)
-        optimizer.step(losses(model), data)
-        plain.zero_grad()
-        losses(twin)(data).mean().backward()
-        plain.step()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    check_steps(optimizer, model, plain, twin)
 
 
 @pytest.mark.parametrize("option", ["foreach", "fused", "differentiable"])
@@ -81,15 +88,8 @@ def test_one_group_that_the_kernels_do_not_take_leaves_all_to_the_base(backend: 
 
     optimizer = KSAM(groups(model), torch.optim.AdamW, rho=0.0, k=1.0, lr=0.01)
     plain = torch.optim.AdamW(groups(twin), lr=0.01)
-    for step in range(3):
-        data = batch(step, dtype=torch.float64)
-        optimizer.step(losses(model), data)
-        plain.zero_grad()
-        losses(twin)(data).mean().backward()
-        plain.step()
+    check_steps(optimizer, model, plain, twin)
     assert "max_exp_avg_sq" in optimizer.state[model[2].bias]
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
