@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.errors import UsageError
@@ -46,9 +48,36 @@ def some_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def make_folder(path: Path) -> None:
-    """Make the folder for results, or say why not."""
+@contextmanager
+def results_folder(path: Path) -> Iterator[None]:
+    """Make the folder for results, and keep it from other runs within.
+
+    Raises:
+        UsageError: it cannot be made or written to, or another run is writing there.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{path}: cannot make the folder: {error}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: cannot write to the folder")
+    with _locked(path):
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows locks no folders
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--out {path}: another run is writing there") from error
+        yield
+    finally:
+        os.close(folder)

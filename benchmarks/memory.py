@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from benchmarks.arguments import make_folder, number, positive_int
+from benchmarks.arguments import number, positive_int, results_folder
 from benchmarks.environment import describe_environment
 from benchmarks.errors import UsageError
 from benchmarks.train.models import build_image_model
@@ -175,7 +175,11 @@ def _check_sizes(samples: int, side: int) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a table, and write it as JSON."""
     _check_sizes(args.samples, args.side)
-    make_folder(args.out)
+    with results_folder(args.out):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     rows: list[Row] = []
     for name in _MODELS:
         rows += measure(name, args.samples, args.side)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import make_folder
+from benchmarks.arguments import results_folder
 from benchmarks.environment import (
     describe_environment,
     device_name,
     package_version,
 )
+from benchmarks.errors import UsageError
 from benchmarks.kernels import compact, loss, perturb, topk
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.measure import Row, measure_case
@@ -49,18 +50,26 @@ class Settings:
 def run_benchmark(settings: Settings, device: torch.device) -> None:
     """Measure the rooms, print a table for each, and write CSV, JSON and the plot."""
     require_matplotlib()
-    make_folder(settings.out)
+    with results_folder(settings.out):
+        _run(settings, device)
+
+
+def _run(settings: Settings, device: torch.device) -> None:
     paths = [settings.out / name for name in ("results.csv", "summary.json", "ratios.png")]
     results_path, summary_path, plot_path = paths
     environment = describe_environment(device)
     bandwidth = copy_bandwidth(device)
     print(_describe(settings, device, bandwidth), flush=True)
     rows: list[Row] = []
+    for path in (summary_path, plot_path):  # of another run, whose rows go now
+        path.unlink(missing_ok=True)
     with KernelResults(results_path, device) as results_file:
         for section in _sections(settings.rooms):
             for case_rows in _measure_section(section, settings, device, bandwidth):
                 results_file.write(case_rows)
                 rows += case_rows
+    if all(row.microseconds is None for row in rows):
+        raise UsageError(f"nothing could be measured: {rows[0].note}")
     bandwidth_after = copy_bandwidth(device)
     facts = {
         "environment": environment,

@@ -167,7 +167,7 @@ class Method:
         if self.config.equal_cost:
             # AUSAM's first epoch costs more than the others: how dear a step is depends on them.
             for _ in range(3):
-                cost = statistics.fmean(self._costs(self.config.batch_size, epochs))
+                cost = statistics.fmean(self._costs(self.config.full_batch, epochs))
                 epochs = max(1, round(self.config.epochs / cost))
         return epochs
 
@@ -185,9 +185,9 @@ class Method:
         """Whether one step is like another, so that the first few tell what a step costs."""
         if self.is_base:
             return True
-        if self._optimizer(self.config.batch_size, self.epochs).when is not None:
+        if self._optimizer(self.config.full_batch, self.epochs).when is not None:
             return False
-        return len(set(self._costs(self.config.batch_size, self.epochs))) == 1
+        return len(set(self._costs(self.config.full_batch, self.epochs))) == 1
 
     def _costs(self, batch_size: int, epochs: int) -> list[float]:
         """Costs of the steps of a short training of so many epochs, in units of the base

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.arguments import make_folder
+from benchmarks.arguments import results_folder
 from benchmarks.environment import device_name
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.data import load_workload
@@ -24,7 +24,11 @@ def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     """Run all methods and seeds, print the table and write the files."""
     require_matplotlib()
     workload = load_workload(config, device)
-    make_folder(config.out)
+    with results_folder(config.out):
+        _run(config, device, workload)
+
+
+def _run(config: TrainConfig, device: torch.device, workload: Workload) -> None:
     machine = device_name(device)
     methods = [make_method(name, config) for name in config.methods]
     batch_size = min(config.batch_size, workload.train_size)
@@ -38,6 +42,8 @@ def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     costs = measure_step_costs(workload, [yardstick, *others], config)
     paths = [config.out / name for name in ("results.csv", "summary.json", "accuracy.png")]
     results_path, summary_path, plot_path = paths
+    for path in (summary_path, plot_path):  # of another run, whose rows go now
+        path.unlink(missing_ok=True)
     with TrainResults(results_path, config, machine) as results_file:
         results = _train_all(workload, methods, config, results_file)
     summaries = summarize(methods, results, costs, batch_size)

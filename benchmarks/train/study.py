@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import fcntl
 import json
 import multiprocessing
 import os
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import make_folder, positive_float, positive_int
+from benchmarks.arguments import positive_float, positive_int, results_folder
 from benchmarks.environment import device_name, select_device
 from benchmarks.errors import UsageError
 from benchmarks.train import cli
@@ -77,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
     deadline = None if args.minutes is None else started + 60 * args.minutes
     worker = _Worker(config, str(device), args.threads or 1, deadline)
     torch.set_num_threads(worker.threads)  # as in the processes: the rows name it
-    with _folder(config) as path:
+    with results_folder(config.out):
+        path = _prepare(config)
         done, rows = _complete(path, config)
         tasks = [(m, s) for s in range(config.seeds) for m in config.methods if (m, s) not in done]
         print(f"{len(done)} runs complete, {len(tasks)} to do, {path}", flush=True)
@@ -158,34 +157,32 @@ def _late(worker: _Worker) -> bool:
     return worker.deadline is not None and time.time() > worker.deadline
 
 
-@contextlib.contextmanager
-def _folder(config: TrainConfig) -> Iterator[Path]:
-    """The CSV's path in a folder that no other study writes to meanwhile."""
-    make_folder(config.out)
-    folder = os.open(config.out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"--out {config.out}: another study is writing there") from error
-        yield _prepare(config)
-    finally:
-        os.close(folder)
-
-
 def _prepare(config: TrainConfig) -> Path:
-    """Check that what is in the folder has the same settings; return the CSV's path."""
+    """Check that runs in the folder have the same settings; return the CSV's path."""
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     settings = {name: value for name, value in settings.items() if name not in _FREE}
-    path = config.out / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    path, table = config.out / "settings.json", config.out / "study.csv"
+    if table.exists() and len(table.read_text(encoding="utf-8").splitlines()) > 1:
+        before = _settings_in(path)
         for name, value in settings.items():
             if before.get(name) != value:
                 held = f"holds runs with {name} {before.get(name)!r}, not {value!r}"
                 raise UsageError(f"--out {config.out}: {held}")
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return config.out / "study.csv"
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, path)
+    return table
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    """Those of the runs beside the file."""
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path}: cannot read the settings of the runs beside it: {error}"
+        ) from error
+    return settings
 
 
 def _complete(path: Path, config: TrainConfig) -> tuple[set[Task], list[dict[str, str]]]:
@@ -226,6 +223,6 @@ def _report(path: Path, config: TrainConfig) -> None:
     names = [n for n in config.methods if any(result.method == n for result in results)]
     if names:
         methods = [make_method(name, config) for name in names]
-        summaries = summarize(methods, results, {}, config.batch_size)
-        print(f"\n{format_table(config, summaries, config.batch_size)}\n")
+        summaries = summarize(methods, results, {}, config.full_batch)
+        print(f"\n{format_table(config, summaries, config.full_batch)}\n")
         plot_accuracy(path.with_name("accuracy.png"), config, methods, results, over_cost=True)

@@ -133,7 +133,7 @@ class Diagnostics:
             "grad_norm": float(result.grad_norm),
             "sharp": self._sharp / self._steps,
             "cost": self._cost / self._steps,
-            "share": float(torch.stack(self._shares).mean()) if self._shares else math.nan,
+            "share": float(torch.stack(self._shares).nanmean()) if self._shares else math.nan,
             "alignment": cosine,
         }
         self.rows.append(row)

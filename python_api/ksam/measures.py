@@ -138,6 +138,7 @@ def sharpness(
     """Measure the sharpness of a solution on some batches.
 
     The model's mode is the caller's choice: ``model.eval()`` measures the network that is tested.
+    Dropout, where it is on, draws the same for every set of weights.
     Its running statistics and the states of PyTorch's random generators are left alone and its
     weights come back bit for bit, also where the function raises. The model's gradients are
     discarded. With DistributedDataParallel it is of a rank's own batches, and may be measured on
@@ -170,16 +171,21 @@ def sharpness(
         if not batches:
             raise ValueError("batches must hold at least one batch, got none")
         model.zero_grad()
-        loss = _mean_loss(per_sample_loss, batches, backward=True)
+
+        def mean_loss(backward: bool = False) -> float:
+            with _random_state_kept(params):
+                return _mean_loss(per_sample_loss, batches, backward)
+
+        loss = mean_loss(backward=True)
         gradient = _taken_gradients(params)
         generator = torch.Generator().manual_seed(seed)
         rises = []
         for _ in range(directions):
             noise = [_normal(p, generator) for p in params]
             with _perturbed(params, noise, rho):
-                rises.append(_mean_loss(per_sample_loss, batches) - loss)
+                rises.append(mean_loss() - loss)
         with _perturbed(params, gradient, rho):
-            adversarial = _mean_loss(per_sample_loss, batches) - loss
+            adversarial = mean_loss() - loss
     return Sharpness(loss, sum(rises) / directions, adversarial)
 
 

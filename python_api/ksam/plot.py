@@ -78,12 +78,13 @@ def _draw_counts(axis: Any, counts: tuple[Tensor, Tensor] | None, highlight: Ten
     groups = [("others" if marked.any() else "all", rate[~marked & (seen > 0)], _BLUE)]
     if marked.any():
         groups.append(("highlighted", rate[marked & (seen > 0)], _RED))
+    most = max(1.0, float(rate.max())) if len(rate) else 1.0  # with replacement, above 1
     for label, rates, color in groups:
         if len(rates) == 0:
             continue
         share = torch.ones(len(rates)) / len(rates)
         text = f"{label}: {len(rates)}, mean {rates.mean():.2f}"
-        options = {"bins": _BINS, "range": (0, 1), "alpha": 0.6, "color": color}
+        options = {"bins": _BINS, "range": (0, most), "alpha": 0.6, "color": color}
         axis.hist(rates.tolist(), weights=share.tolist(), label=text, **options)
     axis.set_xlabel("selected / seen")
     axis.set_ylabel("share of the samples")

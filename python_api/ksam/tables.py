@@ -210,6 +210,10 @@ class SharpnessSample(_Table):
     def num_evaluated(self, samples: int, step: int) -> int:
         return samples if self._epoch(samples, step) == 0 else self.amount.of(samples, step)
 
+    def candidates(self, passes: Passes) -> Tensor:
+        """As many as are drawn after the first epoch, of which every step takes all."""
+        return passes.highest(self.amount.of(passes.samples, passes.step))
+
     def _some(self, passes: Passes, size: int) -> Subset:
         # The sum of logarithm and Gumbel noise: its top k is a draw without replacement. (A draw of
         # 0 comes last: its key is -inf.)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,19 @@ class CSVWriter:
                 columns = next(csv.reader(file))
             if columns != list(row):
                 raise ValueError(f"{self.path} has columns {columns}, a row has {list(row)}")
+            self._end_line()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(row))
             if new:
                 writer.writeheader()
             writer.writerow(row)
+
+    def _end_line(self) -> None:
+        """The last row may be cut off: the next one is on a line of its own."""
+        with self.path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\r\n")
 
 
 class TensorBoardWriter:

@@ -27,6 +27,31 @@ def png_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
+def test_a_run_that_is_cut_off_leaves_nothing_of_another(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("results.csv", "summary.json", "accuracy.png"):
+        (tmp_path / name).write_text("of another run", encoding="utf-8")
+    monkeypatch.setattr("benchmarks.train.run._train_all", cut_off)
+    result = cli("--train-samples", 96, "--timing-rounds", 0, "--out", tmp_path)
+    assert result.status == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+    assert read_rows(tmp_path / "results.csv") == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable_is_named_at_once(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o555)
+    result = cli("--out", tmp_path)
+    assert result.status == 2
+    assert f"{tmp_path}: cannot write to the folder" in result.err
+
+
 def test_digits(cli: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     result = cli(

@@ -64,6 +64,24 @@ def test_a_dear_first_epoch_counts_at_equal_cost(epochs: int, own: int) -> None:
     assert own * ausam.theoretical_cost(32) == pytest.approx(epochs)
 
 
+def test_costs_are_of_batches_that_there_are_samples_for() -> None:
+    """k = 43 of 64, where a batch would have 128."""
+    settings = config(
+        "--epochs",
+        "10",
+        "--equal-cost",
+        "--train-samples",
+        "64",
+        "--batch-size",
+        "128",
+        "--k",
+        "43",
+    )
+    ksam = make_method("ksam", settings)
+    assert ksam.theoretical_cost(settings.full_batch) == pytest.approx((64 + 6 * 43) / (3 * 64))
+    assert ksam.epochs == 6
+
+
 def test_options_reach_their_methods(workload: ImageWorkload) -> None:
     settings = config(
         "--asam-rho", "0.7", "--msam-rho", "0.4", "--late", "0.25", "--threshold", "0.5",

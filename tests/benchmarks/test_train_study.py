@@ -81,17 +81,36 @@ def test_at_equal_cost_dearer_methods_train_for_fewer_epochs(
     assert float(rows[-1]["gradient_cost"]) == pytest.approx(14 / 12)
 
 
-def test_no_two_studies_write_to_one_folder(cli: Callable[..., Any], tmp_path: Path) -> None:
-    arguments = ("--train-samples", 96, "--methods", "sgd", "--out", tmp_path)
+@pytest.mark.parametrize("command", ["study", "train", "kernels", "memory"])
+def test_no_two_runs_write_to_one_folder(
+    cli: Callable[..., Any], tmp_path: Path, command: str
+) -> None:
+    arguments: tuple[object, ...] = ("--out", tmp_path)
+    if command in ("study", "train"):
+        arguments = ("--train-samples", 96, "--methods", "sgd", *arguments)
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     try:
-        result = cli(*arguments, command="study")
+        result = cli(*arguments, command=command)
     finally:
         os.close(folder)
     assert result.status == 2
-    assert f"--out {tmp_path}: another study is writing there" in result.err
+    assert f"--out {tmp_path}: another run is writing there" in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_count_where_there_are_runs(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """A first call with a mistake leaves none."""
+    arguments = (
+        "--epochs", 1, "--batch-size", 32, "--methods", "sgd", "--seeds", 1, "--out", tmp_path,
+    )  # fmt: skip
+    assert cli(*arguments, "--train-samples", 5000, command="study").status == 2
+    result = cli(*arguments, "--train-samples", 64, command="study")
+    assert result.status == 0, result.err
+    (tmp_path / "settings.json").write_text("", encoding="utf-8")
+    result = cli(*arguments, "--train-samples", 64, command="study")
+    assert result.status == 2
+    assert "settings.json: cannot read the settings of the runs beside it" in result.err
 
 
 def test_the_study_stops_when_time_is_up(cli: Callable[..., Any], tmp_path: Path) -> None:

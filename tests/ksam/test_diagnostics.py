@@ -154,6 +154,30 @@ def test_csv_goes_on_with_its_file(tmp_path: Path) -> None:
         CSVWriter(path)({"step": 2})
 
 
+def test_a_row_that_was_cut_off_ends_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("step,loss\n0,1.0", encoding="utf-8")
+    CSVWriter(path)({"step": 1, "loss": 2.0})
+    assert path.read_text(encoding="utf-8").split() == ["step,loss", "0,1.0", "1,2.0"]
+
+
+def test_steps_without_a_share_leave_that_of_the_others(backend: str) -> None:
+    """Where all samples are ignored no gradient has a bound."""
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=8)
+    diagnostics = Diagnostics(optimizer, every=2, measure_alignment=False)
+    shares = []
+    for seed in range(2):
+        data = batch(seed)
+        if seed == 0:
+            data["y"].fill_(-100)
+        result = optimizer.step(loss_of(model), data)
+        diagnostics(result, loss_of(model), data)
+        shares.append(float(result.share))
+    assert math.isnan(shares[0])
+    assert diagnostics.rows[0]["share"] == shares[1]
+
+
 def test_csv_begins_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "run.csv"
     path.touch()
@@ -226,6 +250,16 @@ def test_a_page_shows_every_column_and_the_counts(figures: list[Any], tmp_path: 
         f"others: 22, mean {others:.2f}",
         f"highlighted: 2, mean {rate[[0, 5]].mean():.2f}",
     ]
+
+
+def test_samples_drawn_more_often_than_seen_are_on_the_page(
+    figures: list[Any], tmp_path: Path
+) -> None:
+    """As ImportanceKSAM draws them, with replacement."""
+    counts = torch.tensor([2, 2, 2]), torch.tensor([1, 2, 11])
+    plot.draw(tmp_path / "page.png", [], counts, None)
+    bars = [bar for axis in figures[0].axes for bar in axis.patches]
+    assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
 
 
 def test_a_page_without_counts_says_so(tmp_path: Path) -> None:

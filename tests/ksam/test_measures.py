@@ -166,6 +166,15 @@ def test_sharpness_against_plain_torch(backend: str) -> None:
     assert found.adversarial > found.random
 
 
+def test_dropout_draws_alike_at_all_weights(backend: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 5))
+    found = ksam.sharpness(model, loss_of(model), [batch(seed) for seed in range(2)], rho=0.0)
+    assert found.random == found.adversarial == 0
+    found = ksam.sharpness(model, loss_of(model), [batch()], rho=0.05)
+    assert 0 < abs(found.random) < found.adversarial
+
+
 def test_sharpness_of_batches_that_come_once(backend: str) -> None:
     model = network()
     data = [batch(seed) for seed in range(2)]

@@ -16,7 +16,7 @@ import ksam
 from ksam import KSAM, SAM, AutoKSAM, EveryNth, From, Momentum, Representative
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, loss_of, network, weights
+from tests.ksam.models import batch, build, data_of, loss_of, losses, network, weights
 
 
 def sharp_steps(optimizer: Any, function: Callable[[Any], Any], steps: int = 12) -> list[bool]:
@@ -180,6 +180,18 @@ def test_decisions_survive_a_resume(backend: str, done: int) -> None:
     assert 0 < sum(expected) < 30
     assert all_same_bits(weights(model), weights(twin))
     assert copied.state_dict()["ksam"] != optimizer.state_dict()["ksam"]
+
+
+def test_a_method_whose_first_epoch_takes_all_is_probed_by_what_it_takes_later(
+    backend: str,
+) -> None:
+    """AUSAM's gradients are of all samples in its first epoch, of alpha M afterwards."""
+    model = network(dtype=torch.float64)
+    policy = Representative(1.0, every=1, budget=None)
+    optimizer = build("AUSAM", model, when=policy)
+    found = optimizer.step(losses(model), data_of(0)).losses
+    share = found.topk(9).values.sum() / found.sum()
+    assert policy.state_dict()["probe"] == pytest.approx(share.item(), rel=1e-5)
 
 
 def test_a_failed_step_does_not_count(backend: str) -> None:
