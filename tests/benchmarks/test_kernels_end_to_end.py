@@ -105,6 +105,15 @@ def test_a_folder_that_cannot_be_made_is_an_error(
     assert "cannot make the folder" in capsys.readouterr().err
 
 
+def test_a_run_that_measures_nothing_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--quick", "--rooms", "topk", "--backend", "triton", "--threads", 1)
+    assert run_kernels(*arguments, "--out", tmp_path) == 2
+    assert "nothing could be measured: backend 'triton' was asked for" in capsys.readouterr().err
+    assert not (tmp_path / "ratios.png").exists()
+
+
 def _row(contestant: str, ratio: float | None, note: str = "") -> Row:
     measured = ratio is not None
     return Row(

@@ -67,16 +67,9 @@ def test_a_dear_first_epoch_counts_at_equal_cost(epochs: int, own: int) -> None:
 def test_costs_are_of_batches_that_there_are_samples_for() -> None:
     """k = 43 of 64, where a batch would have 128."""
     settings = config(
-        "--epochs",
-        "10",
-        "--equal-cost",
-        "--train-samples",
-        "64",
-        "--batch-size",
-        "128",
-        "--k",
-        "43",
-    )
+        "--epochs", "10", "--equal-cost", "--train-samples", "64", "--batch-size", "128",
+        "--k", "43",
+    )  # fmt: skip
     ksam = make_method("ksam", settings)
     assert ksam.theoretical_cost(settings.full_batch) == pytest.approx((64 + 6 * 43) / (3 * 64))
     assert ksam.epochs == 6
