@@ -147,11 +147,13 @@ def test_eager_steps_are_as_many_as_the_graph_has_made(cuda: Played) -> None:
     made = []
 
     def make() -> SimpleNamespace:
-        made.append(subject := SimpleNamespace(steps=0, state=[torch.zeros(1)]))
+        made.append(subject := SimpleNamespace(steps=0, rates=0, state=[torch.zeros(1)]))
         subject.step = lambda: setattr(subject, "steps", subject.steps + 1)
+        subject.schedule = lambda: setattr(subject, "rates", subject.rates + 1)
         return subject
 
     assert graph.compare(make, CUDA)["captured"]
     eager, captured = made
     assert captured.steps == capture.WARM_UP_CALLS + 1  # one recorded, not run
     assert eager.steps == capture.WARM_UP_CALLS + graph._REPLAYS
+    assert eager.rates == captured.rates == graph._REPLAYS  # before each step, or its replay
