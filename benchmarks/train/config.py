@@ -78,13 +78,12 @@ class TrainConfig:
     label_noise: float  # share of the training labels that are wrong
     timing_rounds: int | None  # None: as many as fit in the time box
     diagnostics: bool  # of the runs with seed 0
+    out: Path
 
     @property
     def full_batch(self) -> int:
         """Samples of a full batch: all there are, if these are fewer."""
         return min(self.batch_size, self.train_samples or self.batch_size)
-
-    out: Path
 
     @property
     def kind(self) -> str:

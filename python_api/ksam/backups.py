@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ksam_kernels
 from ksam.identity import same
 
 
 def _kinds(tensors: list[Tensor]) -> tuple[list[Any], ...]:
     """What a backup has in common with its parameter."""
     return [t.shape for t in tensors], [t.dtype for t in tensors], [t.device for t in tensors]
+
+
+def put_back(backup: dict[Tensor, Tensor]) -> None:
+    """The weights from their backup: perturbed parameter -> what it held before."""
+    ksam_kernels.restore_(list(backup), list(backup.values()))
 
 
 class Backups:

@@ -171,21 +171,16 @@ def sharpness(
         if not batches:
             raise ValueError("batches must hold at least one batch, got none")
         model.zero_grad()
-
-        def mean_loss(backward: bool = False) -> float:
-            with _random_state_kept(params):
-                return _mean_loss(per_sample_loss, batches, backward)
-
-        loss = mean_loss(backward=True)
+        loss = _mean_loss(per_sample_loss, batches, params, backward=True)
         gradient = _taken_gradients(params)
         generator = torch.Generator().manual_seed(seed)
         rises = []
         for _ in range(directions):
             noise = [_normal(p, generator) for p in params]
             with _perturbed(params, noise, rho):
-                rises.append(mean_loss() - loss)
+                rises.append(_mean_loss(per_sample_loss, batches, params) - loss)
         with _perturbed(params, gradient, rho):
-            adversarial = mean_loss() - loss
+            adversarial = _mean_loss(per_sample_loss, batches, params) - loss
     return Sharpness(loss, sum(rises) / directions, adversarial)
 
 
@@ -195,17 +190,24 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return noise.to(like)
 
 
-def _mean_loss(per_sample_loss: PerSampleLoss, batches: list[Any], backward: bool = False) -> float:
-    """Mean over all samples; with ``backward`` the direction of its gradient in ``.grad``."""
+def _mean_loss(
+    per_sample_loss: PerSampleLoss,
+    batches: list[Any],
+    params: Sequence[Tensor],
+    backward: bool = False,
+) -> float:
+    """Mean over all samples, with the same random draws each time; with ``backward`` the direction
+    of its gradient in ``.grad``."""
     sizes = [ksam_kernels.batch_size(batch) for batch in batches]
     sums = []
-    for batch, size in zip(batches, sizes, strict=True):
-        with torch.set_grad_enabled(backward):
-            mean = _losses(per_sample_loss, batch).mean()
-        if backward:
-            # In units of one batch: of all batches' mean, gradients in float16 would underflow.
-            (mean * (size / sizes[0])).backward()  # type: ignore[no-untyped-call]
-        sums.append(mean.detach().double() * size)
+    with _random_state_kept(params):
+        for batch, size in zip(batches, sizes, strict=True):
+            with torch.set_grad_enabled(backward):
+                mean = _losses(per_sample_loss, batch).mean()
+            if backward:
+                # In units of one batch: of all batches' mean, gradients in float16 would underflow.
+                (mean * (size / sizes[0])).backward()  # type: ignore[no-untyped-call]
+            sums.append(mean.detach().double() * size)
     return float(torch.stack(sums).sum()) / sum(sizes)
 
 

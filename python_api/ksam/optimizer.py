@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 import ksam_kernels
 from ksam import batchnorm, distributed, interrupts, weight_caches
 from ksam.arguments import Scale, Statistics, check_arguments, check_batch, check_call
-from ksam.backups import Backups
+from ksam.backups import Backups, put_back
 from ksam.base import build_base, parameter_names
 from ksam.composed import OPTIONS, Composed
 from ksam.distributed import averaged, check_synchronizes, data_parallel
@@ -295,7 +295,7 @@ class SharpnessAware(Composed):
                 if weight is None:
                     self._update(perturbed)
                 else:
-                    ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
+                    put_back(perturbed)
                 done = True
                 self._has_grad = weight is not None
                 distributed.reshard(self.model, params)
@@ -304,7 +304,7 @@ class SharpnessAware(Composed):
             with interrupts.deferred():
                 norms.put_back(*batchnorm.SETTINGS)
                 if not done:
-                    ksam_kernels.restore_(list(perturbed), list(perturbed.values()))
+                    put_back(perturbed)
                     self._snapshot.put_back()
             distributed.reset_after_failure(self.model, params)
             raise

@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import ksam_kernels
+from ksam.backups import put_back
 from ksam_kernels.checks import FLOATING
 
 _SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -172,7 +173,7 @@ class Update:
         if can_fuse(self.base):
             optimizer, arguments = self._in_kernels, (backup,)
         else:
-            ksam_kernels.restore_(list(backup), list(backup.values()))
+            put_back(backup)
             optimizer, arguments = self.base, ()
         if self.scaler is None:
             optimizer.step(*arguments)
@@ -261,7 +262,7 @@ class _InKernels:
 
     def _by_base(self, backup: dict[Tensor, Tensor]) -> None:
         """Restore, and take the step unless the scaler found that a gradient is not finite."""
-        ksam_kernels.restore_(list(backup), list(backup.values()))
+        put_back(backup)
         if self.found_inf is None or not self.found_inf.item():
             self.base.step()
 
