@@ -15,7 +15,9 @@ Environment:
                        GPU architectures, "8.0;9.0+PTX". By default 8.0, 9.0, 10.0 and 12.0, as far
                        as the toolkit knows them, with PTX of the last, which later GPUs compile.
     KSAM_SANITIZE      "address,undefined": instruments the extension for the sanitizers' CI run.
-    CXX, MAX_JOBS      the C++17 compiler, and how many of it run at once.
+    CXX, MAX_JOBS      the C++17 compiler, and how many compilers run at once.
+    NVCC_THREADS       how many architectures of one file nvcc compiles at once: by default as many
+                       as there are processors, with MAX_JOBS one.
 """
 
 from __future__ import annotations
@@ -252,9 +254,11 @@ class NinjaBuildExt(build_ext):
         library = folder / target.name
         (folder / "build.ninja").write_text(_ninja_file(cxx, cuda, headers, library))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+        environment = dict(os.environ)
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
-        if subprocess.run(command, check=False).returncode != 0:
+            environment.setdefault("NVCC_THREADS", "1")
+        if subprocess.run(command, check=False, env=environment).returncode != 0:
             sys.exit(
                 "ksam: compiling the kernels failed, see the compiler's message above; "
                 "KSAM_CUDA=0 leaves out the CUDA kernels, KSAM_NATIVE=0 all of them: Triton's "
@@ -284,7 +288,9 @@ def _nvcc_lines(cxx: list[str], cuda: Cuda, defines: list[str]) -> list[str]:
         f"nvcc = {_escape(cuda.nvcc)}",
         f"nvcc_flags = {' '.join(map(_escape, flags))}",
         "rule compile_cuda",
-        "  command = $nvcc $nvcc_flags $room_flags -MD -MF $out.d -c $in -o $out",
+        # From the environment, as another number is no reason to compile again.
+        "  command = $nvcc --threads=$${NVCC_THREADS:-0} $nvcc_flags $room_flags "
+        "-MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",

@@ -207,6 +207,24 @@ def test_every_architecture_is_compiled_and_told_to_the_module(
     assert "common-gpu.cu.o" in lines["build _C.so"]
 
 
+@pytest.mark.parametrize(("threads", "flag"), [(None, "--threads=0"), ("2", "--threads=2")])
+def test_architectures_are_compiled_at_once(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    threads: str | None,
+    flag: str,
+) -> None:
+    monkeypatch.delenv("NVCC_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("NVCC_THREADS", threads)
+    toolkit(build, monkeypatch, tmp_path)
+    text = build._ninja_file(["c++"], build.choose_cuda(), Path("pybind"), Path("_C.so"))
+    command = text.split("rule compile_cuda\n  command = ")[1].splitlines()[0]
+    told = command.removeprefix("$nvcc ").split(" $nvcc_flags")[0].replace("$$", "$")
+    assert build.output_of("sh", "-c", f"echo {told}") == f"{flag}\n"
+
+
 def test_products_and_sums_of_the_updates_are_rounded_apart(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -223,26 +241,33 @@ def test_a_build_without_cuda_knows_nothing_of_it(build: ModuleType) -> None:
     assert ".cu" not in text
 
 
-@pytest.mark.parametrize(("jobs", "option"), [("3", ["-j", "3"]), ("", []), (None, [])])
+@pytest.mark.parametrize(
+    ("jobs", "option", "threads"),
+    [("3", ["-j", "3"], "1"), ("", [], None), (None, [], None)],
+)
 def test_max_jobs_is_how_many_compilers_run_at_once(
     build: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     jobs: str | None,
     option: list[str],
+    threads: str | None,
 ) -> None:
     for name in ("ninja", "pybind11"):
         pytest.importorskip(name)
     commands: list[list[str]] = []
 
-    def compile_nothing(command: list[str], *, check: bool) -> SimpleNamespace:
+    def compile_nothing(command: list[str], *, check: bool, env: dict[str, str]) -> SimpleNamespace:
         commands.append(command)
+        assert env.get("NVCC_THREADS") == threads
+        assert env["CXX"] == "c++"
         (Path(command[2]) / target.name).touch()
         return SimpleNamespace(returncode=0)
 
     target = tmp_path / "lib" / "_C.so"
     monkeypatch.setenv("CXX", "c++")
-    monkeypatch.delenv("MAX_JOBS", raising=False)
+    for name in ("MAX_JOBS", "NVCC_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     if jobs is not None:
         monkeypatch.setenv("MAX_JOBS", jobs)
     extension = build.extensions()[0]
