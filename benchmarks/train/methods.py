@@ -67,7 +67,7 @@ class Spec:
     """A method as the command line names it.
 
     Attributes:
-        label: for tables; may hold {k} and {late}.
+        label: for tables; may hold {k}, {late} and {base}.
         build: the optimizer.
         k: what the results say of it; None: "ksam" puts the command line's there.
         rho: the option with its radius; None: it has none.
@@ -85,15 +85,15 @@ SPECS: dict[str, Spec] = {
     "sam": Spec("SAM", lambda run: run.ksam(k=1.0), k="1.0"),
     "ksam": Spec("K-SAM, k={k}", lambda run: run.ksam(), k=_K),
     "ksam-auto": Spec("auto K-SAM, k={k}", lambda run: run.auto(run.config.msam_rho), k=_K),
-    "ksam-auto-plain": Spec("auto K-SAM, k={k}, else SGD", lambda run: run.auto(None), k=_K),
+    "ksam-auto-plain": Spec("auto K-SAM, k={k}, else {base}", lambda run: run.auto(None), k=_K),
     # Without what AutoKSAM does for the subset's gradient, and with one of the two.
     "ksam-auto-mean": Spec(
-        "auto K-SAM, k={k}, else SGD, mean over k, subset's BN",
+        "auto K-SAM, k={k}, else {base}, mean over k, subset's BN",
         lambda run: run.auto(None, scale="mean", statistics="subset"),
         k=_K,
     ),
     "ksam-auto-matched": Spec(
-        "auto K-SAM, k={k}, else SGD, mean over k",
+        "auto K-SAM, k={k}, else {base}, mean over k",
         lambda run: run.auto(None, scale="mean"),
         k=_K,
     ),
@@ -220,4 +220,6 @@ def make_method(name: str, config: TrainConfig) -> Method:
     spec = SPECS[name]
     k = config.k if spec.k == _K else float(spec.k) if spec.k else None
     rho = None if spec.rho is None else getattr(config, spec.rho)
-    return Method(name, spec.label.format(k=format_k(config.k), late=config.late), k, rho, config)
+    base = BASE_LABELS[config.base]
+    label = spec.label.format(k=format_k(config.k), late=config.late, base=base)
+    return Method(name, label, k, rho, config)

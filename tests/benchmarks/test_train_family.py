@@ -57,6 +57,15 @@ def test_theoretical_costs(name: str, cost: float) -> None:
     assert make_method(name, config()).theoretical_cost(96) == pytest.approx(cost, abs=0.02)
 
 
+def test_labels_name_what_the_command_line_chose() -> None:
+    settings = config("--base", "adamw", "--k", "1/2", "--late", "0.3")
+    labels = {name: make_method(name, settings).label for name in METHODS}
+    assert labels["sgd"] == "AdamW"
+    assert labels["ksam-auto-plain"] == "auto K-SAM, k=1/2, else AdamW"
+    assert labels["late-ksam"] == "K-SAM, k=1/2, last 30%"
+    assert len(set(labels.values())) == len(METHODS)
+
+
 @pytest.mark.parametrize(("epochs", "own"), [(3, 2), (30, 29)])
 def test_a_dear_first_epoch_counts_at_equal_cost(epochs: int, own: int) -> None:
     ausam = make_method("ausam", config("--epochs", str(epochs), "--equal-cost"))
