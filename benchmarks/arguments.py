@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,8 +49,12 @@ def some_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 @contextmanager
-def results_folder(path: Path) -> Iterator[None]:
+def results_folder(path: Path, stale: Sequence[str] = ()) -> Iterator[None]:
     """Make the folder for results, and keep it from other runs within.
+
+    Args:
+        stale: patterns of files that a run before may have left beside the rows that this one
+            writes over; they go first.
 
     Raises:
         UsageError: it cannot be made or written to, or another run is writing there.
@@ -62,6 +66,8 @@ def results_folder(path: Path) -> Iterator[None]:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: cannot write to the folder")
     with _locked(path):
+        for left in [left for pattern in stale for left in path.glob(pattern)]:
+            left.unlink()
         yield
 
 

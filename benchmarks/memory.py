@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from ksam.selection import subset_size
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], object]
 
-_SGD = {"lr": 0.01, "momentum": 0.9}
+_SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 _MICRO_BATCH = 16
 _SMALLEST_K = 1 / 3
 _MODELS = {"resnet18": "ResNet-18", "vit": "a small ViT"}
@@ -75,7 +76,7 @@ class Held:
 
 
 def _sgd(model: nn.Module) -> Step:
-    optimizer = torch.optim.SGD(model.parameters(), **_SGD)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), **_SGD)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 
 from benchmarks.environment import synchronize
 from benchmarks.gpu.sync import waiting_is_an_error
+from benchmarks.timing import no_garbage_collection
 
 WARM_UP_CALLS = 3
 
@@ -36,13 +36,9 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     torch.cuda.current_stream(device).wait_stream(stream)
     synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    gc.collect()
-    gc.disable()  # what it frees could break off the capture
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            work()
-    finally:
-        gc.enable()
+    # What the collector frees could break off the capture.
+    with no_garbage_collection(), torch.cuda.graph(graph, stream=stream):
+        work()
     synchronize(device)
     return partial(_replay, graph, work)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive_float, some_of
+from benchmarks.arguments import positive_float, results_folder, some_of
 from benchmarks.environment import device_name, select_device
-from benchmarks.errors import UsageError
 from benchmarks.gpu.part import PARTS, Context
 from benchmarks.gpu.run import run_in_process, run_parts
 from ksam_kernels import requested_backend
@@ -66,10 +65,8 @@ def run(args: argparse.Namespace) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         run_in_process(name, context)
         return
-    try:
+    with results_folder(context.out):
         all_is_well = run_parts(args.only, context)
-    except OSError as error:
-        raise UsageError(f"{context.out}: cannot write results: {error}") from error
     if not all_is_well:
         raise SystemExit(1)
 

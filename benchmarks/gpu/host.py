@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ from benchmarks.environment import synchronize
 from benchmarks.gpu.part import Context, PartFile
 from benchmarks.gpu.step import Operations, parameter_shapes
 from benchmarks.kernels.sam import BASES, Foreach, Ksam, Start
-from benchmarks.timing import Quartiles
+from benchmarks.timing import Quartiles, no_garbage_collection
 
 _REPETITIONS = 300
 
@@ -26,19 +25,18 @@ def microseconds(
     The GPU is idle before each round, so that no call waits for room in its queue.
     """
     times: dict[str, list[float]] = {name: [] for name in [*calls, "together"]}
-    gc.disable()
-    for repetition in range(repetitions + repetitions // 10):
-        if repetition == repetitions // 10:  # so far it was the warm-up
-            times = {name: [] for name in times}
-        synchronize(device)
-        first = begin = time.perf_counter()
-        for name, call in calls.items():
-            call()
-            end = time.perf_counter()
-            times[name].append(1e6 * (end - begin))
-            begin = end
-        times["together"].append(1e6 * (begin - first))
-    gc.enable()
+    with no_garbage_collection():
+        for repetition in range(repetitions + repetitions // 10):
+            if repetition == repetitions // 10:  # so far it was the warm-up
+                times = {name: [] for name in times}
+            synchronize(device)
+            first = begin = time.perf_counter()
+            for name, call in calls.items():
+                call()
+                end = time.perf_counter()
+                times[name].append(1e6 * (end - begin))
+                begin = end
+            times["together"].append(1e6 * (begin - first))
     return {name: Quartiles.of(values) for name, values in times.items()}
 
 

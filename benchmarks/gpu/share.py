@@ -20,19 +20,19 @@ class Selection(NamedTuple):
 
     group: str
     first: int  # from 0
-    count: int
+    parts: int
 
     def __str__(self) -> str:
-        return f"{self.group}:{self.first + 1}/{self.count}"
+        return f"{self.group}:{self.first + 1}/{self.parts}"
 
     @staticmethod
     def parse(text: str) -> Selection:
         """The inverse of ``str``."""
         group, _, part = text.partition(":")
-        first, _, count = part.partition("/")
-        if group not in GROUPS or not (first.isdigit() and count.isdigit()):
+        first, _, parts = part.partition("/")
+        if group not in GROUPS or not (first.isdigit() and parts.isdigit()):
             raise pytest.UsageError(f"--share must be GROUP:I/N, of {GROUPS}, got {text!r}")
-        return Selection(group, int(first) - 1, int(count))
+        return Selection(group, int(first) - 1, int(parts))
 
 
 def backend_of(test: str) -> str:
@@ -54,6 +54,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if share is None:
         return
     group = [i for i in items if (backend_of(i.nodeid) == "triton") == (share.group == "triton")]
-    kept = group[share.first :: share.count]
+    kept = group[share.first :: share.parts]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept

@@ -26,7 +26,7 @@ from ksam import KSAM, cross_entropy
 _PLAN = Plan(rounds=15, seconds=4.0, few_rounds=5, max_seconds=9.0, max_rounds=60)
 _DRY_PLAN = Plan(rounds=1, seconds=0, few_rounds=1, max_seconds=1)
 _STEPS = 3  # of a method in a round
-_SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+_SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 _RHO = 0.05
 
 Batch = dict[str, Tensor]
@@ -97,7 +97,7 @@ def workloads(*, tiny: bool) -> Iterator[Workload]:
 def _fused_sgd(workload: Workload, device: torch.device) -> tuple[torch.optim.SGD, Step]:
     """PyTorch's fastest SGD over a model of its own, and what leaves the batch's gradient there."""
     model, batch = workload.model(device), workload.batch(device)
-    optimizer = torch.optim.SGD(model.parameters(), **_SGD, fused=device.type == "cuda")  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), **_SGD, fused=device.type == "cuda")
 
     def gradient() -> None:
         optimizer.zero_grad()

@@ -50,7 +50,7 @@ class Settings:
 def run_benchmark(settings: Settings, device: torch.device) -> None:
     """Measure the rooms, print a table for each, and write CSV, JSON and the plot."""
     require_matplotlib()
-    with results_folder(settings.out):
+    with results_folder(settings.out, stale=("summary.json", "ratios.png")):
         _run(settings, device)
 
 
@@ -61,8 +61,6 @@ def _run(settings: Settings, device: torch.device) -> None:
     bandwidth = copy_bandwidth(device)
     print(_describe(settings, device, bandwidth), flush=True)
     rows: list[Row] = []
-    for path in (summary_path, plot_path):  # of another run, whose rows go now
-        path.unlink(missing_ok=True)
     with KernelResults(results_path, device) as results_file:
         for section in _sections(settings.rooms):
             for case_rows in _measure_section(section, settings, device, bandwidth):

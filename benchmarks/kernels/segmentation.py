@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class Segmentation:
 
     def case(self, device: torch.device, *, quick: bool = False) -> Case:
         """The case with all contestants."""
+        finish: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
         finish, tolerance = unchanged, FLOAT32
         extra, operators = "classes in dimension 1", ["cross_entropy"]
         if self.backward:

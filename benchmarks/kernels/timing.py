@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from benchmarks.environment import last_level_cache_bytes
 from benchmarks.kernels.case import Run
-from benchmarks.timing import Plan, rotated, seconds_for
+from benchmarks.timing import Plan, no_garbage_collection, rotated, seconds_for
 
 # One sample lasts at least this long, so that the clock and its noise do not count.
 _SAMPLE_SECONDS = {"cpu": 200e-6, "cuda": 2e-3}
@@ -48,7 +46,7 @@ def time_in_turns(
     inputs = itertools.cycle(pool)
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    with _no_garbage_collection():
+    with no_garbage_collection():
         calls = {name: _calls_per_sample(runs[name], inputs, device) for name in names}
         start = time.perf_counter()
         for number in itertools.count():
@@ -81,15 +79,3 @@ def _calls_per_sample(run: Run, inputs: Iterator[Any], device: torch.device) -> 
     ):
         calls *= 2
     return calls
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

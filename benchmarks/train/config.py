@@ -61,7 +61,7 @@ class TrainConfig:
     seeds: int  # the runs use seeds 0 .. seeds - 1
     epochs: int
     equal_cost: bool  # methods dearer than the base train for fewer epochs
-    batch_size: int
+    batch_size: int  # at most train_samples
     lr: float  # peak of the schedule
     weight_decay: float
     k: float | int  # float: fraction of the batch; int: count
@@ -79,11 +79,6 @@ class TrainConfig:
     timing_rounds: int | None  # None: as many as fit in the time box
     diagnostics: bool  # of the runs with seed 0
     out: Path
-
-    @property
-    def full_batch(self) -> int:
-        """Samples of a full batch: all there are, if these are fewer."""
-        return min(self.batch_size, self.train_samples or self.batch_size)
 
     @property
     def kind(self) -> str:
@@ -111,6 +106,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
     defaults = DATA[args.data]
     base = args.base or DEFAULT_BASE[defaults.kind]
     lr, weight_decay = DEFAULT_RATES[defaults.kind, base]
+    batch_size = args.batch_size or defaults.batch_size
     _check_root(args, defaults)
     return TrainConfig(
         data=args.data,
@@ -119,7 +115,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
         seeds=args.seeds,
         epochs=args.epochs or defaults.epochs,
         equal_cost=args.equal_cost,
-        batch_size=args.batch_size or defaults.batch_size,
+        batch_size=min(batch_size, args.train_samples or batch_size),
         lr=lr if args.lr is None else args.lr,
         weight_decay=weight_decay if args.weight_decay is None else args.weight_decay,
         k=args.k,

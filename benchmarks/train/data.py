@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.errors import UsageError
 from benchmarks.train.cifar10 import load_cifar10
 from benchmarks.train.config import TrainConfig
 from benchmarks.train.glue import load_glue
@@ -13,7 +14,20 @@ from benchmarks.train.workload import Workload
 
 
 def load_workload(config: TrainConfig, device: torch.device) -> Workload:
-    """Read the data set, and a pretrained model's folder; UsageError if something is missing."""
+    """Read the data set, and a pretrained model's folder.
+
+    Raises:
+        UsageError: something is missing, or the data set has fewer samples than a batch.
+    """
+    workload = _load(config, device)
+    if workload.train_size < config.batch_size:
+        raise UsageError(
+            f"--batch-size {config.batch_size}: there are {workload.train_size} training samples"
+        )
+    return workload
+
+
+def _load(config: TrainConfig, device: torch.device) -> Workload:
     options = config.train_samples, config.label_noise
     if config.data == "digits":
         return ImageWorkload(load_digits(), config.model, device, *options)

@@ -36,11 +36,11 @@ class Run:
         arguments = {"rho": self.config.rho, **arguments, **self.options}
         return method(self.parameters, self.base, **arguments)
 
-    def ksam(self, **arguments: Any) -> SharpnessAware:
+    def build_ksam(self, **arguments: Any) -> SharpnessAware:
         """Build K-SAM with the k of the command line where it gets no other."""
         return self.build(KSAM, **{"k": self.config.k, **arguments})
 
-    def auto(self, momentum_rho: float | None, **arguments: Any) -> SharpnessAware:
+    def build_auto(self, momentum_rho: float | None, **arguments: Any) -> SharpnessAware:
         """Build K-SAM with its automatic policy."""
         return self.build(
             ksam.AutoKSAM,
@@ -69,35 +69,41 @@ class Spec:
     Attributes:
         label: for tables; may hold {k}, {late} and {base}.
         build: the optimizer.
-        k: what the results say of it; None: "ksam" puts the command line's there.
+        k: the fixed share of the batch that it selects; None: none, or that of the command line.
+        takes_k: whether it is that of the command line.
         rho: the option with its radius; None: it has none.
     """
 
     label: str
     build: Callable[[Run], SharpnessAware]
-    k: str = ""
+    k: float | None = None
+    takes_k: bool = False
     rho: str | None = "rho"
 
 
-_K = "k of the command line"
-
 SPECS: dict[str, Spec] = {
-    "sam": Spec("SAM", lambda run: run.ksam(k=1.0), k="1.0"),
-    "ksam": Spec("K-SAM, k={k}", lambda run: run.ksam(), k=_K),
-    "ksam-auto": Spec("auto K-SAM, k={k}", lambda run: run.auto(run.config.msam_rho), k=_K),
-    "ksam-auto-plain": Spec("auto K-SAM, k={k}, else {base}", lambda run: run.auto(None), k=_K),
+    "sam": Spec("SAM", lambda run: run.build_ksam(k=1.0), k=1.0),
+    "ksam": Spec("K-SAM, k={k}", lambda run: run.build_ksam(), takes_k=True),
+    "ksam-auto": Spec(
+        "auto K-SAM, k={k}", lambda run: run.build_auto(run.config.msam_rho), takes_k=True
+    ),
+    "ksam-auto-plain": Spec(
+        "auto K-SAM, k={k}, else {base}", lambda run: run.build_auto(None), takes_k=True
+    ),
     # Without what AutoKSAM does for the subset's gradient, and with one of the two.
     "ksam-auto-mean": Spec(
         "auto K-SAM, k={k}, else {base}, mean over k, subset's BN",
-        lambda run: run.auto(None, scale="mean", statistics="subset"),
-        k=_K,
+        lambda run: run.build_auto(None, scale="mean", statistics="subset"),
+        takes_k=True,
     ),
     "ksam-auto-matched": Spec(
         "auto K-SAM, k={k}, else {base}, mean over k",
-        lambda run: run.auto(None, scale="mean"),
-        k=_K,
+        lambda run: run.build_auto(None, scale="mean"),
+        takes_k=True,
     ),
-    "late-ksam": Spec("K-SAM, k={k}, last {late:.0%}", lambda run: run.ksam(when=run.late), k=_K),
+    "late-ksam": Spec(
+        "K-SAM, k={k}, last {late:.0%}", lambda run: run.build_ksam(when=run.late), takes_k=True
+    ),
     "late-sam": Spec("SAM, last {late:.0%}", lambda run: run.build(ksam.SAM, when=run.late)),
     "nth-sam": Spec("SAM, every 5th step", lambda run: run.build(ksam.SAM, when=ksam.EveryNth(5))),
     "asam": Spec("ASAM", lambda run: run.build(ksam.ASAM, rho=run.config.asam_rho), rho="asam_rho"),
@@ -113,23 +119,33 @@ SPECS: dict[str, Spec] = {
     ),
     "ausam": Spec("AUSAM", lambda run: run.build(ksam.AUSAM, **run.table)),
     "stale-ksam": Spec(
-        "stale K-SAM, k=1/2", lambda run: run.build(ksam.StaleKSAM, **run.table), k="0.5"
+        "stale K-SAM, k=1/2", lambda run: run.build(ksam.StaleKSAM, **run.table), k=0.5
     ),
     "importance-ksam": Spec(
         "importance K-SAM, k={k}",
         lambda run: run.build(ksam.ImportanceKSAM, k=run.config.k),
-        k=_K,
+        takes_k=True,
     ),
-    "random-ksam": Spec("random K-SAM, k={k}", lambda run: run.ksam(random=1.0), k=_K),
-    "mixed-ksam": Spec("half-random K-SAM, k={k}", lambda run: run.ksam(random=0.5), k=_K),
-    "ksam-batch": Spec("K-SAM, k={k}, sum / M", lambda run: run.ksam(scale="batch"), k=_K),
-    "ksam-share": Spec("K-SAM, k={k}, loss by share", lambda run: run.ksam(scale="share"), k=_K),
-    "ksam-full": Spec("K-SAM, k={k}, full-batch BN", lambda run: run.ksam(statistics="full"), k=_K),
+    "random-ksam": Spec(
+        "random K-SAM, k={k}", lambda run: run.build_ksam(random=1.0), takes_k=True
+    ),
+    "mixed-ksam": Spec(
+        "half-random K-SAM, k={k}", lambda run: run.build_ksam(random=0.5), takes_k=True
+    ),
+    "ksam-batch": Spec(
+        "K-SAM, k={k}, sum / M", lambda run: run.build_ksam(scale="batch"), takes_k=True
+    ),
+    "ksam-share": Spec(
+        "K-SAM, k={k}, loss by share", lambda run: run.build_ksam(scale="share"), takes_k=True
+    ),
+    "ksam-full": Spec(
+        "K-SAM, k={k}, full-batch BN", lambda run: run.build_ksam(statistics="full"), takes_k=True
+    ),
     "ksam-matched": Spec(
-        "K-SAM, k={k}, matched BN", lambda run: run.ksam(statistics="matched"), k=_K
+        "K-SAM, k={k}, matched BN", lambda run: run.build_ksam(statistics="matched"), takes_k=True
     ),
     "ksam-running": Spec(
-        "K-SAM, k={k}, running BN", lambda run: run.ksam(statistics="running"), k=_K
+        "K-SAM, k={k}, running BN", lambda run: run.build_ksam(statistics="running"), takes_k=True
     ),
 }
 METHODS = ("sgd", *SPECS)
@@ -167,7 +183,7 @@ class Method:
         if self.config.equal_cost:
             # AUSAM's first epoch costs more than the others: how dear a step is depends on them.
             for _ in range(3):
-                cost = statistics.fmean(self._costs(self.config.full_batch, epochs))
+                cost = statistics.fmean(self._costs(self.config.batch_size, epochs))
                 epochs = max(1, round(self.config.epochs / cost))
         return epochs
 
@@ -185,9 +201,9 @@ class Method:
         """Whether one step is like another, so that the first few tell what a step costs."""
         if self.is_base:
             return True
-        if self._optimizer(self.config.full_batch, self.epochs).when is not None:
+        if self._optimizer(self.config.batch_size, self.epochs).when is not None:
             return False
-        return len(set(self._costs(self.config.full_batch, self.epochs))) == 1
+        return len(set(self._costs(self.config.batch_size, self.epochs))) == 1
 
     def _costs(self, batch_size: int, epochs: int) -> list[float]:
         """Costs of the steps of a short training of so many epochs, in units of the base
@@ -218,7 +234,7 @@ def make_method(name: str, config: TrainConfig) -> Method:
     if name == "sgd":
         return Method(name, BASE_LABELS[config.base], None, None, config)
     spec = SPECS[name]
-    k = config.k if spec.k == _K else float(spec.k) if spec.k else None
+    k = config.k if spec.takes_k else spec.k
     rho = None if spec.rho is None else getattr(config, spec.rho)
     base = BASE_LABELS[config.base]
     label = spec.label.format(k=format_k(config.k), late=config.late, base=base)

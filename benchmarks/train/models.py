@@ -110,7 +110,8 @@ class TransformerBlock(nn.Module):
         query, key, value = heads.unbind(2)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         x = x + self.out(attended.reshape(batch, tokens, width))
-        return x + self.mlp(self.norm2(x))
+        mapped: Tensor = self.mlp(self.norm2(x))
+        return x + mapped
 
 
 class VisionTransformer(nn.Module):

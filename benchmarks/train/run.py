@@ -19,19 +19,20 @@ from benchmarks.train.step_cost import measure_step_costs
 from benchmarks.train.summary import summarize
 from benchmarks.train.workload import Workload
 
+_STALE = ("summary.json", "accuracy.png", "diagnostics-*.csv", "diagnostics-*.png")
+
 
 def run_benchmark(config: TrainConfig, device: torch.device) -> None:
     """Run all methods and seeds, print the table and write the files."""
     require_matplotlib()
     workload = load_workload(config, device)
-    with results_folder(config.out):
+    with results_folder(config.out, stale=_STALE):
         _run(config, device, workload)
 
 
 def _run(config: TrainConfig, device: torch.device, workload: Workload) -> None:
     machine = device_name(device)
     methods = [make_method(name, config) for name in config.methods]
-    batch_size = min(config.batch_size, workload.train_size)
     print(describe(config, machine), flush=True)
 
     # Before the training, whose first run would otherwise pay for warming up the libraries.
@@ -42,14 +43,12 @@ def _run(config: TrainConfig, device: torch.device, workload: Workload) -> None:
     costs = measure_step_costs(workload, [yardstick, *others], config)
     paths = [config.out / name for name in ("results.csv", "summary.json", "accuracy.png")]
     results_path, summary_path, plot_path = paths
-    for path in (summary_path, plot_path):  # of another run, whose rows go now
-        path.unlink(missing_ok=True)
     with TrainResults(results_path, config, machine) as results_file:
         results = _train_all(workload, methods, config, results_file)
-    summaries = summarize(methods, results, costs, batch_size)
+    summaries = summarize(methods, results, costs, config.batch_size)
     write_summary(summary_path, config, summaries, device)
     plot_accuracy(plot_path, config, methods, results)
-    print(f"\n{format_table(config, summaries, batch_size)}\n")
+    print(f"\n{format_table(config, summaries, config.batch_size)}\n")
     print("\n".join(f"wrote {path}" for path in paths))
 
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import queue
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ _POLL_SECONDS = 1.0
 _FREE = ("methods", "seeds", "out", "data_root", "timing_rounds", "diagnostics")
 
 Task = tuple[str, int]  # method, seed
+Message = EpochResult | UsageError | str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,22 +82,27 @@ def run(args: argparse.Namespace) -> None:
         done, rows = _complete(path, config)
         tasks = [(m, s) for s in range(config.seeds) for m in config.methods if (m, s) not in done]
         print(f"{len(done)} runs complete, {len(tasks)} to do, {path}", flush=True)
-        errors = []
+        mistakes, failures = [], 0
         with TrainResults(path, config, device_name(device), rows) as file:
             for message in _run_all(worker, tasks, min(args.processes, len(tasks))):
                 if isinstance(message, EpochResult):
                     file.write(make_method(message.method, config), message)
                     _print(message, config, time.time() - started)
+                elif isinstance(message, UsageError):
+                    mistakes.append(message)
                 else:
-                    errors.append(message)
+                    failures += 1
                     print(message, flush=True)
         _report(path, config)
-    if errors:
-        raise UsageError(errors[0] if len(errors) == 1 else f"{len(errors)} times: {errors[0]}")
+    if mistakes:
+        raise mistakes[0]  # the same in all processes
+    if failures:
+        print(f"{failures} processes failed", file=sys.stderr)
+        raise SystemExit(1)
 
 
-def _run_all(worker: _Worker, tasks: Sequence[Task], count: int) -> Iterator[EpochResult | str]:
-    """Yield the results of all runs as they come, and the traces of what failed."""
+def _run_all(worker: _Worker, tasks: Sequence[Task], count: int) -> Iterator[Message]:
+    """Yield the results of all runs as they come, mistakes, and the traces of what failed."""
     # CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn")
     todo, found = context.Queue(), context.Queue()
@@ -139,7 +146,7 @@ def _work(worker: _Worker, todo: Any, found: Any) -> None:
                 if _late(worker) or _is_orphan():
                     return
     except UsageError as error:
-        found.put(str(error))
+        found.put(error)
     except BaseException:
         found.put(traceback.format_exc())
         raise
@@ -223,6 +230,6 @@ def _report(path: Path, config: TrainConfig) -> None:
     names = [n for n in config.methods if any(result.method == n for result in results)]
     if names:
         methods = [make_method(name, config) for name in names]
-        summaries = summarize(methods, results, {}, config.full_batch)
-        print(f"\n{format_table(config, summaries, config.full_batch)}\n")
+        summaries = summarize(methods, results, {}, config.batch_size)
+        print(f"\n{format_table(config, summaries, config.batch_size)}\n")
         plot_accuracy(path.with_name("accuracy.png"), config, methods, results, over_cost=True)

@@ -102,9 +102,11 @@ class Diagnostics:
             self._shares.append(result.share)
         if self._dataset_size is not None:
             self._count(result, batch)
-        if self._steps == self._every:
-            self._write(step, result, per_sample_loss, batch)
-            self._start()
+        if self._steps >= self._every:
+            try:
+                self._write(step, result, per_sample_loss, batch)
+            finally:  # a writer that fails loses this row, not those that follow
+                self._start()
 
     def _count(self, result: StepResult, batch: Any) -> None:
         rows = sample_rows(batch, self._index)

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.errors import UsageError
 from benchmarks.train.cifar10 import load_cifar10
 from benchmarks.train.glue import load_glue
 from benchmarks.train.images import (
+    ImageSplit,
     ImageWorkload,
     channel_statistics,
     load_digits,
@@ -126,6 +128,22 @@ def test_malformed_glue_row_is_named(write_glue: Callable[..., Path], row: str) 
     root = write_glue("SST-2", ["sentence\tlabel", "fine\t1", row])
     with pytest.raises(UsageError, match=r"train.tsv:3 is not a row of sst2"):
         load_glue(root, "sst2", "train")
+
+
+def test_every_batch_has_shifts_of_its_own() -> None:
+    """Those of the whole epoch: images all alike, moved by batches, and all at once."""
+    data = load_digits()
+    same = ImageSplit(data.train.images[:1].expand(64, -1, -1, -1), data.train.labels[:64])
+    workload = ImageWorkload(replace(data, train=same, flip=True), "cnn", CPU)
+
+    def images(batch_size: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [batch["image"] for batch in workload.train_batches(batch_size, generator)]
+
+    first, second = images(32)
+    assert not torch.equal(first, second)
+    (both,) = images(64)
+    assert torch.equal(torch.cat([first, second]), both)
 
 
 def test_shift_and_flip_against_one_image_at_a_time() -> None:

@@ -33,12 +33,20 @@ def test_a_run_that_is_cut_off_leaves_nothing_of_another(
     def cut_off(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("results.csv", "summary.json", "accuracy.png"):
+    for name in (
+        "results.csv",
+        "summary.json",
+        "accuracy.png",
+        "diagnostics-ksam.csv",
+        "diagnostics-ksam.png",
+        "diagnostics-notes.txt",
+    ):
         (tmp_path / name).write_text("of another run", encoding="utf-8")
     monkeypatch.setattr("benchmarks.train.run._train_all", cut_off)
     result = cli("--train-samples", 96, "--timing-rounds", 0, "--out", tmp_path)
     assert result.status == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["diagnostics-notes.txt", "results.csv"]
     assert read_rows(tmp_path / "results.csv") == []
 
 

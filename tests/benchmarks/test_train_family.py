@@ -80,13 +80,13 @@ def test_costs_are_of_batches_that_there_are_samples_for() -> None:
         "--k", "43",
     )  # fmt: skip
     ksam = make_method("ksam", settings)
-    assert ksam.theoretical_cost(settings.full_batch) == pytest.approx((64 + 6 * 43) / (3 * 64))
+    assert ksam.theoretical_cost(settings.batch_size) == pytest.approx((64 + 6 * 43) / (3 * 64))
     assert ksam.epochs == 6
 
 
 def test_options_reach_their_methods(workload: ImageWorkload) -> None:
     settings = config(
-        "--asam-rho", "0.7", "--msam-rho", "0.4", "--late", "0.25", "--threshold", "0.5",
+        "--asam-rho", "0.7", "--msam-rho", "0.4", "--late", "0.5", "--threshold", "0.5",
         "--budget", "0", "--rho", "0.1",
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def test_options_reach_their_methods(workload: ImageWorkload) -> None:
 
     rho = {name: build(name).param_groups[0]["rho"] for name in ("asam", "msam", "esam")}
     assert rho == {"asam": 0.7, "msam": 0.4, "esam": 0.1}
-    assert build("late-sam").when == From(6)  # of 2 x 4 steps
+    assert build("late-sam").when == From(4)  # of 2 x 4 steps
     for name, radius in (("ksam-auto", 0.4), ("ksam-auto-plain", None)):
         auto = build(name)
         assert isinstance(auto.when, Representative)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from benchmarks.train.loop import (
     train,
     warmup_cosine,
 )
-from benchmarks.train.methods import make_method
+from benchmarks.train.methods import Method, make_method
 from benchmarks.train.models import build_image_model
 from benchmarks.train.plot import accuracy_curve
 from benchmarks.train.report import format_table
@@ -228,6 +229,23 @@ def test_step_costs_are_ratios_to_the_first_method(rounds: int) -> None:
         assert cost.milliseconds > 0
     if rounds:
         assert costs["sgd"].ratio == Quartiles(1.0, 1.0, 1.0)
+
+
+def test_steps_are_timed_in_rotated_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def new_step(method: Method, *_: Any) -> Callable[[Any], None]:
+        return lambda batch: taken.append(method.name)
+
+    monkeypatch.setattr("benchmarks.train.step_cost._new_step", new_step)
+    config = make_config("--timing-rounds", "3")
+    methods = [make_method(name, config) for name in ("sgd", "sam", "msam")]
+    measure_step_costs(RecordingWorkload(), methods, config)
+    warm_up, timed = taken[:-9], taken[-9:]
+    assert len(warm_up) == 9
+    assert timed == [
+        *("sgd", "sam", "msam"), *("sam", "msam", "sgd"), *("msam", "sgd", "sam"),
+    ]  # fmt: skip
 
 
 def test_steps_that_differ_are_not_timed() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.train import study
 from tests.helpers import ROOT, read_rows, wait_for
 
 
@@ -81,13 +82,15 @@ def test_at_equal_cost_dearer_methods_train_for_fewer_epochs(
     assert float(rows[-1]["gradient_cost"]) == pytest.approx(14 / 12)
 
 
-@pytest.mark.parametrize("command", ["study", "train", "kernels", "memory"])
+@pytest.mark.parametrize("command", ["study", "train", "kernels", "memory", "gpu"])
 def test_no_two_runs_write_to_one_folder(
     cli: Callable[..., Any], tmp_path: Path, command: str
 ) -> None:
     arguments: tuple[object, ...] = ("--out", tmp_path)
     if command in ("study", "train"):
         arguments = ("--train-samples", 96, "--methods", "sgd", *arguments)
+    elif command == "gpu":
+        arguments = ("--dry-run", *arguments)
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     try:
@@ -143,6 +146,25 @@ def test_processes_of_a_killed_study_end(tmp_path: Path) -> None:
     study.kill()
     study.wait()
     wait_for(lambda: not any(path.exists() for path in running))
+
+
+@pytest.mark.parametrize("command", ["study", "train"])
+def test_a_batch_larger_than_the_data_set_is_a_mistake(
+    cli: Callable[..., Any], tmp_path: Path, command: str
+) -> None:
+    result = cli("--batch-size", 2000, "--methods", "sgd", "--out", tmp_path, command=command)
+    assert result.status == 2
+    assert "--batch-size 2000: there are 1347 training samples" in result.err
+
+
+def test_a_study_whose_processes_fail_is_no_mistake_of_the_user(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "_run_all", lambda *_: iter(["Traceback ... KeyError: 'x'"]))
+    result = cli("--methods", "sgd", "--out", tmp_path, command="study")
+    assert result.status == 1
+    assert "KeyError" in result.out
+    assert result.err == "1 processes failed\n"
 
 
 def test_a_mistake_in_a_study_is_one_sentence(cli: Callable[..., Any], tmp_path: Path) -> None:

@@ -48,6 +48,37 @@ def test_rows_describe_the_steps_between_them(backend: str) -> None:
         assert 0.5 < row["share"] < 1
 
 
+def test_a_writer_that_fails_loses_one_row(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=12)
+    written: list[dict[str, float]] = []
+
+    def write(row: dict[str, float]) -> None:
+        if row["step"] == 1:
+            raise OSError("no space left")
+        written.append(row)
+
+    diagnostics = Diagnostics(optimizer, writers=[write], every=2)
+    with pytest.raises(OSError, match="no space left"):
+        run(optimizer, diagnostics, model, 2)
+    (result,) = run(optimizer, diagnostics, model, 1)
+    (last,) = run(optimizer, diagnostics, model, 1)
+    (row,) = written
+    assert row["step"] == 3
+    both = torch.stack([r.share for r in (result, last) if r.share is not None])
+    assert row["share"] == pytest.approx(float(both.mean()))
+
+
+def test_samples_that_cannot_be_counted_delay_the_row(backend: str) -> None:
+    model = network()
+    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=12)
+    diagnostics = Diagnostics(optimizer, every=1, dataset_size=24)
+    with pytest.raises(IndexError, match="holds 47"):
+        run(optimizer, diagnostics, model, 2)
+    run(optimizer, diagnostics, model, 1)
+    assert [row["step"] for row in diagnostics.rows] == [0, 2]
+
+
 def test_shares_of_every_step_leave_the_policy_alone(backend: str) -> None:
     decided = []
     for watched in (False, True):
