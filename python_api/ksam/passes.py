@@ -273,7 +273,7 @@ class Passes:
             if backward is not None:
                 with self._norms.recomputing() if reports else nullcontext():
                     backward(losses, part)
-        return _Found(losses.detach(), detached(aux), scores)
+        return _Found(recorded.kept(losses), detached(aux), scores)
 
     @property
     def scores(self) -> Tensor:

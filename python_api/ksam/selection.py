@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ksam_kernels
 from ksam.parts import Part
+from ksam_kernels.library import is_transformed
 
 K = float | int
 Schedule = Callable[[int], float | int]
@@ -100,6 +101,14 @@ class Recording:
         """Whether these are the losses of the fused call, and nobody wrote to them since."""
         return losses is self._losses and losses._version == self._version
 
+    def kept(self, losses: Tensor) -> Tensor:
+        """The losses, detached, in memory that no later call of the function writes to.
+
+        What replays a CUDA graph (``torch.compile(mode="reduce-overhead")``) returns the same
+        memory every time.
+        """
+        return losses.detach() if self._made(losses) else losses.detach().clone()
+
     def indices(self, losses: Tensor) -> Tensor:
         """The k largest."""
         assert self._k is not None
@@ -154,6 +163,8 @@ def recording(batch_size: int, k: int | None = None) -> Iterator[Recording]:
 def _records(logits: Tensor) -> Recording | None:
     """The recording that wants the loss of these logits, if there is one."""
     if torch.compiler.is_compiling():  # it would bake this step's selection into its graph
+        return None
+    if is_transformed():  # the samples of a transform's function need not be the batch's
         return None
     active = _of_thread.active
     if active is None or logits.dim() != 2 or logits.shape[0] != active.batch_size:

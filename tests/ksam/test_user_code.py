@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LinearLR
 
+import ksam_kernels
 from ksam import (
     KSAM,
     MSAM,
@@ -26,7 +27,17 @@ from ksam import (
 )
 from ksam.batchnorm import Norms, Snapshot
 from tests.helpers import all_same_bits
-from tests.ksam.models import batch, gradients, loss_of, network, weights
+from tests.ksam.models import (
+    NAMES,
+    batch,
+    build,
+    data_of,
+    gradients,
+    loss_of,
+    losses,
+    network,
+    weights,
+)
 
 METHODS: dict[str, Callable[..., Any]] = {
     "KSAM": KSAM, "SAM": SAM, "MSAM": MSAM, "AutoKSAM": AutoKSAM, "OrderedSGD": OrderedSGD
@@ -316,3 +327,51 @@ def test_gradients_in_a_buffer_of_the_user_s_are_added_up_there(
             each.backward(loss_of(net), batch(step))
     assert all(p.grad is view for p, view in zip(params, views, strict=True))
     assert all_same_bits(views, gradients(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batch_size"),
+    [*((name, None) for name in NAMES), *((n, 5) for n in NAMES if n != "OrderedSGD")],
+)
+def test_losses_outlive_the_next_call_of_the_function(
+    backend: str, name: str, micro_batch_size: int | None
+) -> None:
+    """What replays a CUDA graph writes to the losses it returned before."""
+    model, twin = (network(dtype=torch.float64) for _ in range(2))
+    own, other = (build(name, m, micro_batch_size=micro_batch_size) for m in (model, twin))
+    returned: list[Tensor] = []
+
+    def replayed(b: dict[str, Tensor]) -> Tensor:
+        for before in returned:
+            before.fill_(math.nan)
+        of_batch = losses(model)(b)
+        returned[:] = [of_batch.detach()]
+        return of_batch
+
+    for step in range(3):
+        result = own.step(replayed, data_of(step % 2))
+        expected = other.step(losses(twin), data_of(step % 2))
+        replayed(data_of(0))
+        assert torch.equal(result.losses, expected.losses)
+        assert torch.equal(result.indices, expected.indices)
+    assert all_same_bits(weights(model), weights(twin))
+
+
+def test_members_of_an_ensemble_select_nothing_by_themselves(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs are as many as the batch's; top-k within vmap would be a loop, with a warning."""
+    monkeypatch.delattr(ksam_kernels, "select_cross_entropy")
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(3, 8, 5))
+    optimizer = KSAM([w], SGD, lr=0.1, k=8)
+    taken = []
+
+    def of_ensemble(b: dict[str, Tensor]) -> Tensor:
+        of_members = torch.func.vmap(lambda v: cross_entropy(b["x"] @ v, b["y"]))(w)
+        taken.append(of_members)
+        return of_members.mean(0)
+
+    result = optimizer.step(of_ensemble, batch())
+    expected = torch.topk(taken[0].mean(0).detach(), 8).indices.sort().values
+    assert torch.equal(result.indices, expected)
