@@ -89,11 +89,11 @@ class Norms:
     """
 
     def __init__(
-        self, model: nn.Module | None, statistics: str = "subset", kept: Kept | None = None
+        self, model: nn.Module | None, statistics: str = "subset", kept: Forwards | None = None
     ) -> None:
         self.modules = [] if model is None else _updating(model.modules())
         self._statistics = statistics
-        self._kept = Kept() if kept is None else kept
+        self._kept = Forwards() if kept is None else kept
         self._before = {norm: _settings(norm) for norm in self.modules}
         self._of_batch: dict[_BatchNorm, Statistics] = {}
         self._has_matched = False
@@ -135,7 +135,7 @@ class Norms:
                 self._watch(norm)
                 # Buffers of its own, as the backward pass wants to find them as they were. They
                 # become the batch's statistics, or stay the running ones where the pass does not
-                # come by.
+                # call the module.
                 mean, var = map(torch.clone, _running(norm))
                 settings = vars(norm)
                 settings["_buffers"].update(running_mean=mean, running_var=var)
@@ -203,7 +203,11 @@ class Norms:
     def of_subset(self, perturbed: bool, part: float) -> Iterator[None]:
         """A pass over a ``part`` of the batch; the running statistics are left alone."""
         statistics = self._statistics
-        constant = {"running": self.modules, "full": self._of_batch}.get(statistics, [])
+        constant: list[_BatchNorm] = []
+        if statistics == "running":
+            constant = self.modules
+        elif statistics == "full":
+            constant = list(self._of_batch)
         matches = statistics == "matched" and (self._has_matched or not perturbed)
         changed = ("training", "forward", "_buffers") if constant or matches else ()
         with interrupts.undone(lambda: self.put_back(*changed)), self.frozen():
@@ -240,7 +244,7 @@ class Matched:
     def start(self, of_batch: Statistics, part: float, perturbed: bool) -> None:
         """A pass: the whole batch's mean and unbiased variance, and how much of it is seen."""
         self.of_batch, self.part, self.perturbed = of_batch, part, perturbed
-        if not perturbed:  # the pass need not come by, and those of the step before are not its
+        if not perturbed:  # those of the step before, if the pass does not call the module
             self.r = self.d = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -251,7 +255,7 @@ class Matched:
             values = x.numel() / x.shape[1] / self.part  # of a channel, in the whole batch
             biased = var * (1 - 1 / values)  # as the pass over the whole batch normalizes with
             self.r, self.d = _match(x, (mean, biased), norm.eps)
-        if self.r is None or self.d is None:  # the ascent's pass did not come by
+        if self.r is None or self.d is None:  # the ascent's pass did not call it
             return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
         weight, bias = self.r, self.d
         if norm.weight is not None:
@@ -297,7 +301,7 @@ class Watched:
         return type(self.norm).forward(self.norm, *inputs, **options)
 
 
-class Kept:
+class Forwards:
     """Replacement forwards, reused in every step: ``torch.compile`` recompiles for a new object."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""An optimizer over another that is composed of parts, and what they say about a step."""
+"""What an optimizer derives from its parts: cost, size of the selection, scale of the loss."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from ksam.arguments import Scale, Statistics, check_arguments, check_group, check_names
-from ksam.distributed import mean_over_ranks
+from ksam.arguments import Scale, Statistics, check_arguments, check_batch, check_group, check_names
+from ksam.distributed import check_synchronizes, mean_over_ranks
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.parts import Part, Sampler, Subset
@@ -109,6 +109,16 @@ class Composed(OptimizerWrapper):
         check_group(self.base, group, along_momentum, self.model)
         if self.geometry.needs_names:
             check_names(group, self.model)
+
+    def _check_batch(self, batch: Any, samples: int, params: list[Tensor]) -> None:
+        """Refuse what a pass of this or of a later step could not take: a step that selects no
+        samples too, so that the error comes in the first step and not epochs later."""
+        selects = samples > 0 and self.num_selected(samples) < samples
+        check_batch(batch, samples, selects or self.micro_batch_size is not None, params)
+        for sampler in self._samplers():
+            sampler.check(batch, samples)
+        if isinstance(self.ascent, Sampler):
+            check_synchronizes(self.model, params)
 
     def _samplers(self) -> list[Sampler]:
         return [part for part in (self.ascent, self.descent) if isinstance(part, Sampler)]

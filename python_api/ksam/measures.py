@@ -160,7 +160,7 @@ def sharpness(
     check_count("seed", seed, 0)
     params = [p for p in model.parameters() if p.requires_grad]
     check_whole("sharpness", params)
-    # Ctrl-C may come just before a block without gradients is left: this one then ends it.
+    # enable_grad also puts the mode back where Ctrl-C came just before a no_grad block's end.
     with (
         torch.enable_grad(),
         distributed.apart(model),

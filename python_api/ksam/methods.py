@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ksam.geometry import Geometry, NamedAdaptive, StochasticWeights, named_weight
 from ksam.momentum import Momentum, momentum_radius
 from ksam.optimizer import SharpnessAware
-from ksam.radius import Rho
+from ksam.radius import DEFAULT_RHO, Rho
 from ksam.samplers import AccuracySchedule, All, Importance, LossIncrease, Ordered, Random, TopK
 from ksam.selection import Amount, K, Schedule
 from ksam.tables import Index, SharpnessSample, StaleTopK
@@ -87,7 +87,7 @@ class KSAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
-        rho: Rho = 0.05,
+        rho: Rho = DEFAULT_RHO,
         k: K | Schedule = 1 / 3,
         adaptive: bool = False,
         eta: float = 0.0,
@@ -137,7 +137,7 @@ class AutoKSAM(KSAM):
 
 
 class ImportanceKSAM(SharpnessAware):
-    r"""K-SAM with k samples drawn by their gradient bound, weighted to be unbiased.
+    r"""K-SAM with k samples drawn by the norm of their logits' gradient, weighted to be unbiased.
 
     A step costs (M + 6k) / 3M.
 
@@ -155,12 +155,13 @@ class ImportanceKSAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
+        rho: Rho = DEFAULT_RHO,
         k: K | Schedule = 1 / 3,
         uniform: float = 0.1,
         **options: Any,
     ) -> None:
         parts = {"ascent": Importance(k, uniform)}
-        super().__init__(params, base, **_with_parts(self, options, **parts))
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, **parts))
 
 
 class SAM(SharpnessAware):
@@ -168,10 +169,15 @@ class SAM(SharpnessAware):
 
     :math:`\epsilon = \rho\, g / \lVert g \rVert_2`, all parameters, one norm. Weight decay is the
     base optimizer's and not part of g (in the authors' JAX code it is).
+
+    Args:
+        rho: as in :class:`KSAM`.
     """
 
-    def __init__(self, params: Params, base: Base, **options: Any) -> None:
-        super().__init__(params, base, **_with_parts(self, options, ascent=All()))
+    def __init__(
+        self, params: Params, base: Base, *, rho: Rho = DEFAULT_RHO, **options: Any
+    ) -> None:
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, ascent=All()))
 
 
 class ASAM(SharpnessAware):
@@ -210,6 +216,7 @@ class ESAM(SharpnessAware):
     samples: a step costs (4 + 3γ) / 3, 1.83 at γ = 0.5; perturbing fewer tensors saves nothing.
 
     Args:
+        rho: as in :class:`KSAM`.
         beta: probability of a tensor to be perturbed (:class:`~ksam.geometry.StochasticWeights`).
         gamma: samples that descend (:class:`~ksam.samplers.LossIncrease`).
         adaptive, eta: as in :class:`KSAM`.
@@ -222,6 +229,7 @@ class ESAM(SharpnessAware):
         params: Params,
         base: Base,
         *,
+        rho: Rho = DEFAULT_RHO,
         beta: float = 0.5,
         gamma: K | Schedule = 0.5,
         adaptive: bool = False,
@@ -233,13 +241,14 @@ class ESAM(SharpnessAware):
             "descent": LossIncrease(gamma),
             "geometry": StochasticWeights(beta, adaptive, eta),
         }
-        super().__init__(params, base, **_with_parts(self, options, **parts))
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, **parts))
 
 
 class RandomSubsetSAM(SharpnessAware):
     """SAM whose ascent sees a random part of the batch (Bahri et al. 2021): a cost of 1 + share.
 
     Args:
+        rho: as in :class:`KSAM`.
         share: the part, as ``k`` in :class:`KSAM`. The descent gradient is that of the whole batch,
             in the only pass over it, whose losses (at the perturbed weights) the step reports.
     """
@@ -247,10 +256,16 @@ class RandomSubsetSAM(SharpnessAware):
     share = _AmountOf("ascent")
 
     def __init__(
-        self, params: Params, base: Base, *, share: K | Schedule = 0.25, **options: Any
+        self,
+        params: Params,
+        base: Base,
+        *,
+        rho: Rho = DEFAULT_RHO,
+        share: K | Schedule = 0.25,
+        **options: Any,
     ) -> None:
         parts = {"ascent": Random(share), "descent": All()}
-        super().__init__(params, base, **_with_parts(self, options, **parts))
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, **parts))
 
 
 class OrderedSGD(SharpnessAware):
@@ -308,6 +323,7 @@ class StaleKSAM(SharpnessAware):
     A step costs 2k / M + 1 / (3 refresh). See :class:`~ksam.tables.StaleTopK`.
 
     Args:
+        rho: as in :class:`KSAM`.
         k: as in :class:`KSAM`; M/2 costs what SGD does.
         dataset_size: samples in the data set.
         index: where a batch has the indices of its samples in the data set: a key or a function.
@@ -323,12 +339,13 @@ class StaleKSAM(SharpnessAware):
         *,
         dataset_size: int,
         index: Index,
+        rho: Rho = DEFAULT_RHO,
         k: K | Schedule = 0.5,
         refresh: int = 10,
         **options: Any,
     ) -> None:
         parts = {"ascent": StaleTopK(k, dataset_size, index, refresh)}
-        super().__init__(params, base, **_with_parts(self, options, **parts))
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, **parts))
 
 
 class AUSAM(SharpnessAware):
@@ -337,6 +354,7 @@ class AUSAM(SharpnessAware):
     A step costs 2α. See :class:`~ksam.tables.SharpnessSample`. The first epoch is SAM.
 
     Args:
+        rho: as in :class:`KSAM`.
         alpha: the part of the batch, as ``k`` in :class:`KSAM`; 1/2 costs what SGD does.
         dataset_size, index: as in :class:`StaleKSAM`.
         low, high, ramp: as in :class:`~ksam.tables.SharpnessSample`.

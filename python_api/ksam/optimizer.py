@@ -13,17 +13,17 @@ from torch.optim import Optimizer
 
 import ksam_kernels
 from ksam import batchnorm, distributed, interrupts, weight_caches
-from ksam.arguments import Scale, Statistics, check_arguments, check_batch, check_call
+from ksam.arguments import Scale, Statistics, check_arguments, check_call
 from ksam.backups import Backups, put_back
 from ksam.base import build_base, parameter_names
 from ksam.composed import OPTIONS, Composed
-from ksam.distributed import averaged, check_synchronizes, data_parallel
+from ksam.distributed import averaged, data_parallel
 from ksam.geometry import Geometry, Moving
 from ksam.gradients import clear, set_aside
 from ksam.momentum import Momentum
 from ksam.parts import Sampler, Subset
 from ksam.passes import Passes, PassOptions, PerSampleLoss
-from ksam.radius import Rho
+from ksam.radius import DEFAULT_RHO, Rho
 from ksam.result import StepResult
 from ksam.samplers import All
 from ksam.update import Update
@@ -106,7 +106,7 @@ class SharpnessAware(Composed):
         ascent: Sampler | Momentum | None,
         descent: Sampler | None = None,
         geometry: Geometry | None = None,
-        rho: Rho = 0.05,
+        rho: Rho = DEFAULT_RHO,
         model: nn.Module | None = None,
         when: Callable[[int], bool] | Policy | None = None,
         otherwise: Momentum | None = None,
@@ -135,7 +135,7 @@ class SharpnessAware(Composed):
         """Working memory: part of no checkpoint and no copy."""
         self._backups = Backups()
         self._snapshot = batchnorm.Snapshot()
-        self._kept = batchnorm.Kept()
+        self._kept = batchnorm.Forwards()
         self._has_grad = False  # that of backward(), for a step() to come
         self._told_of_no_gradient = False
 
@@ -266,18 +266,11 @@ class SharpnessAware(Composed):
                 "outside of that"
             )
         samples = ksam_kernels.batch_size(batch)
-        # Also in a step that selects none: not in the tenth epoch.
-        gathers = samples > 0 and self.num_selected(samples) < samples
         self._adopt_groups()
         params = self._parameters()
-        takes_parts = gathers or self.micro_batch_size is not None
-        check_batch(batch, samples, takes_parts, params)
-        for sampler in self._samplers():
-            sampler.check(batch, samples)
+        self._check_batch(batch, samples, params)
         cost = self.cost(samples)
         sharp = self._is_sharp(cost)
-        if isinstance(self.ascent, Sampler):  # now or in a later step
-            check_synchronizes(self.model, params)
         norms = batchnorm.Norms(self.model, self.statistics if sharp else "subset", self._kept)
         passes = self._passes(per_sample_loss, batch, samples, sharp, norms)
         self._schedule_rho()

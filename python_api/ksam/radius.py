@@ -54,6 +54,9 @@ class ByLearningRate:
 
 Rho = float | Callable[[int], float | int] | ByLearningRate
 
+#: Of a perturbation along a gradient that is not scaled by weights: Foret et al. 2020, for CIFAR.
+DEFAULT_RHO = 0.05
+
 
 def check_radius(rho: object, name: str = "rho") -> Rho:
     """``rho``, checked where it is a number; what gives one at every step is returned as it is."""

@@ -182,7 +182,15 @@ def cross_entropy(
 ) -> Tensor:
     """Per-sample cross-entropy in float32: :func:`ksam_kernels.cross_entropy`, same arguments.
 
-    The classes are the last dimension: ``logits.movedim(1, -1)`` of torch's ``[B, C, ...]``.
+    Args:
+        logits: floating, ``[..., C]``: the classes are the last dimension, which is
+            ``logits.movedim(1, -1)`` of torch's ``[B, C, ...]``.
+        target: classes, int64 ``[...]``, or probabilities, floating ``[..., C]``.
+        weight, ignore_index, label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+
+    Returns:
+        float32 ``[...]``, one loss for every row of logits, also for those of 16 bits.
+
     In the selection pass of :meth:`ksam.KSAM.step` the loss and the top-k selection are one
     operator call, and policies read the gradient's bound from the logits.
     """
