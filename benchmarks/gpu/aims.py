@@ -53,7 +53,7 @@ def _failed(name: str, aim: str, what: Iterable[str]) -> Aim:
 
 
 def _share(
-    name: str, least: float, cases: int, rows: Sequence[Row], where: Callable[[Row], bool]
+    name: str, rows: Sequence[Row], where: Callable[[Row], bool], *, least: float, cases: int
 ) -> Aim:
     """The aim that every row moves bytes at this share of a copy's bandwidth; shows the worst."""
     aim = f">= {100 * least:.0f} % of the bandwidth of a copy"
@@ -194,21 +194,33 @@ def _of_kernels(results: Results) -> list[Aim]:
     ours = _ours(results)
     return [
         _share(
-            *("loss forward, C >= 4096", 0.95, 7, ours),
+            "loss forward, C >= 4096",
+            ours,
             lambda r: r["operation"] == "cross_entropy" and not r["extra"] and _classes(r) >= 4096,
+            least=0.95,
+            cases=7,
         ),
         _selection(results),
         _share(
-            *("compact, rows of 1 KB and more", 0.85, 4, ours),
+            "compact, rows of 1 KB and more",
+            ours,
             lambda r: r["room"] == "compact" and "labels" not in r["extra"],
+            least=0.85,
+            cases=4,
         ),
         _share(
-            *("norm + perturb, ResNet-50", 0.90, 1, ours),
+            "norm + perturb, ResNet-50",
+            ours,
             lambda r: r["operation"] == "perturb_" and r["shape"].startswith("ResNet-50"),
+            least=0.90,
+            cases=1,
         ),
         _share(
-            *("restore + update, ResNet-50", 0.90, 2, ours),
+            "restore + update, ResNet-50",
+            ours,
             lambda r: r["operation"].startswith("restore_") and r["shape"].startswith("ResNet-50"),
+            least=0.90,
+            cases=2,
         ),
     ]
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.capture import capture, seconds_of
 from benchmarks.gpu.cases import kernel_cases
 from benchmarks.gpu.part import Context, PartFile, reason
 from benchmarks.gpu.sync import waiting_is_an_error
-from benchmarks.kernels.case import KSAM, Case, Run
+from benchmarks.kernels.case import KSAM, Case, Run, label_of
 from benchmarks.kernels.measure import backend_in_force, figures_of, row_of, start_all
 from benchmarks.timing import Plan, Quartiles, ratios, rotated
 from ksam_kernels import BackendUnavailableError
@@ -191,8 +191,7 @@ def copy_bandwidth(context: Context) -> Quartiles:
 
 def name_of(row: dict[str, Any]) -> str:
     """A case by its row, or a row-like dictionary."""
-    what = f"{row['operation']}, {row['extra']}" if row["extra"] else row["operation"]
-    return f"{what} {row['shape']} {row['dtype']}"
+    return f"{label_of(row['operation'], row['extra'])} {row['shape']} {row['dtype']}"
 
 
 def _line(rows: Rows) -> str:

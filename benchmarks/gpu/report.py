@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from benchmarks.gpu.aims import CHECKS, Aim, Results, aims
 from benchmarks.gpu.kernels import name_of
 from benchmarks.gpu.part import PARTS, Context, PartFile, measured, write_json
-from benchmarks.kernels.case import KSAM
+from benchmarks.kernels.case import KSAM, label_of
 from benchmarks.kernels.measure import Row
 from benchmarks.results_file import ResultsFile
 from benchmarks.timing import Quartiles
@@ -139,7 +139,7 @@ def _times(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"| {' | '.join(columns)} | others, times as long |", f"|{'---|' * 7}"]
     for (operation, extra, shape, dtype), own in cases.items():
         ours = next(row for row in own if row["contestant"] == KSAM)
-        label = f"{operation}, {extra}" if extra else operation
+        label = label_of(operation, extra)
         others = ", ".join(_other(row) for row in own if row is not ours)
         lines.append(
             f"| {label} | {shape} {dtype} | {ours['backend']} | {_figures(ours)} | {others} |"

@@ -59,6 +59,11 @@ class Contestant:
     starts_slowly: bool = False  # --quick leaves it out
 
 
+def label_of(operation: str, extra: str) -> str:
+    """Operation with what is special about a case."""
+    return f"{operation}, {extra}" if extra else operation
+
+
 def _assert_close(result: Any, expected: Any, contestant: Contestant, _: Any) -> None:
     contestant.tolerance.assert_close(result, expected)
 
@@ -89,7 +94,7 @@ class Case:
     @property
     def label(self) -> str:
         """Operation with what is special about the case."""
-        return f"{self.operation}, {self.extra}" if self.extra else self.operation
+        return label_of(self.operation, self.extra)
 
     def check_agreement(
         self, contestant: Contestant, result: Any, expected: Any, input: Any

@@ -168,7 +168,5 @@ def host_cases(device: torch.device) -> Iterator[Case]:
     for operation, base in _operations()[1:4]:
         for tensors in _HOST_COUNTS:
             shapes = [(1,)] * tensors
-            yield case(
-                *("host", operation, base, "one element", lambda s=shapes: s, device),
-                quick=tensors == 62,
-            )
+            one_element = ("one element", lambda s=shapes: s, device)
+            yield case("host", operation, base, *one_element, quick=tensors == 62)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import import_optional
-from benchmarks.kernels.case import KSAM
+from benchmarks.kernels.case import KSAM, label_of
 from benchmarks.kernels.measure import Row
 
 # Okabe and Ito's colors, told apart with any color vision; the markers serve black and white.
@@ -86,8 +86,7 @@ def _draw_room(axes: Any, name: str, rows: Sequence[Row]) -> None:
 
 
 def _label(row: Row) -> str:
-    what = f"{row.operation}, {row.extra}" if row.extra else row.operation
-    return f"{what}  {row.shape}  {row.dtype}"
+    return f"{label_of(row.operation, row.extra)}  {row.shape}  {row.dtype}"
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:

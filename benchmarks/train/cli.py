@@ -30,66 +30,41 @@ from benchmarks.train.run import run_benchmark
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `train` to `parser`."""
-    data = parser.add_argument_group("data and model")
-    data.add_argument("--data", choices=tuple(DATA), default="digits", help="default: digits")
-    data.add_argument(
+    _add_data_arguments(parser)
+    _add_optimizer_arguments(parser)
+    _add_method_arguments(parser)
+    _add_run_arguments(parser)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data and model")
+    group.add_argument("--data", choices=tuple(DATA), default="digits", help="default: digits")
+    group.add_argument(
         "--data-root",
         type=Path,
         metavar="PATH",
         help="cifar10: a folder with cifar-10-batches-py, or a packed .npz; "
         "sst2, rte, mrpc: a folder with SST-2, RTE, MRPC",
     )
-    data.add_argument(
+    group.add_argument(
         "--model",
         metavar="NAME",
         help="cnn, resnet8, resnet20, resnet18 or vit (default: cnn for digits, resnet8 for "
         "cifar10; a vit wants --base adamw); "
         "text: the folder of a transformers model",
     )
-    data.add_argument(
+    group.add_argument(
         "--train-samples",
         type=positive_int,
         metavar="N",
         help="train on the first N samples of a fixed permutation (default: all)",
     )
-    data.add_argument(
+    group.add_argument(
         "--label-noise",
         type=share,
         default=0.0,
         metavar="SHARE",
         help="give this share of the training samples a wrong label, always the same; default: 0",
-    )
-    _add_optimizer_arguments(parser)
-    _add_method_arguments(parser)
-    run_group = parser.add_argument_group("run")
-    run_group.add_argument(
-        "--seeds", type=positive_int, default=3, metavar="N", help="use seeds 0 .. N-1; default: 3"
-    )
-    run_group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run_group.add_argument(
-        "--threads",
-        type=positive_int,
-        metavar="N",
-        help="CPU threads (default: PyTorch's; of a study's processes: 1)",
-    )
-    run_group.add_argument(
-        "--timing-rounds",
-        type=number(int, lambda n: n >= 0, "a count >= 0"),
-        metavar="N",
-        help="rounds of the side-by-side step timing, 0 for none; no part of a study "
-        "(default: at least 15 and about 15 seconds' worth)",
-    )
-    run_group.add_argument(
-        "--diagnostics",
-        action="store_true",
-        help="of the sharpness-aware methods, seed 0, write what their steps do as CSV and a page "
-        "of plots; takes some training time",
-    )
-    run_group.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for results (default: runs/<command>-<data>)",
     )
 
 
@@ -167,6 +142,39 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COST",
         help="ksam-auto: mean cost of its steps in units of the base optimizer's, 0 for no limit; "
         "default: 1",
+    )
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--seeds", type=positive_int, default=3, metavar="N", help="use seeds 0 .. N-1; default: 3"
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="CPU threads (default: PyTorch's; of a study's processes: 1)",
+    )
+    group.add_argument(
+        "--timing-rounds",
+        type=number(int, lambda n: n >= 0, "a count >= 0"),
+        metavar="N",
+        help="rounds of the side-by-side step timing, 0 for none; no part of a study "
+        "(default: at least 15 and about 15 seconds' worth)",
+    )
+    group.add_argument(
+        "--diagnostics",
+        action="store_true",
+        help="of the sharpness-aware methods, seed 0, write what their steps do as CSV and a page "
+        "of plots; takes some training time",
+    )
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for results (default: runs/<command>-<data>)",
     )
 
 

@@ -38,7 +38,8 @@ class Diagnostics:
     selection carries (see :class:`ksam.Representative`; NaN where no step knows it); and, of its
     own batch, ``alignment`` (:func:`alignment` of as many samples as a sharpness-aware step
     selects; NaN if that is all of them, or it is turned off). Between rows nothing waits for the
-    device.
+    device. Neither the averages nor the counts of samples are part of a checkpoint: a resumed run
+    counts from zero.
 
     Args:
         optimizer: any of the family. Its steps report their share from now on.

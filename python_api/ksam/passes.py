@@ -277,7 +277,7 @@ class Passes:
 
     @property
     def scores(self) -> Tensor:
-        """Bounds of the reported samples' gradient norms, float32 ``[M]``.
+        """Gradient bounds of the reported samples, up to a factor of all, float32 ``[M]``.
 
         See :meth:`ksam.selection.Recording.scores`.
 

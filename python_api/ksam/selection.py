@@ -117,11 +117,12 @@ class Recording:
         return ksam_kernels.topk_indices(losses.detach(), self._k)
 
     def scores(self, losses: Tensor) -> Tensor:
-        """The bound of every sample's gradient norm, float32 ``[B]``.
+        """The gradient bound of every sample, float32 ``[B]``.
 
         With :func:`cross_entropy` the norm of the loss's gradient with respect to the logits,
-        ``||softmax(x) - onehot(y)||_2`` (Katharopoulos & Fleuret 2018); else the loss itself, or 0
-        where it is negative: shares of the sum are then shares.
+        ``||softmax(x) - onehot(y)||_2``: times a factor that all samples share it bounds the norm
+        with respect to the weights (Katharopoulos & Fleuret 2018). Else the loss itself, or 0 where
+        it is negative: shares of the sum are then shares.
         """
         if self._inputs is None or not self._made(losses):
             return losses.detach().float().clamp_min(0)
