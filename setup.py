@@ -95,7 +95,10 @@ def compiler() -> list[str]:
 
 def host_compiler(cxx: list[str]) -> str:
     """The one program that nvcc takes for host code: without such as ccache before it."""
-    return next(word for word in cxx if not word.endswith("ccache"))
+    found = next((word for word in cxx if not word.endswith("ccache")), None)
+    if found is None:
+        sys.exit(f"ksam: CXX={shlex.join(cxx)} names no compiler.")
+    return found
 
 
 def mode_flags() -> list[str]:
@@ -157,20 +160,28 @@ def parse_architectures(text: str) -> list[str]:
     return [name.replace(".", "") for name in names]
 
 
+def number_of(architecture: str) -> int:
+    """90, of "90a+PTX"."""
+    return int(architecture.removesuffix("+PTX").rstrip("af"))
+
+
 def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
-    """Those asked for, or the default; exits where nvcc does not know one that was asked for."""
+    """Those asked for, but for any that are too old, which container images list for others; or the
+    default. Exits where none is left, and where nvcc does not know one."""
     if asked:
-        chosen = parse_architectures(asked)
-        for number in (name.removesuffix("+PTX").rstrip("af") for name in chosen):
-            if number not in known:
+        chosen = [
+            name for name in parse_architectures(asked) if number_of(name) >= OLDEST_ARCHITECTURE
+        ]
+        if not chosen:
+            sys.exit(
+                f"ksam: TORCH_CUDA_ARCH_LIST={asked}: the kernels need sm_{OLDEST_ARCHITECTURE} or "
+                "later."
+            )
+        for number in map(number_of, chosen):
+            if str(number) not in known:
                 sys.exit(
                     f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{number}, which this nvcc "
                     f"does not know; it knows {', '.join(known)}."
-                )
-            if int(number) < OLDEST_ARCHITECTURE:
-                sys.exit(
-                    f"ksam: TORCH_CUDA_ARCH_LIST={asked} asks for sm_{number}; the kernels need "
-                    f"sm_{OLDEST_ARCHITECTURE} or later."
                 )
         return chosen
     default = [name for name in DEFAULT_ARCHITECTURES if name in known]

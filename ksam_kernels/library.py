@@ -102,8 +102,8 @@ def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
     function: Any = _functions[name]
     wrapped = is_functorch_wrapped_tensor(inputs[0])
     apply = function.apply if wrapped else super(torch.autograd.Function, function).apply
-    losses: Tensor = apply(outputs, *inputs)
-    return losses
+    first: Tensor = apply(outputs, *inputs)
+    return first
 
 
 def is_eager() -> bool:

@@ -91,8 +91,9 @@ def test_an_architecture_that_the_toolkit_does_not_know_is_refused(build: Module
 
 
 def test_an_architecture_that_the_kernels_cannot_do_with_is_refused(build: ModuleType) -> None:
-    with pytest.raises(SystemExit, match=r"asks for sm_61; the kernels need sm_70 or later"):
-        build.choose_architectures("8.6;6.1", ["61", "70", "86"])
+    assert build.choose_architectures("5.2 7.0 8.6+PTX", ["70", "86"]) == ["70", "86+PTX"]
+    with pytest.raises(SystemExit, match=r"LIST=6\.1: the kernels need sm_70 or later"):
+        build.choose_architectures("6.1", ["61", "70", "86"])
 
 
 def test_without_nvcc_the_build_is_for_the_cpu(build: ModuleType) -> None:
@@ -179,6 +180,12 @@ def test_cuda_home_is_the_only_place_where_it_is_set(
 def test_no_compiler_exits_with_one_sentence(build: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"^ksam: .* needs a C\+\+17 compiler .* KSAM_NATIVE=0"):
         build.compiler()
+
+
+def test_nvcc_gets_the_compiler_without_its_cache(build: ModuleType) -> None:
+    assert build.host_compiler(["ccache", "g++-12"]) == "g++-12"
+    with pytest.raises(SystemExit, match="CXX=ccache names no compiler"):
+        build.host_compiler(["ccache"])
 
 
 def ninja_file(build: ModuleType, cxx: list[str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -81,3 +82,8 @@ def test_an_index_out_of_range_is_named(values: list[int], bad: int) -> None:
 
 def test_the_range_of_indices_on_a_device_is_not_waited_for() -> None:
     check_index_range("indices", torch.tensor([9], device="meta"), 4, "a batch")
+
+
+@pytest.mark.parametrize("value", [sys.float_info.max, -sys.float_info.max])
+def test_the_largest_numbers_are_finite(value: float) -> None:
+    check_finite("x", value)

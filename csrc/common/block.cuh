@@ -136,11 +136,11 @@ __device__ __forceinline__ T block_sum(T value) {
 // atomicInc that releases what the thread has written or seen at a barrier, and acquires what those
 // that counted before it have released.
 __device__ __forceinline__ unsigned count_in_order(unsigned* counter, unsigned last) {
-#if defined(KSAM_SIMT) || __CUDA_ARCH__ < 700
+#if defined(KSAM_SIMT)
   __threadfence();
   const unsigned before = atomicInc(counter, last);
   __threadfence();
-#else  // the same with one fence in place of two, which are waited for when nothing else is to do
+#else  // one fence in place of two, which are waited for when nothing else is to do
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
                : "=r"(before)

@@ -106,7 +106,7 @@ cudaError_t find_code(int device) noexcept {
   if (error == cudaSuccess && kParameterBytes > 4096 && driver < 12010) {
     error = cudaErrorInsufficientDriver;
   }
-  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  if (error != cudaSuccess) cudaGetLastError();  // returned: this runtime need not remember it
   return_to_device(previous);
   return error;
 }

@@ -13,6 +13,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #endif
 
 #include "common/gpu_runtime.h"
@@ -75,14 +76,16 @@ inline void check(cudaError_t error) {
   throw std::runtime_error(message);
 }
 
+// The type of a parameter, by the kernel alone: arguments of other types are converted. By
+// reference, so that a table is copied once, by the runtime.
 template <class P>
-struct Argument {
-  using type = const P&;  // a table is copied once, by the runtime
+struct NonDeduced {
+  using type = const P&;
 };
 
 template <class... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
-            typename Argument<P>::type... arguments) {
+            typename NonDeduced<P>::type... arguments) {
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0, stream));
 }
@@ -95,15 +98,16 @@ void load(Kernels... kernels) {
   (check(cudaFuncGetAttributes(&attributes, kernels)), ...);
 }
 
-// Whether there is room for all blocks at once; if not, more than one, nothing is launched.
+// False, with nothing launched, where several blocks have no room at once; throws where even one has
+// none.
 template <class... P>
 bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
-                    typename Argument<P>::type... arguments) {
+                    typename NonDeduced<P>::type... arguments) {
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   const cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid,
                                                         block, addresses, 0, stream);
   if (error == cudaErrorCooperativeLaunchTooLarge && grid.x > 1) {
-    cudaGetLastError();  // or the next launch would report it
+    cudaGetLastError();  // told by the result: this runtime need not remember it
     return false;
   }
   check(error);
@@ -112,9 +116,10 @@ bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
 
 #endif
 
-// What `find` says of a device, asked once for each.
+// What `find`, a lambda, says of a device, asked once for each: its type has answers of its own.
 template <class T, class Find>
 T once_per_device(int device, const Find& find) {
+  static_assert(std::is_class_v<Find>, "functions of one type would share their answers");
   constexpr int kDevices = 64;
   static std::atomic<T> known[kDevices];  // T() where it is not
   if (device < kDevices && known[device] != T()) return known[device];

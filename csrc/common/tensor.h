@@ -7,6 +7,7 @@
 
 namespace ksam {
 
+// Floating ones first: is_floating(), perturb/table.cuh and triton_table.py count on the order.
 enum class DType : int8_t { f32, f64, bf16, f16, i32, i64, other };
 
 __attribute__((always_inline)) constexpr bool is_floating(DType dtype) {
@@ -50,7 +51,7 @@ struct Tensor {
   DType dtype = DType::other;
 
   template <class T>
-  T* as() const {
+  KSAM_FORMULA T* as() const {
     return reinterpret_cast<T*>(data);
   }
 };

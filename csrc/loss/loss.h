@@ -24,7 +24,7 @@ struct Matrix {
   int64_t group_stride = 0;
   int64_t plane_stride = 0;
 
-  bool in_planes() const { return group > 0; }
+  KSAM_FORMULA bool in_planes() const { return group > 0; }
 };
 
 struct CrossEntropy {

@@ -233,8 +233,8 @@ void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch, fl
   adaptive ? launch_norm<true>(rows, launches) : launch_norm<false>(rows, launches);
 }
 
-// Bytes moved: 16 an element (read w and g, write w and backup). Launches: as the norm's. A failure
-// leaves all weights as they were.
+// Bytes moved: 16 an element (read w and g, write w and backup). Launches: as the norm's. Want of
+// memory fails before the first write; a launch that fails later is not undone.
 void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream) {
   const ClimbArgs climb{args.norm, args.eta, args.adaptive};
   apply_to_rows<Climb>(rows, climb, [&](const Row<3>& row) { return args.rho[row.index]; }, stream);

@@ -13,13 +13,13 @@ namespace ksam {
 // Keys are read in whole blocks of this many.
 constexpr int kTopkBlock = 64;
 
-// n in whole blocks. Static: common/isa.h says what becomes of inline functions in *_cpu.cpp files.
-static inline int64_t topk_padded(int64_t n) {
+// n in whole blocks.
+KSAM_FORMULA int64_t topk_padded(int64_t n) {
   return (n + kTopkBlock - 1) / kTopkBlock * kTopkBlock;
 }
 
 // Bytes of scratch that topk_indices needs for n losses: their keys, and the candidates among them.
-inline int64_t topk_scratch_bytes(DType dtype, int64_t n) {
+KSAM_FORMULA int64_t topk_scratch_bytes(DType dtype, int64_t n) {
   return 2 * topk_padded(n) * (dtype == DType::f64 ? 8 : 4);
 }
 

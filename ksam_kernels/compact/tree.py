@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import reprlib
-from collections import UserDict
+from collections import Counter, UserDict
 from collections.abc import Callable
 from functools import cached_property
 from types import MemberDescriptorType
@@ -38,6 +38,8 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return _map_tuple(fn, tree)
     if not tree_is_leaf(tree):  # its children, without descending further
         return tree_map(lambda x: map_tensors(fn, x), tree, is_leaf=lambda x: x is not tree)
+    if isinstance(tree, Counter):  # numbers, which its update would add up
+        return tree.copy()
     if isinstance(tree, (dict, UserDict)):  # Hugging Face's BatchEncoding for one
         mapping = copy.copy(tree)
         mapping.update({key: map_tensors(fn, value) for key, value in tree.items()})
@@ -54,8 +56,13 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _map_tuple(fn: Callable[[Tensor], Tensor], tree: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A tuple of the same subclass, whose ``__new__`` may take other arguments."""
-    rows = tuple.__new__(type(tree), [map_tensors(fn, value) for value in tree])
+    """A tuple of the same subclass, whose ``__new__`` may take other arguments; itself where
+    nothing in it is replaced: an enumeration's member has no copies, and ``time.struct_time``
+    cannot be made so."""
+    values = [map_tensors(fn, value) for value in tree]
+    if all(new is old for new, old in zip(values, tree, strict=True)):
+        return tree
+    rows = tuple.__new__(type(tree), values)
     if hasattr(tree, "__dict__"):
         vars(rows).update(vars(tree))
     return rows
@@ -74,11 +81,10 @@ def _map_dataclass(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _slots(tree: Any) -> list[str]:
-    """The fields of a dataclass that are in slots, and filled."""
-    names = [field.name for field in dataclasses.fields(tree)]
-    kind = type(tree)
-    in_slots = [n for n in names if isinstance(getattr(kind, n, None), MemberDescriptorType)]
-    return [name for name in in_slots if hasattr(tree, name)]
+    """What is in slots of the object, its bases' included, and filled."""
+    made_of = [vars(kind) for kind in type(tree).__mro__ if "__slots__" in vars(kind)]
+    names = [n for of in made_of for n in of if isinstance(of[n], MemberDescriptorType)]
+    return [name for name in names if hasattr(tree, name)]
 
 
 def batched_tensors(batch: Any) -> list[Tensor]:

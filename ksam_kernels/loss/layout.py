@@ -27,7 +27,7 @@ def group_of(x: Tensor) -> int:
     irregularly, that a copy is sooner made. ``as_planes`` of csrc/loss/matrix.h is the same
     rule."""
     outer, group = _split(x)
-    if group < 16 or not classes_apart(x):
+    if group < 16 or not classes_apart(x) or x.shape[-1] >= 2**24:  # as float32 counts
         return 0
     expected = None  # stride of the next dimension, if those of groups are as one
     for d in reversed(range(outer)):

@@ -111,10 +111,15 @@ def _backward(
     return dx
 
 
-def _elementwise(kernels: Any, name: str, *args: Any) -> Tensor:
-    """Losses or, of upstream gradients before the others, the gradient of the input."""
-    grad = [args[0].float()] if name.endswith("_backward") else []
-    input, target, *pos_weight = args[len(grad) :]
+def _elementwise(
+    kernels: Any,
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    *pos_weight: Tensor | None,
+    grad: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """The losses; with an upstream ``grad`` the gradient of the input."""
     input, target = input.contiguous(), target.contiguous()
     # One weight per element of a sample.
     weight = [_weight(p if p is None else p.expand(input.shape[1:]), input) for p in pos_weight]
@@ -124,12 +129,18 @@ def _elementwise(kernels: Any, name: str, *args: Any) -> Tensor:
     return result
 
 
+def _elementwise_backward(kernels: Any, name: str, grad: Tensor, *args: Any) -> Tensor:
+    return _elementwise(kernels, name, *args, grad=(grad.float(),))
+
+
 _CALLS: dict[str, Any] = {
-    **dict.fromkeys(("cross_entropy", "select_cross_entropy"), _forward),
+    "cross_entropy": _forward,
+    "select_cross_entropy": _forward,
     "cross_entropy_backward": _backward,
-    **dict.fromkeys(("mse", "mse_backward"), _elementwise),
+    "mse": _elementwise,
+    "mse_backward": _elementwise_backward,
     "binary_cross_entropy_with_logits": _elementwise,
-    "binary_cross_entropy_with_logits_backward": _elementwise,
+    "binary_cross_entropy_with_logits_backward": _elementwise_backward,
 }
 
 

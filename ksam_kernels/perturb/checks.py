@@ -33,8 +33,12 @@ def check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> No
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two of its elements share memory, by a stride of 0: torch looks no further either."""
     strides = tensor.stride()
-    return 0 in strides and any(
-        stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=True)
+    return (
+        0 in strides
+        and tensor.numel() > 0
+        and any(
+            stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=True)
+        )
     )
 
 

@@ -105,7 +105,8 @@ def perturb_(
     on the device. Floor of bytes moved (float32, N elements): norm 4N (adaptive 8N) + 16N.
 
     Args:
-        params: the weights w, written in place. No two tensors of a call may overlap in memory.
+        params: the weights w, written in place; float32, float64, bfloat16 or float16, dense. No
+            two tensors of a call may overlap in memory.
         grads: g, of the shapes of the parameters; dtypes and strides may differ.
         backup: receives w, always; of the dtypes and shapes of the parameters.
         rho: radius, one for all or one per tensor; a negative one goes down. Tensors with radius 0
@@ -122,8 +123,9 @@ def perturb_(
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, a non-finite rho, a negative or non-finite
             eta.
-            If anything raises, the weights are what they were. (What a signal's handler raises,
-            KeyboardInterrupt for one, may come after the call's work: they have moved then.)
+            If anything raises, the weights are what they were; not where CUDA fails between two of
+            the call's launches. (What a signal's handler raises, KeyboardInterrupt for one, may
+            come after the call's work: they have moved then.)
     """
     check_range("eta", eta, 0.0)
     eta = plain_number(eta)
@@ -156,6 +158,11 @@ def restore_(params: TensorList, backup: TensorList) -> None:
 
     Floor of bytes moved (float32, N elements): 8N; 0 extra where the update is fused with it
     (:func:`restore_sgd_`, :func:`restore_adam_`).
+
+    Args:
+        params: written in place; float32, float64, bfloat16 or float16, dense, each a layout of its
+            own. No two tensors of a call may overlap in memory.
+        backup: of the dtypes and shapes of the parameters.
 
     Raises:
         TypeError: a dtype or layout that is not supported, or that differs.

@@ -10,8 +10,9 @@ from torch import Tensor
 from ksam_kernels.library import operator
 
 
-def _scalar(*lists: list[Tensor]) -> Tensor:
-    device = next((tensors[0].device for tensors in lists if tensors), torch.device("cpu"))
+def _scalar(tensors: list[Tensor]) -> Tensor:
+    """Memory for a norm, float32, on the device of the first tensor; of none on the CPU."""
+    device = tensors[0].device if tensors else "cpu"
     return torch.empty((), dtype=torch.float32, device=device)
 
 
@@ -24,8 +25,8 @@ def grad_norm(grads: list[Tensor], *_: Any) -> Tensor:
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backup, float[] rho, bool adaptive,"
     " float eta) -> Tensor"
 )
-def perturb_(params: list[Tensor], grads: list[Tensor], *_: Any) -> Tensor:
-    return _scalar(grads)
+def perturb_(params: list[Tensor], *_: Any) -> Tensor:
+    return _scalar(params)
 
 
 @operator("(Tensor(a!)[] params, Tensor[] backup) -> ()")

@@ -90,7 +90,8 @@ def _norms(grads: list[Tensor], params: list[Tensor], eta: float) -> tuple[Tenso
     norm = torch.empty((), dtype=torch.float32, device=device)
     first = 0
     for table in tables:
-        g, p = (*table.dtypes, table.dtypes[0])[:2]
+        g, *rest = table.dtypes
+        p = rest[0] if rest else g
         _launch(
             *(triton_kernels.norm_kernel, table, partials, first, double_bits(eta)),
             G=_TYPES[g],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
-from collections import OrderedDict, UserDict, namedtuple
+import sys
+import time
+from collections import Counter, OrderedDict, UserDict, namedtuple
 from typing import Any
 
 import pytest
@@ -28,6 +31,16 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
+    x: Tensor
+
+
+class WithNote:
+    __slots__ = ("note",)
+
+
+@dataclasses.dataclass
+class Noted(WithNote):
+    __slots__ = ("x",)
     x: Tensor
 
 
@@ -333,3 +346,38 @@ def test_a_long_batch_without_tensors_is_not_printed_whole() -> None:
     with pytest.raises(ValueError, match=r"got \{'x': \[0, 1, 2, .*\.\.\.\]\}$") as raised:
         batch_size({"x": list(range(100_000))})
     assert len(str(raised.value)) < 200
+
+
+def test_a_dataclass_itself_passes_through(backend: str) -> None:
+    batch = {"x": torch.arange(3), "kind": Sample}
+    assert compact_batch(batch, torch.tensor([2]))["kind"] is Sample
+
+
+class Split(tuple, enum.Enum):  # type: ignore[type-arg]
+    TRAIN = (0, 1)
+
+
+@pytest.mark.parametrize(
+    "leaf", [time.gmtime(0), sys.version_info, Split.TRAIN], ids=lambda leaf: type(leaf).__name__
+)
+def test_tuples_without_tensors_pass_through(backend: str, leaf: Any) -> None:
+    batch = {"x": torch.arange(3), "leaf": leaf}
+    assert batch_size(batch) == 3
+    assert compact_batch(batch, torch.tensor([2]))["leaf"] is leaf
+
+
+def test_counts_are_not_added_up(backend: str) -> None:
+    labels = Counter(cat=3)
+    found = compact_batch({"x": torch.arange(3), "labels": labels}, torch.tensor([2]))["labels"]
+    assert type(found) is Counter
+    assert found == labels
+    found["cat"] += 1
+    assert labels["cat"] == 3
+
+
+def test_slots_of_a_base_are_kept(backend: str) -> None:
+    noted = Noted(torch.arange(3))
+    noted.note = "kept"
+    found = compact_batch(noted, torch.tensor([2]))
+    assert found.note == "kept"
+    assert torch.equal(found.x, torch.tensor([2]))

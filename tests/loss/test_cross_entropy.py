@@ -307,3 +307,11 @@ def test_what_it_cannot_serve_raises_with_the_argument_and_the_value(
     logits, target, options, error, message = call
     with pytest.raises(error, match=message):
         cross_entropy(logits, target, **options)  # type: ignore[arg-type]
+
+
+def test_the_lowest_int_of_64_bits_may_be_ignored(backend: str) -> None:
+    x, y = torch.randn(3, 4), torch.arange(3)
+    low = -(2**63)
+    assert same_bits(cross_entropy(x, y, ignore_index=low), cross_entropy(x, y))
+    y[1] = low
+    assert cross_entropy(x, y, ignore_index=low)[1] == 0

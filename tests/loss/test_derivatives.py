@@ -19,7 +19,7 @@ from ksam_kernels import (
     select_cross_entropy,
     topk_indices,
 )
-from tests.helpers import FLOATS, arithmetic_unit, assert_within, smallest, unit
+from tests.helpers import FLOATS, U32, arithmetic_unit, assert_within, smallest, unit
 from tests.loss.oracle import KINDS, expected_losses, make_case
 
 B, C = 6, 5
@@ -226,3 +226,34 @@ def test_a_compiled_loss_is_its_operator_and_nothing_else(backend: str) -> None:
     assert names == [
         "ksam.cross_entropy", "ksam.mse", "ksam.binary_cross_entropy_with_logits"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_in_two_dimensions_have_the_derivatives_of_rows_in_one(
+    backend: str, kind: str, dtype: torch.dtype
+) -> None:
+    case = make_case(kind, torch.randn(B, C).to(dtype))
+    target, tangent = case.target.unflatten(0, (2, 3)), torch.randn(B, C).to(dtype)
+
+    def apart(x: Tensor) -> Tensor:
+        return cross_entropy(x.unflatten(0, (2, 3)), target, **case.options)
+
+    along = (case.logits,), (tangent,)
+    expected = torch.func.jvp(lambda x: cross_entropy(x, case.target, **case.options), *along)
+    for found, truth in zip(torch.func.jvp(apart, *along), expected, strict=True):
+        assert found.dtype == torch.float32
+        assert_within(found, truth.unflatten(0, (2, 3)), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_pos_weight_of_another_dtype_is_as_exact_in_a_transform(
+    backend: str, dtype: torch.dtype
+) -> None:
+    x, t, p = torch.randn(B, C), torch.rand(B, C), (torch.rand(C) * 3).to(dtype)
+
+    def losses(x: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(x, t, pos_weight=p)
+
+    found, expected = torch.func.jvp(losses, (x,), (x,))[0], losses(x)
+    assert_within(found, expected, 16 * U32 * expected.abs().max())

@@ -357,3 +357,11 @@ def test_long_samples_keep_their_digits(backend: str) -> None:
     zeros = torch.zeros(1, 1 << 24)
     exact = torch.full((1,), math.log(2), dtype=torch.float64)
     assert_within(bce(zeros, zeros), exact, 144 * U32 * exact)
+
+
+@pytest.mark.parametrize("name", ["mse", "binary_cross_entropy_with_logits"])
+def test_the_gradient_of_samples_apart_is_as_its_fake_says(backend: str, name: str) -> None:
+    x = torch.randn(5, 4, 6).transpose(0, 1)[..., ::2]
+    rest = () if name == "mse" else (None,)
+    dx = getattr(torch.ops.ksam, f"{name}_backward")(torch.ones(4), x, torch.rand_like(x), *rest)
+    assert dx.is_contiguous()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ksam_kernels import cross_entropy, select_cross_entropy, topk_indices
-from ksam_kernels.loss.layout import group_of
+from ksam_kernels.loss.layout import group_of, in_planes_of
 from tests.helpers import FLOATS, bits, same_bits, threads
 from tests.loss.oracle import (
     KINDS,
@@ -247,3 +247,15 @@ def test_few_rows_of_many_classes(backend: str) -> None:
     for classes in (1000, 4099):
         for kind in KINDS:
             check(with_target_in_planes(make_case(kind, planes(1, classes, 18))))
+
+
+def test_probabilities_that_lie_as_the_logits_are_read_as_they_lie() -> None:
+    x, p = planes(3, 5, 4, 4), planes(3, 5, 4, 4)
+    assert in_planes_of(x, p) is p
+    assert in_planes_of(x, p.contiguous()).stride() == x.stride()
+
+
+def test_more_classes_than_float32_counts_are_no_planes() -> None:
+    """As the kernels decline them: so one copy serves both passes."""
+    for classes, group in ((2**24 - 1, 16), (2**24, 0)):
+        assert group_of(torch.empty(classes, 16, device="meta").T) == group

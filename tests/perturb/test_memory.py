@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ksam_kernels import grad_norm, restore_, use_backend
-from ksam_kernels.perturb import native
+from ksam_kernels.perturb import native, reference
 from tests.conftest import INSTALLED
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
@@ -47,3 +47,10 @@ def test_weights_come_back_where_the_kernel_cannot_be_loaded(
         restore(params, backup)
     assert all_same_bits([p.detach() for p in params], backup)
     assert all(p._version > v for p, v in zip(params, versions, strict=True))
+
+
+def test_other_errors_of_a_kernel_are_not_hidden() -> None:
+    w = torch.zeros(2)
+    with pytest.raises(RuntimeError, match="a fault"), reference.restoring([w], [torch.ones(2)]):
+        raise RuntimeError("a fault")
+    assert torch.equal(w, torch.zeros(2))

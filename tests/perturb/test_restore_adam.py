@@ -278,3 +278,21 @@ def test_what_it_cannot_serve_raises_and_leaves_everything_as_it_was(
     with pytest.raises(error, match=message):
         restore_adam_(**lists | {"steps": [t], "lr": 0.1} | change)
     assert all((x == 5).all() for x in (w, m, v, t))
+
+
+def test_a_mean_half_way_is_torchs_bit_for_bit(backend: str) -> None:
+    """torch.lerp changes its formula there."""
+    params = tensors(torch.float32, SHAPES)
+    grads, state = like(params), [like(params), zeros_like(params), counters(params, 3.0)]
+    expected = [torch.lerp(m, g, 0.5) for m, g in zip(state[0], grads, strict=True)]
+    restore_adam_(params, clones(params), grads, *state, lr=0.1, betas=(0.5, 0.999))
+    assert all_same_bits(state[0], expected)
+
+
+def test_defaults_are_those_of_torch(backend: str) -> None:
+    params = tensors(torch.float64, SHAPES)
+    oracle, grads = Oracle(torch.optim.Adam, params), like(params)
+    oracle.step(grads)
+    moved, state = garbage(params), [zeros_like(params), zeros_like(params), counters(params)]
+    restore_adam_(moved, params, grads, *state, lr=1e-3)
+    assert_close(moved, oracle.params, 12, 8.0)

@@ -146,6 +146,43 @@ def check_placements(mesh: Any) -> None:
         kk.restore_([param], [w])
 
 
+def check_other_meshes(mesh: Any) -> None:
+    """The same placements on a mesh that has the ranks in another order are other parts."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    twisted = DeviceMesh("cpu", torch.arange(RANKS).reshape(2, 2).T)
+    w, how = torch.randn(4, 4), [Shard(0), Replicate()]
+    param, other = (distribute_tensor(w.clone(), m, how) for m in (mesh, twisted))
+    with pytest.raises(ValueError, match=r"backup\[0\] must be placed as the parameter is"):
+        kk.restore_([param], [other])
+    with pytest.raises(ValueError, match=r"grads\[0\] must be placed as the parameter is"):
+        kk.perturb_([param], [other], [param.clone()], rho=0.1)
+    with pytest.raises(ValueError, match=r"backup\[1\] must be placed .* this rank alone"):
+        kk.restore_([param, w], [param.clone(), param.clone()])
+
+
+def check_an_error(mesh: Any) -> None:
+    """Between tensors that are cut in one way and those that are cut in another."""
+    from ksam_kernels.perturb import sharded
+
+    w, dispatch, calls = whole(), sharded.library.dispatch, []
+    params = placed(w, mesh)
+
+    def fails(name: str, *args: Any) -> Any:
+        calls.append(name)
+        if name == "perturb_" and calls.count(name) == 3:
+            assert not all_same_bits(put_together(params), w)
+            raise RuntimeError("half-way")
+        return dispatch(name, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded.library, "dispatch", fails)
+        with pytest.raises(RuntimeError, match="half-way"):
+            kk.perturb_(params, placed(whole(), mesh), placed(w, mesh), rho=0.1)
+    assert all_same_bits(put_together(params), w)
+
+
 def check_all(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -159,6 +196,8 @@ def check_all(rank: int) -> None:
             check_nothing_moves(mesh)
             check_updates(mesh)
             check_placements(mesh)
+            check_other_meshes(mesh)
+            check_an_error(mesh)
 
 
 def test_ranks_with_parts_do_what_one_does_with_the_whole(tmp_path: Path) -> None:
