@@ -55,7 +55,7 @@ KSAM_INLINE RowSums<A> wide_row(const CrossEntropy& args, const Target<A>& targe
                                 A* room) {
   using V = Lanes<T>;
   const T* logits = row_of<T>(args.logits, row);
-  RowSums<A> sums;
+  RowSums<A> sums{};  // by no constructor, which is an inline function: common/isa.h
   for_each_block(args.logits.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const T* x = logits + begin;
     const A high = largest(x, n);
