@@ -23,11 +23,11 @@ _ENVIRONMENT = {**os.environ, "KINETO_LOG_LEVEL": "99", "CUBLAS_WORKSPACE_CONFIG
 
 
 def run_parts(names: Sequence[str], context: Context) -> bool:
-    """Run the parts that are not there yet, and write the report after each of them.
+    """Run the parts that are not there yet, and write the report after each of them, in a folder
+    that is there.
 
     Returns whether all is well by the last report.
     """
-    context.out.mkdir(parents=True, exist_ok=True)
     report = Report([], [])
     for name in names:
         file = PartFile(name, context)

@@ -98,8 +98,8 @@ void load(Kernels... kernels) {
   (check(cudaFuncGetAttributes(&attributes, kernels)), ...);
 }
 
-// False, with nothing launched, where several blocks have no room at once; throws where even one has
-// none.
+// False, with nothing launched, where several blocks have no room at once; throws where even one
+// has none.
 template <class... P>
 bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
                     typename NonDeduced<P>::type... arguments) {

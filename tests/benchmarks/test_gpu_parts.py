@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import cases, graph, kernels, launches, sanitizer, small_case, training
+from benchmarks.gpu import cases, graph, host, kernels, launches, sanitizer, small_case, training
 from benchmarks.gpu.launches import DeviceType, tally, waits_for_device
 from benchmarks.gpu.part import Context, PartFile
 from benchmarks.gpu.report import write_report
@@ -240,6 +241,25 @@ def a_case(rival: Contestant, stateful: bool = False) -> Case:
         "topk", "topk_indices", "1", "float32", 8, ("topk_indices",), lambda: (torch.zeros(1),),
         [ours, rival], stateful=stateful,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_host_part_leaves_garbage_collection_as_it_was(enabled: bool) -> None:
+    seen = []
+
+    def call() -> None:
+        seen.append(gc.isenabled())
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(KeyboardInterrupt):
+            host.microseconds({"call": call}, 10, torch.device("cpu"))
+        assert seen == [False, False]
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 PLAN = Plan(rounds=1, seconds=0, few_rounds=1, max_seconds=0)
