@@ -69,8 +69,8 @@ int place_of(int device, Stream stream) {
 
 __global__ void any_kernel() {}
 
-// Whether an error says that the device will never run this build's code. Others pass: a device that
-// is full for now or another process's, a stream that is captured; the launch will tell.
+// Whether an error says that the device will never run this build's code. Others pass: a device
+// that is full for now or another process's, a stream that is captured; the launch will tell.
 bool is_final(cudaError_t error) {
   switch (error) {
     case cudaErrorNoKernelImageForDevice:

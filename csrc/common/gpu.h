@@ -67,8 +67,8 @@ class GpuCall {
 
   Stream stream() const { return stream_; }
 
-  // Device memory from torch's allocator, aligned to 512 bytes, null for no bytes; one piece a call.
-  // Freed with this object, which torch's allocator takes as the order of the stream.
+  // Device memory from torch's allocator, aligned to 512 bytes, null for no bytes; one piece a
+  // call. Freed with this object, which torch's allocator takes as the order of the stream.
   void* scratch(int64_t bytes);
 
  private:

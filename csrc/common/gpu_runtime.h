@@ -17,8 +17,8 @@ const char* why_no_code(int device);
 int multiprocessors();  // of the current device
 
 // A counter on the current device for kernels of one stream, 0 before and after each of them
-// (last_block in common/block.cuh). While the stream is captured, where all counters are taken, and of
-// the stream that each thread has, it is `fallback`, 4 bytes of scratch that are set to 0 in the
+// (last_block in common/block.cuh). While the stream is captured, where all counters are taken, and
+// of the stream that each thread has, it is `fallback`, 4 bytes of scratch that are set to 0 in the
 // stream, one more node of a graph: graphs captured from one stream may replay at the same time.
 unsigned* ticket(Stream stream, void* fallback);
 

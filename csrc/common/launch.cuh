@@ -90,8 +90,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0, stream));
 }
 
-// CUDA loads a kernel when it is first asked for, and may find the current device full. For those of
-// a call that must not end between two launches: loads them, or throws.
+// CUDA loads a kernel when it is first asked for, and may find the current device full. For those
+// of a call that must not end between two launches: loads them, or throws.
 template <class... Kernels>
 void load(Kernels... kernels) {
   cudaFuncAttributes attributes;

@@ -47,8 +47,8 @@ DType dtype_of(dlpack::DataType type) {
 }
 
 // torch's negative bit: the numbers are the negatives of what the memory holds. Views that have it
-// are of imaginary parts, so no two elements are side by side, whatever the stride of a dimension of
-// one element says. (as_strided() and torch._neg_view() can make others.)
+// are of imaginary parts, so no two elements are side by side, whatever the stride of a dimension
+// of one element says. (as_strided() and torch._neg_view() can make others.)
 bool may_be_negative(const dlpack::Tensor& t) {
   if (t.dtype.code != dlpack::kFloat) return false;
   for (int d = t.ndim - 1; d >= 0; --d) {

@@ -2,8 +2,9 @@
 //
 // Vectors are the compiler's own (vector_size of GCC and Clang): sixteen floats are one register of
 // AVX-512, two of AVX2, four of SSE or NEON (common/lanes.h). The same number of lanes everywhere
-// means that a sum is added up in the same order on every machine. Everything lives in the namespace
-// of the instruction set that it is compiled for. Nothing contracts a * b + c unless it calls fma().
+// means that a sum is added up in the same order on every machine. Everything lives in the
+// namespace of the instruction set that it is compiled for. Nothing contracts a * b + c unless it
+// calls fma().
 #pragma once
 
 #include <cstdint>
@@ -181,9 +182,7 @@ KSAM_INLINE void stream_fence() {
 #endif
 }
 
-KSAM_INLINE bool is_line_aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
-}
+KSAM_INLINE bool is_line_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 
 template <class T>
 KSAM_INLINE Opmath<T> load_one(const T* p) {

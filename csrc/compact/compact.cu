@@ -109,12 +109,10 @@ __device__ __forceinline__ void copy_tile(const PackedLeaf& leaf, const IndexLis
   }
 }
 
-// out[i] = source[indices[i]] for every leaf. One block per tile.
+// out[i] = source[indices[i]] for every leaf and the k indices. One block per tile.
 template <class Index>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    gather_kernel(KSAM_PARAMETER(Leaves) leaves,
-                  IndexList<Index> indices,  // [k]
-                  int64_t k) {
+    gather_kernel(KSAM_PARAMETER(Leaves) leaves, IndexList<Index> indices, int64_t k) {
   const PackedLeaf& leaf = leaves.at[leaf_of(leaves, blockIdx.x)];
   const int64_t tile = blockIdx.x - leaf.first_tile;
   switch (leaf.log2_vector) {

@@ -117,8 +117,6 @@ py::object compact(py::handle batch, py::handle indices_, py::handle empty_rows)
 
 }  // namespace
 
-void bind_compact(py::module_& m) {
-  m.def("compact", &compact);
-}
+void bind_compact(py::module_& m) { m.def("compact", &compact); }
 
 }  // namespace ksam

@@ -26,11 +26,11 @@ constexpr int kHeld = 8;
 template <class T, class Q, Kind kKind, bool kWhole>
 struct RowLosses : Losses<T, Q, kKind> {
   using Base = Losses<T, Q, kKind>;
+  using Base::target;
   using typename Base::A;
   using typename Base::Row;
   using typename Base::Sums;
   using typename Base::TargetOf;
-  using Base::target;
   static constexpr int N = kPerVector<T>;
   static constexpr Resident kResident = resident_row_losses(kKind, sizeof(T), kWhole);
   static constexpr int kBatches = batches_of_span(kKind, sizeof(T));

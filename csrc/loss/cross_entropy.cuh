@@ -68,14 +68,14 @@ struct Losses {
   };
 
   // Waits for the class, so call it when the row's first logits are under way too. Asked for before
-  // them, it would be waited for before them: ptxas has no load under way where the code that chooses
-  // how to load logits branches.
+  // them, it would be waited for before them: ptxas has no load under way where the code that
+  // chooses how to load logits branches.
   __device__ __forceinline__ void find_class(Row* row) const {
     row->y = target.class_of(target.read(row->i));
   }
 
-  // For write(), which waits for it. Call it when the first logits have arrived: under way together,
-  // they would be waited for together. x: the row's logits, `step` apart.
+  // For write(), which waits for it. Call it when the first logits have arrived: under way
+  // together, they would be waited for together. x: the row's logits, `step` apart.
   __device__ __forceinline__ void ask_for_logit(Row* row, const T* x, int64_t step) const {
     row->is_settled = true;
     if (TargetOf::kHasHot && row->y != kIgnored) row->x_y = x[row->y * step];
@@ -139,8 +139,8 @@ struct Gradients {
         grad(reinterpret_cast<const float*>(args.grad.data)),
         grad_stride(args.grad.stride) {}
 
-  // The class of row i, or kIgnored, and its slope: all of it is asked for before the class is waited
-  // for.
+  // The class of row i, or kIgnored, and its slope: all of it is asked for before the class is
+  // waited for.
   __device__ __forceinline__ int64_t read_row(int64_t i, Slope<A>* slope) const {
     const int64_t read = target.read(i);
     *slope = {stats[3 * i], stats[3 * i + 1], stats[3 * i + 2], grad[i * grad_stride], 0};

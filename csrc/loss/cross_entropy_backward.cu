@@ -11,9 +11,9 @@ namespace {
 template <class T, class Q, Kind kKind>
 struct RowGradients : Gradients<T, Q, kKind> {
   using Base = Gradients<T, Q, kKind>;
+  using Base::target;
   using typename Base::A;
   using typename Base::TargetOf;
-  using Base::target;
   static constexpr int N = kPerVector<T>;
   static constexpr int kResident = resident_row_gradients(kKind, sizeof(T));
 

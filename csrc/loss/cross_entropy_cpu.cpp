@@ -43,9 +43,8 @@ template <class T>
 KSAM_INLINE Opmath<T> largest(const T* x, int64_t n) {
   using V = Lanes<T>;
   V high = load_lanes<V>(x);
-  for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
-    high = larger(load_lanes<V>(x + i), high);
-  });
+  for_each_vector(n,
+                  [&](int64_t i) KSAM_INLINE_LAMBDA { high = larger(load_lanes<V>(x + i), high); });
   return largest_lane(high);
 }
 

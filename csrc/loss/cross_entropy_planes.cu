@@ -67,10 +67,10 @@ struct Batch {
 template <class T, class Q, Kind kKind>
 struct PlaneLosses : Losses<T, Q, kKind> {
   using Base = Losses<T, Q, kKind>;
+  using Base::target;
   using typename Base::A;
   using typename Base::Sums;
   using typename Base::TargetOf;
-  using Base::target;
   static constexpr int kResident = resident_planes(kKind, sizeof(T));
 
   Planes<const T> logits;
@@ -147,9 +147,9 @@ __global__ void __launch_bounds__(kRowThreads, L::kResident)
 template <class T, class Q, Kind kKind>
 struct PlaneGradients : Gradients<T, Q, kKind> {
   using Base = Gradients<T, Q, kKind>;
+  using Base::target;
   using typename Base::A;
   using typename Base::TargetOf;
-  using Base::target;
   static constexpr int kResident = resident_planes(kKind, sizeof(T));
 
   Planes<const T> logits;

@@ -196,9 +196,8 @@ void forward_narrow(const Elementwise& args, int64_t begin, int64_t end) {
   NarrowRows<Loss, T> rows(args, end - begin);
   for_each_rows(begin, end, n, [&](int64_t row, int64_t count) KSAM_INLINE_LAMBDA {
     rows.read(row, count);
-    rows.for_each([&](int64_t i, const V& x, const V& t, const V& p) KSAM_INLINE_LAMBDA {
-      store_lanes(terms + i, Loss::loss(x, t, p));
-    });
+    rows.for_each([&](int64_t i, const V& x, const V& t, const V& p)
+                      KSAM_INLINE_LAMBDA { store_lanes(terms + i, Loss::loss(x, t, p)); });
     write_means(terms, count, n, args.losses + row);
   });
 }
@@ -239,9 +238,8 @@ template <class Loss, class A>
 KSAM_INLINE void spread_shares(const ElementwiseGradient& args, int64_t row, int64_t rows,
                                A* shares) {
   const int64_t n = args.forward.input.columns;
-  const auto share = [&](int64_t i) KSAM_INLINE_LAMBDA {
-    return Loss::kFactor * share_of<A>(args, row + i);
-  };
+  const auto share = [&](int64_t i)
+                         KSAM_INLINE_LAMBDA { return Loss::kFactor * share_of<A>(args, row + i); };
   if (args.grad.stride == 0) {  // one for all, as of a mean over the batch
     const A common = share(0);
     for (int64_t i = 0; i < rows * n; ++i) shares[i] = common;
@@ -279,11 +277,10 @@ template <class Loss>
 void forward(const Elementwise& args) {
   on_floating(args.input.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(args.input.rows, row_grain(args.input.columns),
-                 [&](int64_t begin, int64_t end) {
-                   (args.input.columns < kNarrow ? forward_narrow<Loss, T>
-                                                 : forward_wide<Loss, T>)(args, begin, end);
-                 });
+    parallel_for(args.input.rows, row_grain(args.input.columns), [&](int64_t begin, int64_t end) {
+      (args.input.columns < kNarrow ? forward_narrow<Loss, T> : forward_wide<Loss, T>)(args, begin,
+                                                                                       end);
+    });
   });
 }
 
@@ -292,11 +289,10 @@ void backward(const ElementwiseGradient& args) {
   const Matrix& input = args.forward.input;
   on_floating(input.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(input.rows, row_grain(input.columns),
-                 [&](int64_t begin, int64_t end) {
-                   (input.columns < kNarrow ? backward_narrow<Loss, T>
-                                            : backward_wide<Loss, T>)(args, begin, end);
-                 });
+    parallel_for(input.rows, row_grain(input.columns), [&](int64_t begin, int64_t end) {
+      (input.columns < kNarrow ? backward_narrow<Loss, T> : backward_wide<Loss, T>)(args, begin,
+                                                                                    end);
+    });
   });
 }
 

@@ -278,8 +278,7 @@ py::object elementwise(py::handle input, py::handle target, py::handle pos_weigh
 
 template <class OnGpu, class OnCpu>
 py::object elementwise_backward(py::handle grad, py::handle input, py::handle target,
-                                py::handle pos_weight, const OnGpu& on_gpu_,
-                                const OnCpu& on_cpu_) {
+                                py::handle pos_weight, const OnGpu& on_gpu_, const OnCpu& on_cpu_) {
   ElementwiseGradient args;
   Tensor x;
   if (!read_elementwise(input, target, pos_weight, &x, &args.forward)) return py::none();

@@ -13,9 +13,9 @@ constexpr int kUnroll = 2;
 constexpr int kUnroll = 4;
 #endif
 
-// Batches that follow each other in a part of a row. Where a kernel has the registers, it asks for all
-// of them before it uses the first: with 32 warps of a multiprocessor, an H200 reads 3.9 TB/s with 64
-// bytes of each thread in flight, and 4.4 with 128.
+// Batches that follow each other in a part of a row. Where a kernel has the registers, it asks for
+// all of them before it uses the first: with 32 warps of a multiprocessor, an H200 reads 3.9 TB/s
+// with 64 bytes of each thread in flight, and 4.4 with 128.
 constexpr int kSpan = 2;
 
 // Threads side by side that share a row, or one of its `parts`: this one is `thread` of `count`.
@@ -26,8 +26,9 @@ struct Team {
 
   __device__ __forceinline__ int threads() const { return kThreads > 0 ? kThreads : count; }
 
-  // Among the threads of all parts. Where threads() is 1, the place is the same in all of a block, which
-  // the compiler must not know: for planes it would hold addresses in more registers than there are.
+  // Among the threads of all parts. Where threads() is 1, the place is the same in all of a block,
+  // which the compiler must not know: for planes it would hold addresses in more registers than
+  // there are.
   __device__ __forceinline__ int64_t place() const { return int64_t{part} * threads() + thread; }
   __device__ __forceinline__ int64_t places() const { return int64_t{parts} * threads(); }
 };
@@ -132,8 +133,8 @@ __device__ __forceinline__ Packed<T, N> load_whole(const T* p) {
   return to;
 }
 
-// N elements of 2 or 4 bytes from the two vectors that hold them, the first beginning `offset` before
-// p.
+// N elements of 2 or 4 bytes from the two vectors that hold them, the first beginning `offset`
+// before p.
 template <int N, class T>
 __device__ __forceinline__ Packed<T, N> load_shifted(const T* p, int offset) {
   static_assert(N * sizeof(T) == kVectorBytes && sizeof(T) <= 4);
@@ -214,9 +215,9 @@ __device__ __forceinline__ void store_piece(T* row, const Piece& piece,
   }
 }
 
-// How the pieces of a batch are loaded. aligned: all are whole, at vectors' boundaries. last: each is
-// whole, at a vector's boundary, or empty. shifted: all are whole, and lie in two vectors each that
-// hold nothing but the row. careful: any.
+// How the pieces of a batch are loaded. aligned: all are whole, at vectors' boundaries. last: each
+// is whole, at a vector's boundary, or empty. shifted: all are whole, and lie in two vectors each
+// that hold nothing but the row. careful: any.
 enum class Loads { aligned, last, shifted, careful };
 
 // Pieces first + [0, kUnroll) * step of N elements, as they have to be loaded.
@@ -255,10 +256,11 @@ __device__ __forceinline__ void load_batch(int64_t first, int64_t step, int64_t 
   }
 }
 
-// The calling thread's share of a row, in batches of kUnroll pieces of N elements: load(piece, loads)
-// gives what use(pieces, items) gets of each, which returns whether to go on. The first piece begins
-// `lead` elements before the row, so that a boundary lies where it should; all lie `offset` elements
-// behind a vector's, or offset < 0: have to be loaded carefully. kBatches at a time go to a part.
+// The calling thread's share of a row, in batches of kUnroll pieces of N elements: load(piece,
+// loads) gives what use(pieces, items) gets of each, which returns whether to go on. The first
+// piece begins `lead` elements before the row, so that a boundary lies where it should; all lie
+// `offset` elements behind a vector's, or offset < 0: have to be loaded carefully. kBatches at a
+// time go to a part.
 template <int N, bool kMayShift, int kBatches = 1, int kThreads, class Load, class Use>
 __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int offset,
                                                const Team<kThreads>& team, const Load& load,
@@ -276,8 +278,8 @@ __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int of
   }
 }
 
-// How many of a span's batches are asked for at once. Before sm_90 one: with two, registers spill, and
-// that memory needs fewer bytes in flight.
+// How many of a span's batches are asked for at once. Before sm_90 one: with two, registers spill,
+// and that memory needs fewer bytes in flight.
 template <int N, int kBatches>
 __device__ __forceinline__ constexpr int batches_at_once() {
 #if defined(KSAM_SIMT)  // both, by the dtype

@@ -2,8 +2,8 @@
 // read it, and how what they add up becomes the row's result.
 //
 // A row is cut into vectors from its first element on, whatever its address: which thread adds
-// which elements, and in which order, depends on the shape and the device alone. So a row has the same
-// bits in a slice as in a copy, with or without a selection after it, on every run.
+// which elements, and in which order, depends on the shape and the device alone. So a row has the
+// same bits in a slice as in a copy, with or without a selection after it, on every run.
 #pragma once
 
 #include <algorithm>
@@ -59,8 +59,8 @@ inline unsigned row_blocks(int64_t needed, int resident) {
   return static_cast<unsigned>((needed + turns - 1) / turns);
 }
 
-// rows > 0; a thread's spans have `pieces` vectors of per_vector elements each. The order in which a
-// row is added up follows from this: it must not depend on `resident`, so on the kernel.
+// rows > 0; a thread's spans have `pieces` vectors of per_vector elements each. The order in which
+// a row is added up follows from this: it must not depend on `resident`, so on the kernel.
 inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int pieces,
                          Resident resident) {
   const int64_t vectors = (columns + per_vector - 1) / per_vector;
@@ -199,7 +199,8 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident.by_lanes)
   if (tail.is_wanted() && last_block(tail.ticket, gridDim.x)) tail.run();
 }
 
-// Long rows. The last of all blocks puts the parts of split rows together, partial[rows, gridDim.y].
+// Long rows. The last of all blocks puts the parts of split rows, partial[rows, gridDim.y],
+// together.
 template <class R, class Tail>
 __global__ void __launch_bounds__(kRowThreads, R::kResident.by_block)
     blocks_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, typename R::Sums* partial,

@@ -17,7 +17,7 @@ namespace ksam::KSAM_ISA {
 
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kBlockRoom = kBlock + kLanes;  // a block takes a remainder below kLanes along
-constexpr int64_t kPlanes = 128;  // at once: 8 KB of float32
+constexpr int64_t kPlanes = 128;                 // at once: 8 KB of float32
 constexpr int64_t kAhead = 4 * kLanes;  // elements of a plane to ask for before their turn comes
 
 // Rows for which a thread more is worth waking: that takes as long as some 32,000 elements. No rows

@@ -28,8 +28,8 @@ struct Target {
   struct Nothing {};
   using Probabilities = std::conditional_t<kKind == Kind::probabilities, Packed<Q, N>, Nothing>;
 
-  // What lies between vectors' boundaries can be shifted there; with probabilities beside it, at other
-  // offsets, there are too few registers.
+  // What lies between vectors' boundaries can be shifted there; with probabilities beside it, at
+  // other offsets, there are too few registers.
   static constexpr bool kMayShift = sizeof(T) <= 4 && kKind != Kind::probabilities;
 
   const void* data;  // [rows] int64 or int32, or [rows, classes] Q

@@ -224,13 +224,12 @@ template <class A, int N, class Formula>
 void transform(const Row<N>& row, bool streaming, int64_t begin, int64_t end,
                const Formula& formula) {
   if (!is_uniform<Formula>(row)) {
-    for_each_block<A>(row, Formula::kAccess, begin, end, [&](A* const(&operand)[N], int n) {
-      apply_to_all(formula, operand, n);
-    });
+    for_each_block<A>(row, Formula::kAccess, begin, end,
+                      [&](A* const(&operand)[N], int n) { apply_to_all(formula, operand, n); });
     return;
   }
-  const bool past_caches = streaming && Formula::kAccess[0] == kWrite &&
-                           row.operand[0].data != row.operand[1].data;
+  const bool past_caches =
+      streaming && Formula::kAccess[0] == kWrite && row.operand[0].data != row.operand[1].data;
   on_floating(row.operand[0].dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (sizeof(A) == sizeof(Opmath<T>)) {

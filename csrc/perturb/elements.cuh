@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kThreads)
   Formula::finish(args, table);
 }
 
-// Launches the formula over all rows. Its kernels are loaded before the first launch: what fails for
-// want of memory fails before the first write, and nothing takes back a call that ends halfway.
+// Launches the formula over all rows. Its kernels are loaded before the first launch: what fails
+// for want of memory fails before the first write, and nothing takes back a call that ends halfway.
 template <class Formula, int M, class ValueOf>
 void apply_to_rows(const Rows<M>& rows, const ArgsOf<Formula>& args, const ValueOf& value_of,
                    Stream stream) {

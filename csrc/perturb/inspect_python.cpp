@@ -1,5 +1,6 @@
 // Inspects lists of tensors for backends whose own code is Python, where a look at every tensor
-// takes longer than the work. What is out of the ordinary is declined: Python then looks for itself.
+// takes longer than the work. What is out of the ordinary is declined: Python then looks for
+// itself.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -95,9 +96,9 @@ struct Records {
 // Whether one walk through memory meets the elements of all operands in the same order.
 bool are_alike(const std::vector<const Tensor*>& row, const Tensor& first) {
   return is_dense(*row[0]) && std::all_of(row.begin(), row.end(), [&](const Tensor* t) {
-    return is_floating(t->dtype) && is_on(*t, first) && same_shape(*t, *row[0]) &&
-           same_layout(*t, *row[0]);
-  });
+           return is_floating(t->dtype) && is_on(*t, first) && same_shape(*t, *row[0]) &&
+                  same_layout(*t, *row[0]);
+         });
 }
 
 bool read_values(py::handle object, size_t count, std::vector<int64_t>* values) {

@@ -244,9 +244,7 @@ void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream) {
 void restore(const Rows<2>& rows, Stream stream) {
   for_each_launch<2, NoValue>(
       rows, [](const Row<2>&) { return NoValue{}; },
-      [&](DType dtype, const auto& table) {
-        launch_restore(size_of(dtype), table, stream);
-      },
+      [&](DType dtype, const auto& table) { launch_restore(size_of(dtype), table, stream); },
       [&](const auto& table) {
         launch(restore_strided_kernel, blocks_of(table), kThreads, stream, table);
       });

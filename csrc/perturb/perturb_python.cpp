@@ -246,8 +246,9 @@ bool restore_sgd_(py::handle params_, py::handle backup_, py::handle grads_, py:
   if (!table.build({&update.params, &update.backup, &update.grads, &buffers}, 0b1001)) return false;
   if (update.params.empty()) return true;
   if (update.overflows_on_cpu()) return restore_lists(update.params, update.backup);
-  const SgdArgs args{update.lr, momentum, dampening, weight_decay, nesterov, maximize,
-                     update.scaling};
+  const SgdArgs args{
+      update.lr, momentum, dampening, weight_decay, nesterov, maximize, update.scaling,
+  };
   (on_gpu(update.params[0]) ? sgd_on_gpu : sgd_on_cpu)(update, table.rows(), args);
   return true;
 }

@@ -27,8 +27,8 @@ template <int N>
 class RowTable {
  public:
   // An empty list stands for an operand that no row has; bit i of `written`: list i is written.
-  // False where a tensor is not floating, does not fit its row, is on a device without kernels or on
-  // another one than the first tensor, or is written and overlaps itself.
+  // False where a tensor is not floating, does not fit its row, is on a device without kernels or
+  // on another one than the first tensor, or is written and overlaps itself.
   bool build(const std::array<const std::vector<Tensor>*, N>& lists, unsigned written) {
     const size_t count = lists[0]->size();
     if (count != 0 && !has_kernels(lists[0]->front())) return false;

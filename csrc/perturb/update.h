@@ -114,8 +114,7 @@ KSAM_FORMULA double l2_of(const AdamArgs& args) {
 
 template <class S>
 KSAM_FORMULA Adam<S> adam_of(const AdamArgs& args, const BiasCorrection& correction) {
-  const double kept =
-      args.decoupled_weight_decay ? 1 - value_of(args.lr) * args.weight_decay : 1;
+  const double kept = args.decoupled_weight_decay ? 1 - value_of(args.lr) * args.weight_decay : 1;
   return {static_cast<S>(args.beta1),
           static_cast<S>(1 - args.beta1),
           static_cast<S>(args.beta2),

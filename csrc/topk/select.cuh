@@ -11,8 +11,8 @@
 
 namespace ksam::gpu {
 
-// Small digits: what every pass costs beside its counting, barriers and sums over the digits, is then
-// so little that four passes are quicker than three of 11 bits.
+// Small digits: what every pass costs beside its counting, barriers and sums over the digits, is
+// then so little that four passes are quicker than three of 11 bits.
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 
@@ -51,9 +51,9 @@ struct SelectShared {
   uint32_t above;  // keys with a larger digit
 };
 
-// The calling warp's stretch of a share, 32 neighbouring keys a round. The first kHeld rounds stay in
-// registers from one walk to the next, and of the others several are asked for at a time: a walk that
-// took them one by one would wait for memory as often as there are rounds.
+// The calling warp's stretch of a share, 32 neighbouring keys a round. The first kHeld rounds stay
+// in registers from one walk to the next, and of the others several are asked for at a time: a walk
+// that took them one by one would wait for memory as often as there are rounds.
 template <class T, int kHeld>
 class Stretch {
  public:
@@ -139,8 +139,9 @@ __device__ __forceinline__ void count_digits(const Stretch<T, kHeld>& stretch,
   __syncthreads();
 }
 
-// The digit that holds the `wanted`-th largest of the counted keys, how many have it, and how many lie
-// above it. By the first warp, whose lanes have a run of digits each, the first lane the largest.
+// The digit that holds the `wanted`-th largest of the counted keys, how many have it, and how many
+// lie above it. By the first warp, whose lanes have a run of digits each, the first lane the
+// largest.
 __device__ __forceinline__ void find_digit(int64_t wanted, SelectShared& shared) {
   constexpr int kRun = kDigits / kWarp;
   if (warp_of_thread() == 0) {
@@ -168,8 +169,8 @@ __device__ __forceinline__ void find_digit(int64_t wanted, SelectShared& shared)
   __syncthreads();
 }
 
-// Takes the digit for known. Whether all keys that have it are selected, so that their other digits do
-// not matter: mostly so before the last pass, unless losses are tied.
+// Takes the digit for known. Whether all keys that have it are selected, so that their other digits
+// do not matter: mostly so before the last pass, unless losses are tied.
 template <class Key>
 __device__ __forceinline__ bool narrow(Threshold<Key>* at, int shift, const SelectShared& shared) {
   at->key |= static_cast<Key>(shared.digit) << shift;
@@ -190,8 +191,8 @@ struct Counts {
 };
 
 // visit(i, whether key i is greater than the threshold in its known digits, whether it is equal,
-// `before` plus the keys of the warp's stretch before i) for every key; returns `before` plus all of
-// the stretch.
+// `before` plus the keys of the warp's stretch before i) for every key; returns `before` plus all
+// of the stretch.
 template <class T, int kHeld, class Visit>
 __device__ __forceinline__ Counts walk_warp(const Stretch<T, kHeld>& stretch,
                                             const Threshold<KeyOf<T>>& at, Counts before,
@@ -241,8 +242,8 @@ __device__ __forceinline__ void write_selected(const Stretch<T, kHeld>& stretch,
 }
 
 // out [k] <- indices of the k largest of losses [n], ascending. By one block, whose threads are a
-// multiple of a warp. Bytes moved: a reading of the losses, which lie in the cache; 6 (double: 10) of
-// those beyond the kHeld that each thread holds.
+// multiple of a warp. Bytes moved: a reading of the losses, which lie in the cache; 6 (double: 10)
+// of those beyond the kHeld that each thread holds.
 template <int kHeld, class T>
 __device__ __forceinline__ void select_by_block(const T* losses, int64_t n, int64_t k,
                                                 SelectShared& shared, int64_t* out) {

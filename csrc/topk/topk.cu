@@ -1,6 +1,5 @@
-// Bytes moved: a reading of the losses, and 8 k. Where threads cannot hold all losses, 5 more (double:
-// 9) of the others, from the cache.
-// Launches: 1.
+// Launches: 1. Bytes moved: a reading of the losses, and 8 k. Where threads cannot hold all losses,
+// 5 more (double: 9) of the others, from the cache.
 #include "topk/select.cuh"
 #include "topk/topk.h"
 
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 // Scratch of select_grid_kernel.
 struct GridScratch {
-  uint32_t* count;  // [passes, kDigits]
+  uint32_t* count;   // [passes, kDigits]
   Counts* selected;  // [blocks]
 };
 
@@ -66,7 +65,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const auto grid = cooperative_groups::this_grid();
   const int64_t per_block = (n + gridDim.x - 1) / gridDim.x;
   const int64_t begin = per_block * blockIdx.x < n ? per_block * blockIdx.x : n;
-  const Stretch<T, kHeld<T>> stretch({losses, begin, begin + per_block < n ? begin + per_block : n});
+  const Stretch<T, kHeld<T>> stretch(
+      {losses, begin, begin + per_block < n ? begin + per_block : n});
   const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
   for (unsigned i = thread; i < kPasses<Key> * kDigits; i += gridDim.x * blockDim.x) {
     scratch.count[i] = 0;
@@ -89,10 +89,9 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   if (threadIdx.x == 0) scratch.selected[blockIdx.x] = selected.all;
   grid.sync();
   const Counts before = selected_before(scratch.selected);
-  write_selected(stretch, at,
-                 Counts{before.greater + selected.before.greater,
-                        before.equal + selected.before.equal},
-                 out);
+  write_selected(
+      stretch, at,
+      Counts{before.greater + selected.before.greater, before.equal + selected.before.equal}, out);
 }
 
 constexpr int64_t kCountBytes = sizeof(uint32_t) * kDigits;
@@ -127,8 +126,7 @@ void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out, 
       return;
     }
     auto* count = static_cast<uint32_t*>(scratch);
-    const GridScratch parts{count,
-                            reinterpret_cast<Counts*>(count + kPasses<uint64_t> * kDigits)};
+    const GridScratch parts{count, reinterpret_cast<Counts*>(count + kPasses<uint64_t> * kDigits)};
     launch_cooperative(select_grid_kernel<T>, grid_blocks(n), kGridThreads, stream, x, n, k, parts,
                        out);
   });

@@ -31,7 +31,6 @@ KSAM_DECLARE_GPU(
     // Bytes of device memory that topk_indices needs for n losses; none for most n.
     int64_t topk_scratch_bytes(int64_t n);
     // The same, in device memory; losses contiguous.
-    void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out,
-                      Stream stream);)
+    void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out, Stream stream);)
 
 }  // namespace ksam

@@ -98,7 +98,7 @@ Range<Key> range_of(const Keys<Key>& from) {
 template <class Key>
 int64_t count_from(const Keys<Key>& from, Key least) {
   std::make_unsigned_t<Key> count = 0;  // as wide as a key: a vector of counts to one of keys
-#pragma GCC unroll 4  // else half the instructions are the loop's
+#pragma GCC unroll 4                    // else half the instructions are the loop's
   for (int64_t i = 0; i < from.count; ++i) count += from.keys[i] >= least;
   return count;
 }

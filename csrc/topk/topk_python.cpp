@@ -39,8 +39,6 @@ py::object topk_indices(py::handle losses_, py::handle k_) {
 
 }  // namespace
 
-void bind_topk(py::module_& m) {
-  m.def("topk_indices", &topk_indices);
-}
+void bind_topk(py::module_& m) { m.def("topk_indices", &topk_indices); }
 
 }  // namespace ksam

@@ -8,9 +8,9 @@
 namespace simt {
 namespace {
 
-// Who waits together is ordered by it: all have arrived before any of them goes on. With one address
-// for a barrier and its next use, who goes on late would also be ordered after what an early one did
-// between the two, and a race there would go unseen.
+// Who waits together is ordered by it: all have arrived before any of them goes on. With one
+// address for a barrier and its next use, who goes on late would also be ordered after what an
+// early one did between the two, and a race there would go unseen.
 class Meeting {
  public:
   Meeting() : last_(machine.current) {}
@@ -134,8 +134,8 @@ void finish_warp_operation(const Fiber& f) {
   bool all = true;
   for_each_lane(f, [&](int lane, const Fiber* other) {
     if (other->state == State::done) {
-      note_fault("lane " + std::to_string(lane) + ", named in a mask, has returned: " +
-                 place_of(f));
+      note_fault("lane " + std::to_string(lane) +
+                 ", named in a mask, has returned: " + place_of(f));
     }
     const bool here = other->state == State::at_warp_operation && other->op == f.op;
     if (here && other->mask != f.mask && other->site.line == f.site.line) {

@@ -1,16 +1,14 @@
 // What kernel sources see of CUDA when a plain C++ compiler reads them for the runner.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <math.h>
 
 #include <algorithm>
 #include <tuple>
 
 #include "dim3.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "memory.h"
 #include "runner.h"
 
@@ -31,7 +29,8 @@
 
 // Default arguments are evaluated where the function is called.
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-#define SIMT_SITE simt::Site{file, line}
+#define SIMT_SITE \
+  simt::Site { file, line }
 
 // --- Barriers and warps -------------------------------------------------------------------------
 
@@ -98,16 +97,20 @@ inline unsigned __ballot_sync(unsigned mask, int p, SIMT_HERE) {
   return static_cast<unsigned>(
       simt::warp_operation(simt::WarpOp::ballot, mask, p != 0, 0, SIMT_SITE));
 }
-inline int __any_sync(unsigned mask, int p, SIMT_HERE) { return __ballot_sync(mask, p, file, line) != 0; }
-inline int __all_sync(unsigned mask, int p, SIMT_HERE) { return __ballot_sync(mask, !p, file, line) == 0; }
+inline int __any_sync(unsigned mask, int p, SIMT_HERE) {
+  return __ballot_sync(mask, p, file, line) != 0;
+}
+inline int __all_sync(unsigned mask, int p, SIMT_HERE) {
+  return __ballot_sync(mask, !p, file, line) == 0;
+}
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, SIMT_HERE) {
   return static_cast<unsigned>(
       simt::warp_operation(simt::WarpOp::match, mask, simt::widened(value), 0, SIMT_SITE));
 }
 inline int __reduce_add_sync(unsigned mask, int value, SIMT_HERE) {
-  return static_cast<int>(simt::warp_operation(
-      simt::WarpOp::add, mask, simt::widened(value), 0, SIMT_SITE));
+  return static_cast<int>(
+      simt::warp_operation(simt::WarpOp::add, mask, simt::widened(value), 0, SIMT_SITE));
 }
 
 // --- Arithmetic ---------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ struct Fiber {
   uint64_t in = 0, out = 0;
   int source = 0;
   uint64_t turn = 0;  // its block's, when it last ran
-  // Addresses that stand for its arrival where it waits, for the last meetings that it completed as the
-  // last to arrive, and for the one that lets it go on.
+  // Addresses that stand for its arrival where it waits, for the last meetings that it completed as
+  // the last to arrive, and for the one that lets it go on.
   char arrival = 0;
   char meetings[4] = {};
   unsigned meeting = 0;

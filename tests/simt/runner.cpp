@@ -188,8 +188,8 @@ void start_block(unsigned linear) {
   }
 }
 
-// A warp with threads that are ready: most often the one that ran last, as a GPU's warps run ahead of
-// each other. Null where the block has none.
+// A warp with threads that are ready: most often the one that ran last, as a GPU's warps run ahead
+// of each other. Null where the block has none.
 std::vector<Fiber*>* ready_warp(Block* block) {
   const bool stay = next_random() % kWarpTurn != 0;
   const int first = stay ? block->last_warp : static_cast<int>(next_random() % kWarp);
@@ -255,7 +255,8 @@ void set_seed(uint64_t seed) { machine.seed = seed; }
 
 void run(dim3 grid, dim3 block, bool cooperative, const std::function<void()>& body) {
   const unsigned blocks = grid.x * grid.y * grid.z, threads = block.x * block.y * block.z;
-  if (blocks == 0 || threads == 0 || threads > 1024) throw Fault("a launch of this shape is invalid");
+  if (blocks == 0 || threads == 0 || threads > 1024)
+    throw Fault("a launch of this shape is invalid");
   machine.grid = grid;
   machine.block = block;
   machine.cooperative = cooperative;

@@ -17,8 +17,8 @@
 #include <sanitizer/msan_interface.h>
 #endif
 
-// ThreadSanitizer counts a function's entry to one fiber and its exit to another if the switch lies in
-// between.
+// ThreadSanitizer counts a function's entry to one fiber and its exit to another if the switch lies
+// in between.
 #define SIMT_INLINE inline __attribute__((always_inline))
 
 namespace simt::sanitizers {

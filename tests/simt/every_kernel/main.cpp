@@ -1,6 +1,7 @@
 // Every kernel once or more, for the sanitizers. A program of its own: MemorySanitizer, which looks
-// whether what a kernel reads has been written and every output is written, knows nothing of Python and
-// torch, and the others build it in a fraction of the time. It calls what <room>_python.cpp calls.
+// whether what a kernel reads has been written and every output is written, knows nothing of Python
+// and torch, and the others build it in a fraction of the time. It calls what <room>_python.cpp
+// calls.
 #if __has_feature(memory_sanitizer)
 #include <sanitizer/msan_interface.h>
 #endif
@@ -77,7 +78,8 @@ void compact() {
   const int64_t batch = 9, k = 4;
   std::vector<int64_t> indices{0, 3, 4, 8};
   for (const int64_t row_bytes : {1, 8, 20, 48, 5000}) {
-    const int64_t stride = row_bytes == 48 ? 52 : row_bytes;  // rows of vectors, but not from vectors
+    const int64_t stride =
+        row_bytes == 48 ? 52 : row_bytes;  // rows of vectors, but not from vectors
     std::vector<float> source = numbers((batch * stride + 3) / 4);
     Fresh<char> out(k * row_bytes);
     const Leaf leaf{bytes_of(source), stride, out.data(), row_bytes};
@@ -114,7 +116,8 @@ void cross_entropy(int64_t rows, int64_t classes, double label_smoothing, bool p
   losses.check();
   stats.check();
   indices.check();
-  CrossEntropyGradient backward{args, {bytes_of(upstream), rows, 1, 1, DType::f32},
+  CrossEntropyGradient backward{args,
+                                {bytes_of(upstream), rows, 1, 1, DType::f32},
                                 {gradient.bytes(), rows, classes, classes, DType::f32}};
   if (planes) lay_in_planes(&backward.out);
   gpu::cross_entropy_backward(backward, nullptr);
@@ -129,8 +132,8 @@ void elementwise(int64_t samples, int64_t n) {
   args.input = {bytes_of(input), samples, n, n, DType::f32};
   args.target = {bytes_of(target), samples, n, n, DType::f32};
   args.losses = losses.data();
-  const ElementwiseGradient backward{args, {bytes_of(upstream), samples, 1, 1, DType::f32},
-                                     gradient.bytes()};
+  const ElementwiseGradient backward{
+      args, {bytes_of(upstream), samples, 1, 1, DType::f32}, gradient.bytes()};
   Fresh<char> scratch(gpu::elementwise_scratch_bytes(args));
   gpu::binary_cross_entropy(args, scratch.data(), nullptr);
   losses.check();
@@ -192,7 +195,8 @@ void perturb() {
   const SgdArgs sgd_args{{0.1}, 0.9, 0.0, 1e-4, false, false, {}};
   gpu::restore_sgd(view(sgd, n), sgd_args, step.data(), scratch.data(), nullptr);
   updated.check();
-  const auto adam = rows_of<5>(sizes, {updated.data(), backup.data(), g.data(), m.data(), v.data()});
+  const auto adam =
+      rows_of<5>(sizes, {updated.data(), backup.data(), g.data(), m.data(), v.data()});
   const float rate = 1e-3f;
   const AdamArgs adam_args{{0, &rate}, 0.9, 0.999, 1e-8, 0.01, false, true, {}};
   gpu::restore_adam(view(adam, n), adam_args, step.data(), scratch.data(), nullptr);
