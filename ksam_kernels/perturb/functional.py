@@ -28,6 +28,7 @@ from ksam_kernels.perturb.checks import (
     checked_rate,
     listed,
 )
+from ksam_kernels.perturb.scalars import DeviceScalars
 
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 
@@ -236,9 +237,10 @@ def restore_sgd_(
         check_as_many("steps", counters, params)
     flags = (bool(nesterov), bool(maximize))
     numbers = map(plain_number, (momentum, dampening, weight_decay))
-    options = (rate, *numbers, *flags, device_lr, grad_scale, found_inf)
+    scalars = DeviceScalars(device_lr, grad_scale, found_inf)
     moments = {"momentum_buffers": list(momentum_buffers) if momentum != 0 else None}
-    _update("restore_sgd_", params, backup, grads, moments, counters, options)
+    options = (rate, *numbers, *flags)
+    _update("restore_sgd_", params, backup, grads, moments, counters, options, scalars)
 
 
 def restore_adam_(
@@ -293,8 +295,9 @@ def restore_adam_(
     moments = {"exp_avgs": list(exp_avgs), "exp_avg_sqs": list(exp_avg_sqs)}
     flags = (bool(maximize), bool(decoupled_weight_decay))
     numbers = map(plain_number, (*betas, eps, weight_decay))
-    options = (rate, *numbers, *flags, device_lr, grad_scale, found_inf)
-    _update("restore_adam_", params, backup, grads, moments, list(steps), options)
+    scalars = DeviceScalars(device_lr, grad_scale, found_inf)
+    options = (rate, *numbers, *flags)
+    _update("restore_adam_", params, backup, grads, moments, list(steps), options, scalars)
 
 
 def _update(
@@ -305,21 +308,22 @@ def _update(
     moments: Mapping[str, list[Tensor] | None],
     steps: list[Tensor] | None,
     options: tuple[Any, ...],
+    scalars: DeviceScalars,
 ) -> None:
     """Check the lists of ``restore_sgd_`` or ``restore_adam_`` and run the operator ``name``.
 
     Args:
         moments: argument name -> the optimizer's list; None where it keeps none.
         steps: the step counts; None where the optimizer keeps none.
-        options: the operator's other arguments, checked but for grad_scale and found_inf, the last
-            two after the learning rate that is a tensor.
+        options: the operator's numbers and flags, which have been checked.
+        scalars: its last arguments, of which the learning rate has been checked.
     """
     counters = steps or []
     states = (*[tensors or [] for tensors in moments.values()], counters)
-    if native.try_update_(name, params, backup, grads, states, *options):
+    if native.try_update_(name, params, backup, grads, states, *options, *scalars):
         return
     kept = {argument: tensors for argument, tensors in moments.items() if tensors is not None}
-    lists, scalars = (params, backup, grads, *kept.values()), options[-3:]
+    lists = (params, backup, grads, *kept.values())
     plain = (steps is None or len(steps) == len(params)) and native.fits(
         *lists,
         written=(0, *range(3, len(lists))),
@@ -335,8 +339,8 @@ def _update(
             check_like(argument, tensors, params, written=True)
         if steps is not None:
             check_steps(steps, params)
-    for argument, scalar in zip(("grad_scale", "found_inf"), scalars[1:], strict=True):
-        check_scalar(argument, scalar)
-    arguments = (params, backup, grads, *states, *options)
+    check_scalar("grad_scale", scalars.grad_scale)
+    check_scalar("found_inf", scalars.found_inf)
+    arguments = (params, backup, grads, *states, *options, *scalars)
     with torch.no_grad():
         _run(name, *arguments, plainly_written=[params, *states] if plain else None)

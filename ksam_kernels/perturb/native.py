@@ -19,6 +19,7 @@ from ksam_kernels import library
 from ksam_kernels.backends import implements
 from ksam_kernels.native import DEVICES, can_inspect, direct, direct_in_place, extension, run
 from ksam_kernels.perturb import reference
+from ksam_kernels.perturb.scalars import DeviceScalars
 
 TensorList = Sequence[Tensor]
 
@@ -126,13 +127,12 @@ def _restore(kernels: Any, name: str, *args: Any) -> None:
 
 
 def _update(kernels: Any, name: str, params: list[Tensor], *args: Any) -> None:
-    """Run an update with its scalars, the last three arguments, on the device of the parameters,
-    where the kernels read them."""
-    scalars = (
-        scalar.to(params[0].device) if scalar is not None and params else None
-        for scalar in args[-3:]
-    )
-    run(kernels, name, params, *args[:-3], *scalars)
+    """Run an update whose last arguments are :class:`DeviceScalars`."""
+    first = len(args) - len(DeviceScalars._fields)
+    scalars = DeviceScalars(None, None, None)
+    if params:  # whose kernels read them
+        scalars = DeviceScalars(*args[first:]).to(params[0].device)
+    run(kernels, name, params, *args[:first], *scalars)
 
 
 def _on_one_device(call: Any, kernels: Any, name: str, *args: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ksam_kernels.checks import opmath_dtype
 from ksam_kernels.native import extension
 from ksam_kernels.perturb import reference, triton_kernels, triton_updates
+from ksam_kernels.perturb.scalars import DeviceScalars
 from ksam_kernels.perturb.triton_table import CHUNK, Rows, Table
 from ksam_kernels.triton_support import (
     EXACT,
@@ -161,10 +162,6 @@ def _count_steps(addresses: Tensor, found_inf: Tensor | None) -> None:
     )
 
 
-def _scalar_at(scalar: Tensor | None, params: list[Tensor]) -> Tensor | None:
-    return None if scalar is None else scalar.to(params[0].device)
-
-
 @_on_one_device
 def restore_sgd_(
     params: list[Tensor],
@@ -184,7 +181,7 @@ def restore_sgd_(
 ) -> None:
     """Launches: one for each combination of dtypes, and one that counts steps."""
     lists = [params, backup, grads, *([momentum_buffers] if momentum != 0 else [])]
-    scalars = [_scalar_at(scalar, params) for scalar in (device_lr, grad_scale, found_inf)]
+    scalars = DeviceScalars(device_lr, grad_scale, found_inf).to(params[0].device)
     addresses = [step.data_ptr() for step in steps]
     # All memory is taken before the first weight is written.
     counters = device_ints(tuple(addresses), params[0].device) if steps else None
@@ -205,7 +202,7 @@ def restore_sgd_(
         )
     rows.finish()
     if counters is not None:
-        _count_steps(counters, scalars[-1])
+        _count_steps(counters, scalars.found_inf)
 
 
 def _log2(beta: float) -> float:
@@ -232,7 +229,7 @@ def restore_adam_(
     found_inf: Tensor | None,
 ) -> None:
     """Launches: one for each combination of dtypes, and one that counts steps."""
-    scalars = [_scalar_at(scalar, params) for scalar in (device_lr, grad_scale, found_inf)]
+    scalars = DeviceScalars(device_lr, grad_scale, found_inf).to(params[0].device)
     addresses = [step.data_ptr() for step in steps]
     # All memory is taken before the first weight is written.
     counters = device_ints(tuple(addresses), params[0].device)
@@ -252,4 +249,4 @@ def restore_adam_(
             DECOUPLED=decoupled_weight_decay,
         )
     rows.finish()
-    _count_steps(counters, scalars[-1])
+    _count_steps(counters, scalars.found_inf)
