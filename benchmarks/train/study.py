@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     if mistakes:
         raise mistakes[0]  # the same in all processes
     if failures:
-        print(f"{failures} processes failed", file=sys.stderr)
+        print(f"processes that failed: {failures}", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -164,7 +164,7 @@ def test_a_study_whose_processes_fail_is_no_mistake_of_the_user(
     result = cli("--methods", "sgd", "--out", tmp_path, command="study")
     assert result.status == 1
     assert "KeyError" in result.out
-    assert result.err == "1 processes failed\n"
+    assert result.err == "processes that failed: 1\n"
 
 
 def test_a_mistake_in_a_study_is_one_sentence(cli: Callable[..., Any], tmp_path: Path) -> None:
