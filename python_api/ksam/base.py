@@ -112,6 +112,5 @@ def check_no_overlap(params: Sequence[Tensor]) -> None:
     )
     for (_, end, i), (start, _, j) in pairwise(spans):
         if start < end:
-            raise ValueError(
-                f"params {min(i, j)} and {max(i, j)} share memory; tie them as one Parameter"
-            )
+            advice = "give it once" if params[i] is params[j] else "tie them as one Parameter"
+            raise ValueError(f"params {min(i, j)} and {max(i, j)} share memory; {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -344,12 +345,18 @@ def _with_copies(buffers: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]
     return list(kinds.values())
 
 
+def anything_is_compiled() -> bool:
+    """Whether ``torch.compile`` has looked at a frame in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and utils.counters["frames"]["total"] > 0
+
+
 @contextmanager
 def detector(watch: bool) -> Iterator[list[nn.Module]]:
     """Collects the BatchNorm modules that update their statistics within, if it is to watch.
 
     Watching hooks every module call of the process, of other threads too, which one pass can
-    afford, not every step.
+    afford, not every step. ``torch.compile`` would compile modules once more for the hooks.
     """
     seen: list[nn.Module] = []
     if not watch:

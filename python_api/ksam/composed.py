@@ -190,12 +190,12 @@ class Composed(OptimizerWrapper):
         params = (p for group in self.param_groups for p in group["params"])
         if self._told_of_no_gradient or any(p.grad is not None for p in params):
             return  # mostly at the first one
-        if any(p.requires_grad for p in self._parameters()):
-            warn(
-                "the step trains nothing: the function used none of the optimizer's parameters; if "
-                "it should, build the optimizer after the model is copied or its layers replaced"
-            )
-            self._told_of_no_gradient = True
+        warn(
+            "the step trains nothing: the function used none of the optimizer's parameters that "
+            "require grad; if it should, build the optimizer after the model is copied, its layers "
+            "replaced or adapters added to it"
+        )
+        self._told_of_no_gradient = True
 
     def _parameters(self) -> list[Tensor]:
         """All parameters; in every step, so without the checks of :func:`ksam.base.parameters`."""

@@ -71,14 +71,19 @@ class Geometry(Part):
         eta: the floor of T, >= 0.
 
     Raises:
-        TypeError, ValueError: a negative, non-finite or non-numeric eta.
+        TypeError: ``adaptive`` that is no bool.
+        TypeError, ValueError: a negative, non-finite or non-numeric eta, or one that is not used.
     """
 
     needs_names = False
 
     def __init__(self, adaptive: bool = False, eta: float = 0.0) -> None:
+        if not isinstance(adaptive, bool):
+            raise TypeError(f"adaptive must be a bool, got {adaptive!r}")
         self.adaptive = adaptive
         self.eta = check_not_negative("eta", eta)
+        if eta != 0 and not adaptive:
+            raise ValueError(f"eta is used with adaptive=True only, got {eta!r} without")
 
     def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:
         """Perturb; every moved parameter stands in ``moved`` with its backup, also on a failure.

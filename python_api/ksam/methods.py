@@ -135,6 +135,16 @@ class AutoKSAM(KSAM):
         options = {"scale": "batch", "statistics": statistics, **options}
         super().__init__(params, base, **_with_parts(self, options, **parts))
 
+    @property
+    def momentum_rho(self) -> Rho | None:
+        """The radius of MSAM's steps, which may be set anew; None: these steps are plain."""
+        return None if self.otherwise is None else self.otherwise.rho
+
+    @momentum_rho.setter
+    def momentum_rho(self, rho: Rho | Literal["auto"] | None) -> None:
+        radius = None if rho is None else momentum_radius(rho, self.base, "momentum_rho")
+        self.otherwise = None if radius is None else Momentum(radius)
+
 
 class ImportanceKSAM(SharpnessAware):
     r"""K-SAM with k samples drawn by the norm of their logits' gradient, weighted to be unbiased.
@@ -296,8 +306,8 @@ class MSAM(SharpnessAware):
     step costs 1. Between steps the weights are the unperturbed ones: evaluate them as they are.
 
     Args:
-        rho: radius, as in :class:`KSAM`; "auto": 0.05 with Adam and its kin, whose steps are
-            shorter, else 0.3. The authors use 0.3 to 3 with SGD. Of a large one
+        rho: radius, as in :class:`KSAM`; "auto": 0.05 with Adam and its kin (with betas), whose
+            steps are shorter, else 0.3. The authors use 0.3 to 3 with SGD. Of a large one
             :class:`~ksam.radius.ByLearningRate` lost less on CIFAR-10 than a constant one.
         adaptive, eta: as in :class:`KSAM`.
     """

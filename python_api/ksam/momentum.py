@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.optim import Adam, Adamax, NAdam, Optimizer, RAdam
+from torch.optim import Optimizer
 
 from ksam.distributed import is_zero
 from ksam.parts import Part
@@ -19,7 +20,8 @@ _NAMES = ("momentum_buffer", "exp_avg")
 def momentum_radius(
     rho: Rho | Literal["auto"], base: type[Optimizer] | Optimizer, name: str = "rho"
 ) -> Rho:
-    """``rho``; for ``"auto"`` 0.05 with Adam and its kin, whose steps are shorter, else 0.3.
+    """``rho``; for ``"auto"`` 0.05 with Adam and its kin, whose steps are shorter, else 0.3. Its
+    kin, in whatever library, have ``betas``.
 
     Raises:
         TypeError, ValueError: a negative, non-finite or non-numeric rho, by ``name``.
@@ -27,7 +29,11 @@ def momentum_radius(
     if rho != "auto":
         return check_radius(rho, name)
     kind = base if isinstance(base, type) else type(base)
-    return 0.05 if issubclass(kind, (Adam, Adamax, NAdam, RAdam)) else 0.3
+    return 0.05 if any(map(_takes_betas, kind.__mro__)) else 0.3
+
+
+def _takes_betas(kind: type) -> bool:
+    return issubclass(kind, Optimizer) and "betas" in inspect.signature(kind.__init__).parameters
 
 
 class Momentum(Part):

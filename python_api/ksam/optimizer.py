@@ -320,8 +320,8 @@ class SharpnessAware(Composed):
             whole=not sharp or any(sampler.sees_batch(step) for sampler in samplers),
             micro_batch_size=self.micro_batch_size,
             scored=self._wants_share(sharp) or (sharp and any(s.scored for s in samplers)),
-            trainable=any(p.requires_grad for p in self._parameters()),
-            watch=self.model is None and not self._looked_for_batchnorm,
+            watch=not self._looked_for_batchnorm,
+            has_model=self.model is not None,
             scale=self._update.scale,
         )
         wrapped = [] if self.micro_batch_size is None else data_parallel(self.model)

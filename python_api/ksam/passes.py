@@ -32,8 +32,13 @@ def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
     if shape != (samples,):
         if shape == ():
             advice = "a scalar is a mean: use reduction='none'"
+        elif shape == (samples, samples):
+            advice = f"did ({samples}, 1) and ({samples},) broadcast?"
         elif shape[0] == samples:
-            advice = "reduce the other dimensions, as .flatten(1).mean(1) does"
+            advice = (
+                "if these are losses and not the model's output, reduce the other dimensions, as "
+                ".flatten(1).mean(1) does"
+            )
         else:
             advice = "they must be those of the batch that the function is given"
         raise ValueError(
@@ -76,8 +81,8 @@ class PassOptions:
         whole: whether one of the passes is over the whole batch.
         micro_batch_size: the most samples of a call of the function; None: all at once.
         scored: whether :attr:`Passes.scores` are needed.
-        trainable: whether some parameter requires a gradient, so that the losses must have a graph.
         watch: whether to look for BatchNorm that nobody handles.
+        has_model: whether some are handled, those of the model that was given.
         scale: scales a loss before its backward pass.
     """
 
@@ -86,8 +91,8 @@ class PassOptions:
     whole: bool
     micro_batch_size: int | None
     scored: bool
-    trainable: bool
     watch: bool
+    has_model: bool
     scale: Callable[[Tensor], Tensor]
 
 
@@ -188,7 +193,8 @@ class Passes:
                 raise
             raise RuntimeError(
                 "per_sample_loss takes a derivative, and the pass that selects samples runs "
-                "without gradients: let it do so within torch.enable_grad()"
+                "without gradients: let it do so within torch.enable_grad() (not the backward "
+                "pass of the losses, which the optimizer takes itself)"
             ) from error
 
     def gradient(self, subset: Subset, factor: Tensor | float | None = None) -> Tensor:
@@ -202,10 +208,11 @@ class Passes:
                 if factor is not None:
                     objective = objective * factor
                 self._options.scale(objective).backward()  # type: ignore[no-untyped-call]
-            elif self._options.trainable:
+            else:
                 raise RuntimeError(
-                    "per_sample_loss returned losses without a graph although parameters require "
-                    "grad; do not detach them and do not compute them under no_grad"
+                    "per_sample_loss returned losses without a graph: nothing that it used "
+                    "requires grad (are all parameters frozen?), or they were detached or computed "
+                    "under no_grad"
                 )
 
         return self._pass(subset, backward)
@@ -233,11 +240,19 @@ class Passes:
             part = subset.samples / self.samples
             context = self._norms.of_subset(perturbed=self.before is not None, part=part)
         self.taken += 1
-        with context, batchnorm.detector(self._options.watch and self.taken == 2) as seen:
+        with context, batchnorm.detector(self._watches()) as seen:
             losses = self._in_micro_batches(subset, reports, backward)
-            if seen:
+            if not set(self._norms.modules).issuperset(seen):
                 _warn_of_batchnorm()
         return losses
+
+    def _watches(self) -> bool:
+        """In the second pass of a step, as a single one may update what it likes. Who has given a
+        model has most likely given all of it, and is not to pay for it with compilations."""
+        options = self._options
+        if not options.watch or self.taken != 2:
+            return False
+        return not (options.has_model and batchnorm.anything_is_compiled())
 
     def _in_micro_batches(self, subset: Subset, reports: bool, backward: Backward | None) -> Tensor:
         parts = micro_batches.split(subset, self._options.micro_batch_size)

@@ -127,8 +127,12 @@ def test_a_learning_rate_that_the_kernels_cannot_read_is_the_base_s(rate: Tensor
 
 def test_parameters_that_share_memory_are_refused() -> None:
     first = nn.Parameter(torch.ones(4))
-    with pytest.raises(ValueError, match="params 0 and 1 share memory"):
+    with pytest.raises(ValueError, match="params 0 and 1 share memory; tie them"):
         KSAM([first, nn.Parameter(first.data[2:])], torch.optim.SGD, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the base's
+        with pytest.raises(ValueError, match="params 0 and 1 share memory; give it once"):
+            KSAM([first, first], torch.optim.SGD, lr=0.1)
 
 
 def test_the_steps_of_parameters_count_where_they_end() -> None:

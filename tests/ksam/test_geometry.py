@@ -43,6 +43,13 @@ def test_asam_returns_the_norm_of_all_that_moves(backend: str, bias: bool) -> No
     torch.testing.assert_close(norm, torch.stack(squares).sum().sqrt().float(), rtol=1e-5, atol=0)
 
 
+def test_options_without_effect_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"eta is used with adaptive=True only, got 0\.5"):
+        Geometry(eta=0.5)
+    with pytest.raises(TypeError, match=r"adaptive must be a bool, got 0\.5"):
+        Geometry(adaptive=0.5)  # type: ignore[arg-type]
+
+
 def test_every_tensor_is_drawn_with_probability_one(backend: str) -> None:
     """ESAM is SAM then, but for the samples that it descends on: here all."""
     model, twin = network(), network()

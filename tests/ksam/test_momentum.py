@@ -17,6 +17,20 @@ from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, network, noting_weights, weights
 
 
+class KeywordsOnly(torch.optim.Adam):
+    """Of Adam's kin by its base class."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+
+
+class OfAnotherLibrary(torch.optim.Optimizer):
+    """Of Adam's kin by its arguments."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+
 @pytest.mark.parametrize("name", ["Adagrad", "ASGD", "Rprop", "RMSprop", "SGD"])
 @pytest.mark.parametrize("method", [MSAM, AutoKSAM])
 def test_a_base_without_momentum_is_refused(method: type[Any], name: str) -> None:
@@ -75,6 +89,8 @@ def test_the_radius_along_the_momentum(method: type[Any], name: str) -> None:
 
     for kin in ("Adam", "Adamax", "AdamW", "NAdam", "RAdam"):
         assert radius(getattr(torch.optim, kin)) == 0.05
+    assert radius(KeywordsOnly) == 0.05
+    assert radius(OfAnotherLibrary) == 0.05
     assert radius(torch.optim.SGD, momentum=0.9) == 0.3
     assert radius(torch.optim.AdamW, **{name: 0.7}) == 0.7
     for bad, error in (("Auto", TypeError), (-1, ValueError), (float("nan"), ValueError)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
 import warnings
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ksam import KSAM, MSAM, AutoKSAM
+from ksam import KSAM
 from ksam.backups import Backups
 from ksam.selection import subset_size
 from ksam.update import _step_counter
 from tests.helpers import all_same_bits, default_dtype, same_bits
-from tests.ksam.models import Batch, batch, loss_of, network, noting_weights, weights
+from tests.ksam.models import batch, loss_of, network, noting_weights, weights
 
 
 @pytest.mark.parametrize(
@@ -292,62 +291,6 @@ def test_batchnorm_statistics_are_those_of_one_pass_over_the_whole_batch(
         optimizer.step(loss_of(model), batch(step))
         assert all_same_bits(list(model.buffers()), list(twin.buffers()))
     assert int(model[1].num_batches_tracked) == 3
-
-
-def test_batchnorm_without_its_model_is_left_alone_and_told_once(backend: str) -> None:
-    model = network(batchnorm=True)
-    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        optimizer.step(loss_of(model), batch())
-        optimizer.step(loss_of(model), batch())
-    assert ["pass model=" in str(warning.message) for warning in caught] == [True]
-    assert caught[0].filename == __file__
-    assert int(model[1].num_batches_tracked) == 6
-
-
-@pytest.mark.parametrize("training", [True, False])
-@torch._dynamo.config.patch(issue_3_13_0_warning=False)  # of that Python, not of ours
-def test_a_compiled_model_that_is_given_is_not_watched(training: bool) -> None:
-    """torch.compile would warn of the hook, and compile the model once more for it."""
-    model = network(batchnorm=not training).train(training)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step in range(3):
-            optimizer.step(loss_of(compiled), batch(step))
-
-
-def test_batchnorm_of_another_thread_is_no_reason_to_warn() -> None:
-    model, other = network(), network(batchnorm=True)
-
-    def function(b: Batch) -> Tensor:
-        thread = threading.Thread(target=lambda: other(b["x"]))
-        thread.start()
-        thread.join()
-        return loss_of(model)(b)
-
-    optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step(function, batch())
-
-
-def test_one_pass_a_step_is_no_reason_to_warn(backend: str) -> None:
-    """MSAM's steps have one; AutoKSAM warns with its first step of K-SAM, wherever that is."""
-    model = network(batchnorm=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        msam = MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
-        for _ in range(2):
-            msam.step(loss_of(model), batch())
-    assert int(model[1].num_batches_tracked) == 2
-    auto = AutoKSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, threshold=0, every=1)
-    assert not auto.step(loss_of(model), batch()).sharp
-    with pytest.warns(UserWarning, match="pass model="):
-        assert auto.step(loss_of(model), batch()).sharp
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

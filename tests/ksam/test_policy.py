@@ -287,6 +287,26 @@ def test_the_radius_along_momentum_is_of_the_base_s_kind(
     assert optimizer.otherwise.rho == radius
 
 
+def test_the_radius_along_momentum_may_be_set_anew(backend: str) -> None:
+    model, twin = network(), network()
+    optimizer = AutoKSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.momentum_rho = 0.7
+    other = AutoKSAM(twin.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, momentum_rho=0.7)
+    for seed in range(3):
+        optimizer.step(loss_of(model), batch(seed))
+        other.step(loss_of(twin), batch(seed))
+    assert all_same_bits(weights(model), weights(twin))
+    assert optimizer.momentum_rho == 0.7
+    with pytest.raises(ValueError, match=r"^momentum_rho must be .*-1"):
+        optimizer.momentum_rho = -1
+    assert optimizer.momentum_rho == 0.7
+    optimizer.momentum_rho = "auto"
+    assert optimizer.momentum_rho == 0.3
+    optimizer.momentum_rho = None
+    assert optimizer.momentum_rho is None
+    assert optimizer.otherwise is None
+
+
 def test_the_automatic_k_sam_needs_momentum_unless_told_otherwise() -> None:
     params = [*network().parameters()]
     with pytest.raises(ValueError, match=r"momentum .*got SGD with momentum=0"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ksam.optimizer
-from ksam import KSAM, Representative, SharpnessAware
+from ksam import KSAM, MSAM, SAM, AutoKSAM, Representative, SharpnessAware
 from ksam.samplers import TopK
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, fails_in_call, loss_of, network, weights
@@ -200,17 +200,28 @@ def test_a_parameter_may_change_its_shape_between_steps(backend: str) -> None:
     assert (p < 1).all()
 
 
-def test_no_trainable_parameter_moves_nothing(backend: str) -> None:
+@pytest.mark.parametrize("method", [KSAM, SAM, MSAM, AutoKSAM])
+def test_a_model_that_is_frozen_is_told_as_plain_pytorch_tells_it(
+    backend: str, method: type[SharpnessAware]
+) -> None:
     model = network().requires_grad_(False)
     before = weights(model)
-    result = KSAM(model.parameters(), torch.optim.SGD, lr=0.1).step(loss_of(model), batch())
-    assert float(result.grad_norm) == 0
+    optimizer = method(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    with pytest.raises(RuntimeError, match=r"without a graph.* all parameters frozen"):
+        optimizer.step(loss_of(model), batch())
     assert all_same_bits(weights(model), before)
 
 
 BAD_STEPS: list[tuple[Callable[[Any], Any], Any, type[Exception], str]] = [
     (lambda b: b["x"].mean(), batch(), ValueError, r"per_sample_loss .*\(24,\), got \(\)"),
     (lambda b: b["x"][:3, 0], batch(), ValueError, r"\(24,\), got \(3,\)"),
+    (lambda b: b["x"], batch(), ValueError, r"got \(24, .*these are losses and not the model's"),
+    (
+        lambda b: (b["x"][:, :1] - b["x"][:, 0]).square(),
+        batch(),
+        ValueError,
+        r"got \(24, 24\); did \(24, 1\) and \(24,\) broadcast",
+    ),
     (lambda b: b["y"], batch(), TypeError, "losses .* must be float32, .* got torch.int64"),
     (lambda b: 1.0, batch(), TypeError, "losses .* must be a tensor, got float"),
     (lambda b: b["x"][:, 0].to_sparse(), batch(), TypeError, "losses .* got layout .*sparse"),
