@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -371,5 +372,17 @@ def extensions() -> list[Extension]:
     return [Extension("ksam_kernels._C", sources=sources, depends=others)]
 
 
+class EditableWheel(editable_wheel):
+    """With the folder of ksam on the path. setuptools finds packages of several folders by an
+    import hook, which comes after the path: beside a clone called ksam, Python would take the
+    clone, a folder without code, for the package."""
+
+    def _install_namespaces(self, installation_dir: str, pth_prefix: str) -> None:
+        super()._install_namespaces(installation_dir, pth_prefix)
+        paths = Path(installation_dir, f"__editable__.{pth_prefix}_path.pth")
+        paths.write_text(f"{ROOT / 'python_api'}\n")
+
+
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})
+    commands = {"build_ext": NinjaBuildExt, "editable_wheel": EditableWheel}
+    setup(ext_modules=extensions(), cmdclass=commands)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -293,3 +297,33 @@ def test_source_distributions_have_every_source(build: ModuleType) -> None:
     listed = {*extension.sources, *extension.depends}
     wanted = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md"]
     assert listed == {str(path.relative_to(ROOT)) for path in wanted}
+
+
+def test_an_editable_install_is_found_beside_a_clone_of_its_name(tmp_path: Path) -> None:
+    """There the path has a folder called ksam, without code."""
+    clone = tmp_path / "ksam"
+    clone.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    for name in ("csrc", "ksam_kernels", "python_api"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, clone / name, ignore=ignored)
+    build = [sys.executable, "setup.py", "-q", "editable_wheel", "--dist-dir", str(tmp_path)]
+    environment = {**os.environ, "KSAM_NATIVE": "0", "KSAM_CUDA": "0"}
+    subprocess.run(build, cwd=clone, env=environment, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site-packages"
+    zipfile.ZipFile(wheel).extractall(site)
+    program = (
+        "import importlib.util, site, sys;"
+        f"site.addsitedir({str(site)!r}); sys.path.insert(0, {str(tmp_path)!r});"
+        "print(*(importlib.util.find_spec(n).origin for n in ('ksam', 'ksam_kernels')), sep='\\n')"
+    )
+    # Without the packages of this environment, in which ksam may be installed.
+    found = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.split() == [
+        str(clone / "python_api" / "ksam" / "__init__.py"),
+        str(clone / "ksam_kernels" / "__init__.py"),
+    ]
