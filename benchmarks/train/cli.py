@@ -30,6 +30,12 @@ from benchmarks.train.run import run_benchmark
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `train` to `parser`."""
+    add_training_arguments(parser)
+    _add_timing_arguments(parser)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those that `study` has too."""
     _add_data_arguments(parser)
     _add_optimizer_arguments(parser)
     _add_method_arguments(parser)
@@ -158,13 +164,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="CPU threads (default: PyTorch's; of a study's processes: 1)",
     )
     group.add_argument(
-        "--timing-rounds",
-        type=number(int, lambda n: n >= 0, "a count >= 0"),
-        metavar="N",
-        help="rounds of the side-by-side step timing, 0 for none; no part of a study "
-        "(default: at least 15 and about 15 seconds' worth)",
-    )
-    group.add_argument(
         "--diagnostics",
         action="store_true",
         help="of the sharpness-aware methods, seed 0, write what their steps do as CSV and a page "
@@ -174,7 +173,19 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for results (default: runs/<command>-<data>)",
+        help="folder for results; train writes over those that are there (default: "
+        "runs/<command>-<data>)",
+    )
+
+
+def _add_timing_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("step timing")
+    group.add_argument(
+        "--timing-rounds",
+        type=number(int, lambda n: n >= 0, "a count >= 0"),
+        metavar="N",
+        help="rounds of the side-by-side step timing, 0 for none (default: at least 15 and about "
+        "15 seconds' worth)",
     )
 
 

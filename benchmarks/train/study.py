@@ -40,8 +40,9 @@ Message = EpochResult | UsageError | str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `study`: those of `train`, and how to run them."""
-    cli.add_arguments(parser)
+    """Add the options of `study`: those of `train` but for its timing, and how to run them."""
+    cli.add_training_arguments(parser)
+    parser.set_defaults(timing_rounds=None)
     group = parser.add_argument_group("study")
     group.add_argument(
         "--processes",
@@ -147,6 +148,8 @@ def _work(worker: _Worker, todo: Any, found: Any) -> None:
                     return
     except UsageError as error:
         found.put(error)
+    except KeyboardInterrupt:  # of the study too, which says so
+        return
     except BaseException:
         found.put(traceback.format_exc())
         raise

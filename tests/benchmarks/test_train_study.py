@@ -173,3 +173,9 @@ def test_a_mistake_in_a_study_is_one_sentence(cli: Callable[..., Any], tmp_path:
     assert result.status == 2
     assert "--train-samples 5000: the training set has 1347" in result.err
     assert "Traceback" not in result.err
+
+
+def test_the_study_times_no_steps(cli: Callable[..., Any], tmp_path: Path) -> None:
+    result = cli("--timing-rounds", 3, "--out", tmp_path, command="study")
+    assert result.status == 2
+    assert "unrecognized arguments: --timing-rounds" in result.err
