@@ -5,11 +5,11 @@
 // written nothing; ksam_kernels/<room>/native.py says what happens then.
 #include <pybind11/pybind11.h>
 
+#include "bindings.h"
 #include "common/gpu_runtime.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/python.h"
-#include "rooms.h"
 
 namespace py = pybind11;
 

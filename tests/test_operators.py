@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import ksam_kernels
 from ksam_kernels import backends
+from ksam_kernels.native import extension
 from tests.helpers import sliced, transposed
 
 OPERATORS = [name for names in backends.OPERATORS.values() for name in names]
@@ -364,6 +366,16 @@ def test_a_traced_function_computes_anew(backend: str) -> None:
     x = rand(4, 5)
     for found, expected in zip(traced(x), losses_and_indices(x), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(extension is None, reason="the extension is not built")
+@pytest.mark.parametrize("name", backends.OPERATORS["perturb"])
+def test_the_extension_takes_the_operators_arguments_in_their_order(name: str) -> None:
+    """They are passed by position."""
+    signature = getattr(extension, name).__doc__.partition(", /)")[0]
+    found = [n for n in re.findall(r"(\w+): ", signature) if n != "norm"]  # what it writes, last
+    operator = getattr(torch.ops.ksam, name).default
+    assert found == [argument.name for argument in operator._schema.arguments]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # no batching rule: PyTorch loops

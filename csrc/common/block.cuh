@@ -64,7 +64,7 @@ struct Rounded<f16> {
   }
 };
 
-// body(Type<T>{}) with T the element type of a floating dtype.
+// body(Type<T>{}), T being the element type of a floating dtype.
 template <class Body>
 void on_floating(DType dtype, const Body& body) {
   switch (dtype) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T, N>& value) {
 __device__ __forceinline__ int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ __forceinline__ int lane_of_thread() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-// Over a warp, every lane gets the result. Always in the same order.
+// The sum over a warp, in all its lanes; always added up in the same order.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -117,8 +117,8 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// Over a block of kThreads; thread 0 gets the result. Begins with a barrier, so that one call may
-// follow another.
+// The sum over a block of kThreads, in thread 0. Begins with a barrier, so that calls may follow
+// each other.
 template <int kThreads, class T>
 __device__ __forceinline__ T block_sum(T value) {
   __shared__ T of_warp[kThreads / kWarp];
@@ -140,7 +140,7 @@ __device__ __forceinline__ unsigned count_in_order(unsigned* counter, unsigned l
   __threadfence();
   const unsigned before = atomicInc(counter, last);
   __threadfence();
-#else  // one fence in place of two, which are waited for when nothing else is to do
+#else  // two fences would be waited for, when the block has nothing else to do
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
                : "=r"(before)
@@ -150,8 +150,8 @@ __device__ __forceinline__ unsigned count_in_order(unsigned* counter, unsigned l
   return before;
 }
 
-// Whether all other blocks of `blocks` have come here already; what they wrote before can then be
-// read (past the first-level cache: __ldcg). The counter is 0 again after the last one.
+// True in the last of `blocks` blocks to come here. It can read what the others have written before
+// (past the first-level cache: __ldcg), and leaves the counter at 0 again.
 __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
   __syncthreads();

@@ -1,4 +1,5 @@
-// From a tensor's dtype to the type of its elements, in the <room>_cpu.cpp files.
+// Calls a generic lambda with the type of a tensor's elements. For the <room>_cpu.cpp files;
+// kernels have on_floating() of common/block.cuh.
 #pragma once
 
 #include "common/simd.h"
@@ -6,7 +7,7 @@
 
 namespace ksam::KSAM_ISA {
 
-// body(Type<T>{}) with T the element type of a floating dtype.
+// body(Type<T>{}), T being the element type of a floating dtype.
 template <class Body>
 KSAM_INLINE void on_floating(DType dtype, const Body& body) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// What of gpu.h asks torch, through its DLPack capsule.
+// The part of gpu.h that gets streams and memory from torch, through its DLPack capsule.
 #include "common/gpu.h"
 
 #include <string>
@@ -45,7 +45,7 @@ void* GpuCall::scratch(int64_t bytes) {
   if (torch_api().managed_tensor_allocator(&prototype, &scratch_, &error, set_error) != 0) {
     scratch_ = nullptr;
     error = "no " + std::to_string(bytes) + " bytes of device memory: " + error;
-    // As torch's allocators for GPUs and for the CPU, which the tests' runner has, put it.
+    // The words of torch's allocators for GPUs and, in the runner of tests/simt, for the CPU.
     for (const char* words : {"out of memory", "can't allocate memory"}) {
       if (error.find(words) != std::string::npos) throw OutOfMemory(error);
     }

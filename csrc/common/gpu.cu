@@ -1,3 +1,5 @@
+// The CUDA runtime behind gpu_runtime.h, and what the runner of tests/simt has in its place.
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -16,7 +18,8 @@ void return_to_device(int) noexcept {}
 bool has_code_for(int) { return true; }
 const char* why_no_code(int) { return ""; }
 
-// The counter and the fallback in turn. A kernel that was stopped by a fault has left its count.
+// Returns the counter and the fallback in turn, so that tests try both. Clears the counter where a
+// fault has stopped a kernel, which left its count behind.
 unsigned* ticket(Stream, void* fallback) {
   static unsigned counter = 0;
   static uint64_t calls = 0, faults = 0;
@@ -42,7 +45,7 @@ int set_device(int device) {
 
 void return_to_device(int device) noexcept {
   int current = device;
-  // Where the driver refuses, the call has failed before, and has said so.
+  // Errors are dropped: a driver that refuses this has failed the call before, which has said so.
   if (cudaGetDevice(&current) == cudaSuccess && current != device) cudaSetDevice(device);
 }
 
@@ -50,10 +53,10 @@ namespace {
 
 constexpr int kTickets = 1024;
 
-// Of each device; the runtime sets it to zero when it loads the module there.
+// On every device; the runtime sets them to 0 when it loads the module there.
 __device__ unsigned tickets[kTickets];
 
-// The place of a stream's ticket, the same for its whole life; kTickets where all are taken.
+// Where in `tickets` a stream's is, for as long as the process runs; kTickets once all are taken.
 int place_of(int device, Stream stream) {
   static std::mutex mutex;
   static std::map<std::pair<int, Stream>, int> places;
@@ -92,8 +95,8 @@ bool is_final(cudaError_t error) {
   }
 }
 
-// Throws nothing: where there is no driver that the runtime can use (a GPU of another maker, a
-// driver older than the toolkit), there is no code either.
+// Does not throw, as it is asked on machines without CUDA too: without a driver that the runtime
+// can use (a GPU of another maker, a driver older than the toolkit) there is no code.
 cudaError_t find_code(int device) noexcept {
   int previous = 0;
   cudaFuncAttributes attributes;
@@ -106,12 +109,13 @@ cudaError_t find_code(int device) noexcept {
   if (error == cudaSuccess && kParameterBytes > 4096 && driver < 12010) {
     error = cudaErrorInsufficientDriver;
   }
-  if (error != cudaSuccess) cudaGetLastError();  // returned: this runtime need not remember it
+  if (error != cudaSuccess) cudaGetLastError();  // forget the error, which is returned
   return_to_device(previous);
   return error;
 }
 
-// Kept as its number and one: 0 is what is not known yet, also after an error that is not final.
+// Stored as the error's number plus one: 0 means that the device has to be asked, or asked again
+// after an error that is not final.
 cudaError_t code_error(int device) {
   const int known = once_per_device<int>(device, [](int which) {
     const cudaError_t error = find_code(which);

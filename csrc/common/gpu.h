@@ -1,7 +1,7 @@
-// Where the kernels of a call run, and what GPU kernels need from torch and from the driver.
+// Says where the kernels of a call run, and gets them what they need of torch and of the driver.
 //
-// KSAM_CUDA is defined in builds with CUDA kernels. tests/simt builds the same kernels for its
-// runner, which executes them on the CPU (KSAM_SIMT): CPU tensors are then what the GPU takes.
+// KSAM_CUDA is defined in builds with CUDA kernels, KSAM_SIMT where tests/simt builds the same
+// kernels for its runner. That executes them on the CPU, so CPU tensors count as being on the GPU.
 #pragma once
 
 #include <cstdint>
@@ -38,13 +38,13 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.device_type == b.device_type && a.device_id == b.device_id;
 }
 
-// Device memory has run out: torch's for scratch, or what CUDA takes for its own to load a kernel.
-// In Python it is torch.OutOfMemoryError.
+// Device memory has run out: torch's allocator has none for scratch, or CUDA has none to load a
+// kernel into. Python sees torch.OutOfMemoryError.
 struct OutOfMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Makes a device the current one, and then what was before.
+// Makes a device current for as long as the object lives, then the previous one again.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -56,8 +56,9 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-// A call on a device, whose work goes to torch's current stream there. Made and destroyed with the
-// interpreter's lock; a launch may wait for room in the stream's queue, so without it in between.
+// A call whose work goes to torch's current stream of a device. Construct and destroy it with the
+// interpreter's lock held, but launch without it: a launch may wait until the stream's queue, where
+// it is full, has moved on.
 class GpuCall {
  public:
   explicit GpuCall(const Tensor& t);
@@ -67,8 +68,9 @@ class GpuCall {
 
   Stream stream() const { return stream_; }
 
-  // Device memory from torch's allocator, aligned to 512 bytes, null for no bytes; one piece a
-  // call. Freed with this object, which torch's allocator takes as the order of the stream.
+  // Device memory from torch's allocator, aligned to 512 bytes; null for 0 bytes. Only one piece a
+  // call. It is freed with this object, even if kernels still use it: torch's allocator hands it
+  // out again in the order of the stream.
   void* scratch(int64_t bytes);
 
  private:
@@ -78,7 +80,8 @@ class GpuCall {
   dlpack::ManagedTensor* scratch_ = nullptr;
 };
 
-// What a call of a kernel that this build leaves out stands for; has_kernels() prevents it.
+// Stands for the result of a kernel that this build leaves out, so that code which calls it
+// compiles. has_kernels() keeps such a call from being reached.
 struct NotBuilt {
   template <class... Arguments>
   static NotBuilt call(const Arguments&...) {
@@ -92,8 +95,8 @@ struct NotBuilt {
 
 }  // namespace ksam
 
-// KSAM_DECLARE_GPU(declarations): in namespace gpu.
-// KSAM_ON_GPU(function, arguments...): calls it, in builds that have it.
+// KSAM_DECLARE_GPU(declarations): declares functions of namespace gpu, in builds that have them.
+// KSAM_ON_GPU(function, arguments...): calls one of them; throws in builds without it.
 #if defined(KSAM_CUDA)
 #define KSAM_DECLARE_GPU(...) \
   namespace gpu {             \

@@ -1,4 +1,4 @@
-// The CUDA runtime as far as host code outside .cu files needs it.
+// What host code outside .cu files needs of the CUDA runtime, whose headers it does not include.
 #pragma once
 
 #include "common/gpu.h"
@@ -10,16 +10,18 @@ int current_device();
 int set_device(int device);
 void return_to_device(int device) noexcept;
 
-// Whether this build has machine code, or PTX, that runs on a device; what CUDA says where not.
+// Whether this build has machine code, or PTX, that runs on a device; if not, CUDA's error message.
 bool has_code_for(int device);
 const char* why_no_code(int device);
 
 int multiprocessors();  // of the current device
 
-// A counter on the current device for kernels of one stream, 0 before and after each of them
-// (last_block in common/block.cuh). While the stream is captured, where all counters are taken, and
-// of the stream that each thread has, it is `fallback`, 4 bytes of scratch that are set to 0 in the
-// stream, one more node of a graph: graphs captured from one stream may replay at the same time.
+// A counter in the current device's memory that is 0 before and after each kernel which counts with
+// it (last_block in common/block.cuh). Kernels of one stream run one after the other, so they share
+// the stream's counter. Where it cannot have one, `fallback` is used, 4 bytes of scratch that are
+// set to 0 in the stream: once all counters are taken, for cudaStreamPerThread, which is a stream
+// of each thread, and while the stream is captured, as graphs captured from it may replay at the
+// same time. (Setting the bytes to 0 is one more node of the graph.)
 unsigned* ticket(Stream stream, void* fallback);
 
 }  // namespace ksam::gpu

@@ -1,5 +1,5 @@
-// Marks functions that host code and CUDA kernels share. They are always inlined: common/isa.h says
-// what would become of those that *_cpu.cpp files include.
+// Marks functions that host code and CUDA kernels share. They are always inlined, because *_cpu.cpp
+// files include some of them: common/isa.h says what would become of those otherwise.
 #pragma once
 
 #if defined(__CUDACC__)

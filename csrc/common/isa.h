@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels run with.
+// Chooses the instruction set that the CPU kernels run with.
 //
 // Every <room>_cpu.cpp is compiled once per instruction set into a namespace of that name, and a
 // call picks one of them by the processor it runs on. Those files must use no std container or
@@ -20,8 +20,8 @@ const char* isa_name(Isa isa);
 
 }  // namespace ksam
 
-// KSAM_DECLARE_PER_ISA(declarations): in every namespace.
-// KSAM_ON_ISA(function, arguments...): calls the copy for the current instruction set.
+// KSAM_DECLARE_PER_ISA(declarations): declares functions in the namespace of every instruction set.
+// KSAM_ON_ISA(function, arguments...): calls the copy for the one that was chosen.
 #if defined(KSAM_SIMT)  // tests/simt builds GPU kernels only
 #define KSAM_DECLARE_PER_ISA(...)
 #define KSAM_ON_ISA(function, ...) ::ksam::NotBuilt::call(__VA_ARGS__)

@@ -97,7 +97,7 @@ KSAM_INLINE V load_lanes(const T* p) {
 }
 
 #if defined(__AVX2__)
-// One instruction packs two registers.
+// One instruction packs two registers, where the template below would store one after the other.
 KSAM_INLINE void store_lanes(bf16* p, const Pair<f32x8>& x) {
   const __m256i low = bit_cast<__m256i>(rounded_to_bf16(x.low));
   const __m256i high = bit_cast<__m256i>(rounded_to_bf16(x.high));
@@ -160,17 +160,17 @@ KSAM_INLINE V magnitude(const V& x) {
   return larger(x, V{} - x);  // NaN stays NaN
 }
 
-// x in the lanes where keep is not 0, and 0 in the others, whatever x is there.
+// x in the lanes where mask is not 0, and 0 in the others, even where x is infinite or NaN.
 template <class V>
-KSAM_INLINE V masked(const V& x, const V& keep) {
+KSAM_INLINE V masked(const V& x, const V& mask) {
   if constexpr (LaneTraits<V>::kIsPair) {
-    return {masked(x.low, keep.low), masked(x.high, keep.high)};
+    return {masked(x.low, mask.low), masked(x.high, mask.high)};
   } else {
-    return keep != 0 ? x : V{};
+    return mask != 0 ? x : V{};
   }
 }
 
-// x in the lanes where it is not -infinity, 0 in the others.
+// x in the lanes where it is not -infinity, 0 in the others: origin() of loss/loss_row.h.
 template <class V>
 KSAM_INLINE V origins(const V& x) {
   if constexpr (LaneTraits<V>::kIsPair) {
@@ -205,7 +205,7 @@ KSAM_INLINE Pair<V> fma(const Pair<V>& a, const Pair<V>& b, const Pair<V>& c) {
   return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
 }
 
-// Adds the lanes up, or finds the largest.
+// What combine(a, b) makes of all lanes, for instance their sum; in the order given above.
 template <class V, class Combine>
 KSAM_INLINE typename LaneTraits<V>::element reduce(const V& x, const Combine& combine) {
   using A = typename LaneTraits<V>::element;

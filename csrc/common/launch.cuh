@@ -1,7 +1,9 @@
-// Launches, for nvcc and for the runner of tests/simt.
+// What nvcc and the runner of tests/simt do in ways of their own: launches, parameters of kernels,
+// the sizes of constants.
 #pragma once
 
 #include <atomic>
+#include <type_traits>
 
 #if defined(KSAM_SIMT)
 #include "cuda.h"  // tests/simt/cuda.h
@@ -13,15 +15,15 @@
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #endif
 
 #include "common/gpu_runtime.h"
 
-// A struct as a kernel's parameter, read where the launch has put it.
+// KSAM_PARAMETER(T): a struct as a kernel's parameter, which is read where the launch has put it; a
+// plain one would be copied to each thread's local memory where the kernel indexes into it.
 // KSAM_DEVICE_ASSERT(condition): ends the kernel with an error that the host sees at its next wait.
-// KSAM_CHECK_ALIGNED(p, bytes): in the runner, what a GPU does where a vector's address is no
-// multiple of its size.
+// KSAM_CHECK_ALIGNED(p, bytes): has the runner fail, as a GPU does, where the address of a vector
+// is no multiple of its size.
 #if defined(KSAM_SIMT)
 #define KSAM_PARAMETER(T) const T&
 #define KSAM_CHECK_ALIGNED(p, bytes)             \
@@ -39,14 +41,22 @@
 
 namespace ksam::gpu {
 
+// A constant with another value in the runner of tests/simt, so that the tests' small inputs take
+// every path that large inputs take on a GPU.
+constexpr int gpu_or_simt([[maybe_unused]] int on_gpu, [[maybe_unused]] int in_simt) {
+#if defined(KSAM_SIMT)
+  return in_simt;
+#else
+  return on_gpu;
+#endif
+}
+
 // Bytes of parameters that one launch can carry (CUDA C++ Programming Guide, "Function
 // Parameters").
-#if defined(KSAM_SIMT)
-constexpr int kParameterBytes = 2048;  // so that tests reach the next launch sooner
-#elif CUDART_VERSION >= 12010
-constexpr int kParameterBytes = 32764;
+#if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
+constexpr int kParameterBytes = gpu_or_simt(32764, 2048);
 #else
-constexpr int kParameterBytes = 4096;
+constexpr int kParameterBytes = gpu_or_simt(4096, 2048);
 #endif
 
 #if defined(KSAM_SIMT)
@@ -61,7 +71,7 @@ void load(Kernels...) {}
 
 template <class... P, class... A>
 bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
-  static uint64_t launches = 0;  // every other one has room for two blocks
+  static uint64_t launches = 0;  // every other one finds a GPU that takes two blocks
   if (grid.x > 2 && ++launches % 2 == 0) return false;
   simt::launch(true, kernel, grid, block, arguments...);
   return true;
@@ -76,8 +86,8 @@ inline void check(cudaError_t error) {
   throw std::runtime_error(message);
 }
 
-// The type of a parameter, by the kernel alone: arguments of other types are converted. By
-// reference, so that a table is copied once, by the runtime.
+// The type of a parameter, deduced from the kernel alone: arguments of other types are converted.
+// A reference, so that only the runtime copies a table.
 template <class P>
 struct NonDeduced {
   using type = const P&;
@@ -90,16 +100,16 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0, stream));
 }
 
-// CUDA loads a kernel when it is first asked for, and may find the current device full. For those
-// of a call that must not end between two launches: loads them, or throws.
+// Loads kernels, or throws. CUDA would load each at its first launch and may find the device's
+// memory full: too late for a call that must not fail between two of its launches.
 template <class... Kernels>
 void load(Kernels... kernels) {
   cudaFuncAttributes attributes;
   (check(cudaFuncGetAttributes(&attributes, kernels)), ...);
 }
 
-// False, with nothing launched, where several blocks have no room at once; throws where even one
-// has none.
+// False, with nothing launched, where the device cannot run so many blocks at once; throws where it
+// cannot even run one.
 template <class... P>
 bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
                     typename NonDeduced<P>::type... arguments) {
@@ -107,7 +117,7 @@ bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
   const cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid,
                                                         block, addresses, 0, stream);
   if (error == cudaErrorCooperativeLaunchTooLarge && grid.x > 1) {
-    cudaGetLastError();  // told by the result: this runtime need not remember it
+    cudaGetLastError();  // forget the error, which the result stands for
     return false;
   }
   check(error);
@@ -116,20 +126,22 @@ bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
 
 #endif
 
-// What `find`, a lambda, says of a device, asked once for each: its type has answers of its own.
+// find(device), called once for each device. Answers are stored per type of `find`, so it has to be
+// a lambda, whose type is nobody else's.
 template <class T, class Find>
 T once_per_device(int device, const Find& find) {
   static_assert(std::is_class_v<Find>, "functions of one type would share their answers");
   constexpr int kDevices = 64;
-  static std::atomic<T> known[kDevices];  // T() where it is not
+  static std::atomic<T> known[kDevices];  // T(): not yet
   if (device < kDevices && known[device] != T()) return known[device];
   const T found = find(device);
   if (device < kDevices) known[device] = found;
   return found;
 }
 
-// All blocks run at once; cooperative_groups' grid.sync() works in them. They are fewer than asked
-// for where the device has no room for so many: a green context has some of its multiprocessors.
+// Launches blocks that all run at once, so that cooperative_groups' grid.sync() works in them.
+// There are fewer than asked for where so many do not fit: a green context, for one, has only some
+// of the device's multiprocessors.
 template <class... P, class... A>
 void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
                         A&&... arguments) {

@@ -7,7 +7,7 @@ namespace ksam {
 
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
-// Finds the pool of the torch that is loaded; throws where it is not.
+// Finds the pool of the torch that is loaded; throws where none is.
 void load_thread_pool();
 
 // body(begin, end) over a partition of [0, n) into at most one range per thread, and at most one

@@ -11,7 +11,7 @@ PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
 const dlpack::ExchangeApi* api = nullptr;
 
-// What is asked of tensors, as Python looks it up.
+// Names as vectorcall takes them: a method's, and the tuple of a call's keywords.
 struct Names {
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
   PyObject* dtype = PyTuple_Pack(1, PyUnicode_InternFromString("dtype"));
@@ -57,7 +57,7 @@ bool may_be_negative(const dlpack::Tensor& t) {
   return true;
 }
 
-// question: a method of torch.Tensor, which is not to be looked up for each of a list.
+// question: a method of torch.Tensor; unbound, so that it is not looked up for every tensor.
 bool says(py::handle tensor, PyObject* question) {
   const auto answer =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(question, tensor.ptr()));
@@ -65,7 +65,7 @@ bool says(py::handle tensor, PyObject* question) {
   return answer.ptr() == Py_True;
 }
 
-// What a function of torch has returned, as an owned reference or an error.
+// Owns what a function of torch has returned; throws its error where that is null.
 NewTensor as_new(PyObject* returned) {
   NewTensor made;
   made.object = py::reinterpret_steal<py::object>(returned);
@@ -87,18 +87,18 @@ void load_torch_types() {
   if (api == nullptr || api->tensor_from_py_object == nullptr) {
     throw std::runtime_error("this torch has no DLPack 1.x exchange of tensors without a copy");
   }
-  // Kept for the life of the process, like the types themselves.
-  const auto kept = [](const py::object& of, const char* name) {
+  // References that are never given back, as the types live as long as the process.
+  const auto immortal = [](const py::object& of, const char* name) {
     return py::object(of.attr(name)).release().ptr();
   };
-  tensor_is_conj = kept(tensor, "is_conj");
-  tensor_is_neg = kept(tensor, "is_neg");
+  tensor_is_conj = immortal(tensor, "is_conj");
+  tensor_is_neg = immortal(tensor, "is_neg");
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   names = new Names;
-  torch_dtypes = {kept(torch, "float32"), kept(torch, "float64"), kept(torch, "int64")};
-  torch_empty_like = kept(torch, "empty_like");
-  out_of_memory_error = kept(torch, "OutOfMemoryError");
+  torch_dtypes = {immortal(torch, "float32"), immortal(torch, "float64"), immortal(torch, "int64")};
+  torch_empty_like = immortal(torch, "empty_like");
+  out_of_memory_error = immortal(torch, "OutOfMemoryError");
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);

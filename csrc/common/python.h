@@ -1,4 +1,6 @@
-// Python's tensors and lists of tensors as views, without a copy or a new reference.
+// Reads Python's tensors and lists of tensors as views, without a copy or a new reference.
+//
+// In the bindings, `grads_` is a Python object, and `grads` what is read of it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,20 +20,21 @@ const dlpack::ExchangeApi& torch_api();
 
 // Whether `object` is a plain tensor with memory of its own device: exactly torch.Tensor or
 // torch.nn.Parameter (a subclass may mean anything by its data), dense, with storage and without
-// torch's negative bit. What is not is declined by every function of this module, which then
-// returns None or False and has written nothing.
+// torch's negative bit. Every function of this module declines any other object: it returns None or
+// False and has written nothing.
 bool read_tensor(pybind11::handle object, Tensor* out);
 bool read_tensors(pybind11::handle list, std::vector<Tensor>* out);
 
 // None reads as a tensor without data.
 bool read_optional(pybind11::handle object, Tensor* out);
 
-// Whether torch notes beside the memory that the numbers are its negatives or conjugates.
-// read_tensor, which reads long lists, asks for the first only where a layout makes it likely.
+// Whether a tensor has torch's negative or conjugate bit: its numbers are then the negatives or the
+// conjugates of those in memory. read_tensor, which reads long lists, asks for the first only where
+// the layout makes it likely.
 bool is_negative(pybind11::handle tensor);
 bool is_conjugate(pybind11::handle tensor);
 
-// A finite float or int, and an int of 64 bits; no bool, nothing that only converts to one.
+// Reads a finite float or int, and an int of 64 bits; no bool, nothing that only converts to one.
 bool read_number(pybind11::handle object, double* out);
 bool read_int(pybind11::handle object, int64_t* out);
 
@@ -42,7 +45,7 @@ struct NewTensor {
 };
 
 // A contiguous tensor on the device of `like`, which is read as `t`: f32, f64, i64 or the dtype of
-// `t`. Without an object where some mode of torch makes no plain tensor.
+// `t`. The object is null where a mode of torch makes something other than a plain tensor.
 NewTensor new_empty(pybind11::handle like, const Tensor& t, DType dtype,
                     const std::vector<int64_t>& sizes);
 

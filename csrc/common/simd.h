@@ -21,7 +21,7 @@
 #endif
 
 #define KSAM_INLINE inline __attribute__((always_inline))
-#define KSAM_INLINE_LAMBDA __attribute__((always_inline))  // behind the parameters
+#define KSAM_INLINE_LAMBDA __attribute__((always_inline))  // stands behind the parameters
 
 namespace ksam::KSAM_ISA {
 
@@ -50,7 +50,7 @@ KSAM_INLINE To bit_cast(const From& from) {
 
 template <class V, class T>
 KSAM_INLINE V broadcast(T value) {
-  return value - V{};  // 0 would be lost in value + V{} for -0
+  return value - V{};  // value + V{} would turn -0 into 0
 }
 
 template <class T>
@@ -78,14 +78,14 @@ KSAM_INLINE typename LikeOf<Half>::f32 to_float(Half h, bf16) {
 }
 
 #if defined(__AVX2__)
-// GCC widens two halves of four.
+// Written out, as GCC would convert the two halves of the vector one after the other.
 KSAM_INLINE f32x8 to_float(u16x8 h, bf16) {
   return bit_cast<f32x8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h)), 16));
 }
 #endif
 
 #if defined(__AVX512F__)
-// Masked by nothing, as all that follow: GCC 12 warns of the unmasked ones.
+// The mask leaves nothing out, here and below: GCC 12 warns about the intrinsics that have none.
 KSAM_INLINE f32x16 to_float(u16x16 h, bf16) {
   const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(h));
   return bit_cast<f32x16>(_mm512_maskz_slli_epi32(0xffff, wide, 16));
@@ -126,7 +126,7 @@ KSAM_INLINE u16x16 from_float(f32x16 x, f16) {
 }
 #endif
 #else
-// By integers, so that a flush-to-zero mode does not touch the denormal halves.
+// In integers, so that denormal halves survive where the processor flushes denormal floats to 0.
 template <class Half>
 KSAM_INLINE typename LikeOf<Half>::f32 to_float(Half h, f16) {
   using f32 = typename LikeOf<Half>::f32;
@@ -159,7 +159,8 @@ KSAM_INLINE typename LikeOf<V>::u16 from_float(V x, f16) {
 }
 #endif
 
-// 64 bytes past the caches to an address aligned to as many; then call stream_fence().
+// Writes 64 bytes past the caches, to an address that is a multiple of 64. Call stream_fence()
+// after the last of them.
 KSAM_INLINE void stream_line(const char* from, char* to) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_raw<__m512i>(from));

@@ -14,7 +14,7 @@ __attribute__((always_inline)) constexpr bool is_floating(DType dtype) {
   return dtype <= DType::f16;
 }
 
-// Bytes of a floating number.
+// Bytes of a number of a floating dtype.
 KSAM_FORMULA constexpr int size_of(DType dtype) {
   if (dtype == DType::f64) return 8;
   return dtype == DType::f32 ? 4 : 2;
@@ -32,7 +32,7 @@ struct OpmathOf<double> {
 template <class T>
 using Opmath = typename OpmathOf<T>::type;
 
-// A type as an argument.
+// Hands a type to a generic lambda, as typename decltype(argument)::type.
 template <class T>
 struct Type {
   using type = T;

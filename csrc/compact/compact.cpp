@@ -1,4 +1,4 @@
-// Compiled once, not per instruction set: what is not memcpy's is bound by loads and stores.
+// Compiled once, not per instruction set: memcpy chooses its own, and the rest is loads and stores.
 #include "compact/compact.h"
 
 #include <algorithm>
@@ -15,7 +15,8 @@ constexpr int64_t kGrain = 128 * 1024;
 // What a row costs besides its bytes, in bytes: reading its index, calling memcpy.
 constexpr int64_t kRowCost = 32;
 
-// How many rows ahead the first line of a row is fetched; the processor foresees the others.
+// How many rows ahead the first cache line of a row is fetched; the processor fetches its other
+// lines unasked.
 constexpr int64_t kAhead = 8;
 
 int64_t row_cost(const Leaf& leaf) { return leaf.row_bytes + kRowCost; }
@@ -30,7 +31,7 @@ struct Indices {
   int64_t operator[](int64_t i) const { return data[i * stride]; }
 };
 
-// body(indices) with the indices as they are typed.
+// body(indices), with the indices in their own type.
 template <class Body>
 auto on_indices(const Tensor& t, const Body& body) {
   return t.dtype == DType::i32 ? body(Indices<int32_t>(t)) : body(Indices<int64_t>(t));
@@ -40,7 +41,8 @@ auto on_indices(const Tensor& t, const Body& body) {
 // may overlap. A call of memcpy would take twice as long.
 template <int kWord, class Index>
 void copy_small_rows(const Leaf& leaf, Indices<Index> indices, int64_t begin, int64_t end) {
-  const auto [source, stride, out, bytes] = leaf;  // locals: the stores through `out` spare them
+  // In locals, as the compiler must assume that the stores through `out` change the leaf.
+  const auto [source, stride, out, bytes] = leaf;
   const int64_t last = bytes - kWord;
   for (int64_t i = begin; i < end; ++i) {
     const char* row = source + indices[i] * stride;
@@ -75,7 +77,7 @@ void copy_rows(const Leaf& leaf, Indices<Index> indices, int64_t begin, int64_t 
 // Bytes moved: 8k read (4k for int32).
 bool in_range(const Tensor& t, int64_t rows) {
   return on_indices(t, [&](auto indices) {
-    uint64_t bad = 0;  // its sign: that of an index, or of rows - 1 less the index, was negative
+    uint64_t bad = 0;  // its highest bit: some index, or rows - 1 less it, was negative
     for (int64_t i = 0; i < t.numel; ++i) {
       const uint64_t index = indices[i];
       bad |= index | (rows - 1 - index);

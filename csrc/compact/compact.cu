@@ -1,5 +1,7 @@
-// Bytes moved: every chosen row read and written once; of the indices one for every vector of a
-// row, all but the first from the cache. Launches: 1 for every kMaxLeaves leaves.
+// Copies the chosen rows of every leaf, in the widest vectors that its rows allow.
+//
+// Bytes moved: every chosen row is read and written once, and one index for every vector of a row,
+// all but the row's first from the cache. Launches: 1 for every kMaxLeaves leaves.
 #include "common/block.cuh"
 #include "compact/compact.h"
 
@@ -9,7 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLoads = 4;  // of a thread, all in flight at once
 constexpr int kTileVectors = kThreads * kLoads;
-// Blocks of a multiprocessor, as many as there are registers for.
+// As many blocks as a multiprocessor has registers for. (The runner drops __launch_bounds__.)
 [[maybe_unused]] constexpr int kBlocks = 5;
 
 // A leaf as it lies in the kernel's parameters.
@@ -19,10 +21,10 @@ struct PackedLeaf {
   int64_t row_bytes;
   int64_t source_stride;  // bytes from one row to the next
   int32_t log2_vector;    // the widest vectors in which all of them are whole: of 1 to 16 bytes
-  uint32_t first_tile;    // of the launch; its last is before the next leaf's first
+  uint32_t first_tile;    // in the launch; the leaf's tiles end where the next leaf's begin
 };
 
-// 4 KB hold 101 leaves, more than batches have; every launch would copy a larger table.
+// 4 KB hold 101 leaves, more than batches have. Every launch copies its table, so it is no larger.
 constexpr int kBatchBytes = kParameterBytes < 4096 ? kParameterBytes : 4096;
 constexpr int kOtherBytes = 40;  // the count and the other parameters
 constexpr int kMaxLeaves = (kBatchBytes - kOtherBytes) / static_cast<int>(sizeof(PackedLeaf));
@@ -62,8 +64,8 @@ struct Place {
   int64_t column;  // in vectors
 };
 
-// The place `by` < kTileVectors vectors further on, without a division of 64 bits: a row is either
-// longer than that, or its length is a small number.
+// The place `by` < kTileVectors vectors further on. Without a division of 64-bit numbers, which is
+// slow: a row is either longer than a tile, or its length fits 32 bits.
 __device__ __forceinline__ Place advanced(Place at, int by, int64_t row_vectors) {
   at.column += by;
   uint32_t past = at.column >= row_vectors;
@@ -74,8 +76,8 @@ __device__ __forceinline__ Place advanced(Place at, int by, int64_t row_vectors)
 }
 
 // The block's tile of a leaf: kTileVectors vectors of the output, or those that are left. First all
-// loads of indices, then all loads of vectors, then all stores; threads past the end load the last
-// vector again.
+// loads of indices, then all loads of vectors, then all stores. Threads past the end load the last
+// vector again, so that no load has a condition.
 template <class V, class Index>
 __device__ __forceinline__ void copy_tile(const PackedLeaf& leaf, const IndexList<Index>& indices,
                                           int64_t k, int64_t tile) {

@@ -1,9 +1,9 @@
 #include <vector>
 
+#include "bindings.h"
 #include "common/python.h"
 #include "compact/compact.h"
 #include "compact/tree.h"
-#include "rooms.h"
 
 namespace py = pybind11;
 
@@ -25,7 +25,7 @@ bool same_rows(const Tensor& source, const Tensor& out) {
   return last == row - 1 && (out.strides[0] == row || out.shape[0] <= 1);
 }
 
-// Leaves out tensors without bytes to copy. False where a tensor is not taken.
+// Makes no leaf of a tensor without bytes to copy. False where a tensor is not taken.
 bool read_leaves(const std::vector<Tensor>& tensors, const std::vector<Tensor>& out,
                  const Tensor& indices, std::vector<Leaf>* leaves) {
   const int64_t k = indices.numel;
@@ -77,17 +77,17 @@ struct Gather {
   const py::handle empty_rows;
   const int64_t k;
   std::vector<Tensor> tensors, out;
-  std::vector<py::object> kept;  // what they are views of
+  std::vector<py::object> owners;  // of the memory that `tensors` and `out` view
 
-  // Memory for k rows; null where the tensor is not taken.
+  // Notes the tensor, and returns the memory for its k rows; null where it is not taken.
   py::object add(py::handle tensor, const Tensor& t) {
     if (is_negative(tensor) || is_conjugate(tensor)) return {};
     NewTensor rows = memory_for(tensor, t);
     if (!rows.object) return {};
     tensors.push_back(t);
     out.push_back(rows.view);
-    kept.push_back(py::reinterpret_borrow<py::object>(tensor));
-    kept.push_back(rows.object);
+    owners.push_back(py::reinterpret_borrow<py::object>(tensor));
+    owners.push_back(rows.object);
     return rows.object;
   }
 
@@ -104,8 +104,8 @@ struct Gather {
 };
 
 // batch: a tree of tensors [B, ...] of any dtype; indices [k] int32 or int64, in [0, B); all on one
-// device. empty_rows(tensor, k): memory for k rows of a tensor that is not contiguous. The tree
-// with tensors [k, ...], or None.
+// device. empty_rows(tensor, k) allocates k rows like those of a tensor that is not contiguous.
+// Returns the tree with tensors [k, ...], or None.
 py::object compact(py::handle batch, py::handle indices_, py::handle empty_rows) {
   Tensor indices;
   if (!read_indices(indices_, &indices)) return py::none();

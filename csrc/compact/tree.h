@@ -16,13 +16,13 @@ pybind11::object map_plain(pybind11::handle node, const OnTensor& on_tensor);
 
 // --- Its parts ----------------------------------------------------------------------------------
 
-// What stays as it is: no child of it can be a tensor.
+// Nodes that are not copied, as no child of theirs can be a tensor.
 inline bool is_plain_leaf(PyObject* node) {
   return node == Py_None || PyUnicode_CheckExact(node) || PyBool_Check(node) ||
          PyLong_CheckExact(node) || PyFloat_CheckExact(node) || PyBytes_CheckExact(node);
 }
 
-// A batch that contains itself ends in a RecursionError.
+// One level of recursion, so that a batch which contains itself ends in a RecursionError.
 class Descent {
  public:
   Descent() {
@@ -33,8 +33,8 @@ class Descent {
   Descent& operator=(const Descent&) = delete;
 };
 
-// on_tensor may let other threads run, which may change the containers: of a dict a copy is walked,
-// of a list nothing is borrowed.
+// on_tensor may let other threads run, which may change the containers. So it is a copy of a dict
+// that is walked, and of a list every child is owned while it is used.
 template <class OnTensor>
 pybind11::object map_plain_dict(PyObject* node, const OnTensor& on_tensor) {
   const auto copy = pybind11::reinterpret_steal<pybind11::object>(PyDict_Copy(node));

@@ -1,5 +1,5 @@
-// Cross-entropy of every row in one pass over the logits, and with it the selection of the rows of
-// the largest losses. The sums are taken from the largest logit so far, which rises a few times a
+// Cross-entropy of every row in one pass over the logits and, if wanted, the selection of the rows
+// with the largest losses. Sums are relative to the largest logit so far, which rises a few times a
 // row (loss_row.h).
 //
 // Bytes moved: each logit once, and each probability where the target has them; per row a class,
@@ -13,16 +13,12 @@
 namespace ksam::gpu {
 namespace {
 
-// Up to here the last block selects; more losses are worth a second launch.
-#if defined(KSAM_SIMT)
-constexpr int64_t kSelectedByBlock = 64;
-constexpr int kHeld = 2;
-#else
-constexpr int64_t kSelectedByBlock = 2048;
-constexpr int kHeld = 8;
-#endif
+// Up to so many losses the last block selects; more are worth a second launch.
+constexpr int64_t kSelectedByBlock = gpu_or_simt(2048, 64);
+// Losses that each thread of that block holds in registers.
+constexpr int kHeld = gpu_or_simt(8, 2);
 
-// kWhole: rows are of whole vectors at their boundaries, so that there is no choice of how to load.
+// kWhole: all rows are whole vectors at vectors' boundaries, so that there is only one way to load.
 template <class T, class Q, Kind kKind, bool kWhole>
 struct RowLosses : Losses<T, Q, kKind> {
   using Base = Losses<T, Q, kKind>;
@@ -74,7 +70,7 @@ struct RowLosses : Losses<T, Q, kKind> {
       if (!row->is_settled) Base::ask_for_logit(row, x, 1);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        // Without a spread an empty piece may be added, too: exp(-inf) is 0.
+        // Without a spread, adding an empty piece does no harm: exp(-inf) is 0.
         if (kHasSpread && pieces[u].end <= 0) continue;
         add_piece(pieces[u], items[u], w_aligned, sums);
       }
@@ -88,13 +84,13 @@ struct RowLosses : Losses<T, Q, kKind> {
     }
   }
 
-  // Where the largest of some logits is larger than all before, it becomes the maximum.
+  // Makes the largest of some logits the maximum, if it is larger than all before.
   static __device__ __forceinline__ void raise(const Item* items, Sums* sums) {
     const A high = largest(items);
     if (high > sums->max) raise_maximum(sums, high);
   }
 
-  // NaN where there is nothing else.
+  // The largest of the items' logits; NaN only if all are NaN.
   static __device__ __forceinline__ A largest(const Item* items) {
     A high = element(items[0].x, 0);
     if constexpr (sizeof(T) == 2) {
@@ -127,7 +123,7 @@ struct RowLosses : Losses<T, Q, kKind> {
       sums->exp += quick_exponential(z[j]);
     }
     if constexpr (kHasSpread) {
-      // Most are whole, and need no look at their elements.
+      // Most pieces are whole: they have every element, as the compiler then knows.
       if (kWhole || (piece.begin == 0 && piece.end == N)) {
         add_spread({piece.first, 0, N}, z, item, w_aligned, sums);
       } else {
@@ -138,11 +134,11 @@ struct RowLosses : Losses<T, Q, kKind> {
 
   __device__ __forceinline__ void add_spread(const Piece& piece, const A (&z)[N], const Item& item,
                                              bool w_aligned, Sums* sums) const {
-    if (kKind == Kind::smoothed && target.weight == nullptr) {  // all classes have the same
+    if (kKind == Kind::smoothed && target.weight == nullptr) {  // all classes have the same spread
       A sum = 0;
 #pragma unroll
-      for (int j = 0; j < N; ++j) sum = ::fma(target.share, piece.has(j) ? z[j] : A(0), sum);
-      sums->mass = ::fma(target.share, static_cast<A>(piece.end - piece.begin), sums->mass);
+      for (int j = 0; j < N; ++j) sum = ::fma(target.uniform, piece.has(j) ? z[j] : A(0), sum);
+      sums->mass = ::fma(target.uniform, static_cast<A>(piece.end - piece.begin), sums->mass);
       sums->dot += sum;
       return;
     }
@@ -154,7 +150,7 @@ struct RowLosses : Losses<T, Q, kKind> {
     }
   }
 
-  // The maximum first: each lane then takes its sums there once, and the rest is additions.
+  // The lanes agree on the maximum first, so that each rescales its sums once and the rest is sums.
   static __device__ __forceinline__ void merge_lanes(int shift, Sums* sums) {
     const A max = over_lanes(shift, sums->max, [](A a, A b) { return larger(a, b); });
     if (max > sums->max) raise_maximum(sums, max);
@@ -175,7 +171,7 @@ struct RowLosses : Losses<T, Q, kKind> {
   }
 };
 
-// Indices of the k largest losses, by the last block; k = 0: none.
+// The selection of the k largest losses by the last block; with k = 0 there is none.
 struct Selection {
   unsigned* ticket;
   const float* losses;  // [n]
@@ -189,7 +185,7 @@ struct Selection {
   }
 };
 
-// Whether the kernel of whole rows may run: all rows are of whole vectors at vectors' boundaries.
+// Whether the rows are such that the kernel with kWhole may run.
 bool is_whole(const CrossEntropy& args) {
   const int64_t itemsize = size_of(args.logits.dtype);
   const auto address = reinterpret_cast<uintptr_t>(args.logits.data);
@@ -213,8 +209,8 @@ void run(const CrossEntropy& args, const Selection& selection, void* scratch, St
     using Types = decltype(type);
     using T = typename Types::Logit;
     using Q = typename Types::Probability;
-    const auto launch_rows = [&](const auto& rows) {
-      launch_reduction(rows, args.logits.rows, plan_of(args, whole), selection, selection.k > 0,
+    const auto launch_rows = [&](const auto& losses) {
+      launch_reduction(losses, args.logits.rows, plan_of(args, whole), selection, selection.k > 0,
                        scratch, stream);
     };
     if constexpr (batches_of_span(Types::kind, sizeof(T)) > 1) {

@@ -1,5 +1,5 @@
-// What a row of cross-entropy is to its kernels, wherever its logits lie, and what becomes of the
-// row's sums.
+// What the kernels of cross-entropy have in common, in whatever layout a row's logits lie: how they
+// read the target, and what they make of the row's sums.
 #pragma once
 
 #include "loss/loss_row.h"
@@ -7,12 +7,12 @@
 
 namespace ksam::gpu {
 
-// Rows in planes: cross_entropy_planes.cu.
+// For rows in planes; defined in cross_entropy_planes.cu.
 void cross_entropy_in_planes(const CrossEntropy& args, Stream stream);
 void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream);
 
-// Blocks of a multiprocessor that there are registers for, with none of them in memory, as
-// tests/cuda/resources.csv has it.
+// How many blocks a multiprocessor has registers for without spilling any to memory, which
+// tests/cuda/resources.csv keeps watch over.
 constexpr int resident_planes(Kind kind, int itemsize) {
   return itemsize == 8 || kind == Kind::probabilities ? 2 : 4;
 }
@@ -30,9 +30,10 @@ constexpr int batches_of_span(Kind kind, int itemsize) {
   return itemsize == 8 || kind == Kind::probabilities ? 1 : kSpan;
 }
 
-// exp(z) for z <= 0, to 2 |z| + 4 units of rounding: a multiplication and the processor's power of
-// two, where expf takes 8 instructions, with which 16-bit logits would wait for arithmetic instead
-// of memory. The sum's terms are exp(z), so that |z| counts as |z| exp(z) <= 1 / e of them.
+// exp(z) for z <= 0, within 2 |z| + 4 unit roundoffs: one multiplication and the GPU's power of
+// two. expf takes 8 instructions; with it, kernels of 16-bit logits would wait for arithmetic
+// instead of memory. An error that grows with |z| does not matter in a sum of terms exp(z) of which
+// the largest is 1: it adds |z| exp(z) <= 1 / e.
 __device__ __forceinline__ float quick_exponential(float z) {
 #if defined(KSAM_SIMT)
   return ::expf(z);
@@ -67,15 +68,16 @@ struct Losses {
     T x_y;      // its logit; converted where it is used, as that waits for it
   };
 
-  // Waits for the class, so call it when the row's first logits are under way too. Asked for before
-  // them, it would be waited for before them: ptxas has no load under way where the code that
-  // chooses how to load logits branches.
+  // Loads the class and waits for it, so call it once the row's first logits are being loaded too.
+  // A load that began before theirs would be waited for before theirs begin: ptxas leaves none
+  // pending across the branches that choose how logits are loaded.
   __device__ __forceinline__ void find_class(Row* row) const {
     row->y = target.class_of(target.read(row->i));
   }
 
-  // For write(), which waits for it. Call it when the first logits have arrived: under way
-  // together, they would be waited for together. x: the row's logits, `step` apart.
+  // Begins to load the class's logit, which write() waits for. Call it once the row's first logits
+  // have arrived: loads that are pending together would be waited for together. x: the row's
+  // logits, `step` apart.
   __device__ __forceinline__ void ask_for_logit(Row* row, const T* x, int64_t step) const {
     row->is_settled = true;
     if (TargetOf::kHasHot && row->y != kIgnored) row->x_y = x[row->y * step];
@@ -91,7 +93,7 @@ struct Losses {
     ksam::merge(sums, other);
   }
 
-  // The result of a settled row.
+  // Writes the result of a settled row.
   __device__ __forceinline__ void write(const Row& row, const Sums& sums) const {
     RowStats<A> result{0, 0, 0};
     A loss = 0;
@@ -117,7 +119,7 @@ struct Slope {
   float grad;  // converted where it is used, as that waits for it
   A hot;
 
-  // dx_c of a logit x, q being what the target has on its class.
+  // dx_c of a logit x; q: the target's q_c.
   __device__ __forceinline__ A at(A x, A q) const {
     return static_cast<A>(grad) * ::fma(mass, exponential(x - max - log_s), -q);
   }
@@ -139,14 +141,13 @@ struct Gradients {
         grad(reinterpret_cast<const float*>(args.grad.data)),
         grad_stride(args.grad.stride) {}
 
-  // The class of row i, or kIgnored, and its slope: all of it is asked for before the class is
-  // waited for.
+  // The class of row i, or kIgnored, and the row's slope. All loads begin before any is waited for.
   __device__ __forceinline__ int64_t read_row(int64_t i, Slope<A>* slope) const {
     const int64_t read = target.read(i);
     *slope = {stats[3 * i], stats[3 * i + 1], stats[3 * i + 2], grad[i * grad_stride], 0};
     const int64_t y = target.class_of(read);
     if (kKind == Kind::classes) {
-      slope->hot = slope->mass;  // nothing else is in the mass
+      slope->hot = slope->mass;  // the mass has nothing else in it
     } else if (y != kIgnored) {
       slope->hot = target.hot(y);
     }

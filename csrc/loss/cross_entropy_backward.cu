@@ -32,7 +32,7 @@ struct RowGradients : Gradients<T, Q, kKind> {
     typename TargetOf::Probabilities t;
   };
 
-  // A thread's share of a row. Vectors begin at the boundaries of the gradient's memory.
+  // Writes a thread's portion of a row. Vectors begin at the boundaries of the gradient's memory.
   template <int kThreads>
   __device__ __forceinline__ void write(int64_t i, const Team<kThreads>& team) const {
     T* to = out + i * target.classes;
@@ -102,9 +102,9 @@ void cross_entropy_backward(const CrossEntropyGradient& args, Stream stream) {
   if (args.forward.logits.in_planes()) return cross_entropy_backward_in_planes(args, stream);
   on_target(args.forward, [&](auto type) {
     using Types = decltype(type);
-    using Rows = RowGradients<typename Types::Logit, typename Types::Probability, Types::kind>;
-    launch_gradient(Rows(args), args.forward.logits.rows, args.forward.logits.columns, Rows::N,
-                    stream);
+    using Gradient = RowGradients<typename Types::Logit, typename Types::Probability, Types::kind>;
+    launch_gradient(Gradient(args), args.forward.logits.rows, args.forward.logits.columns,
+                    Gradient::N, stream);
   });
 }
 

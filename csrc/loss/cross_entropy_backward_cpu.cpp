@@ -9,10 +9,10 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-// Rows of fewer classes are narrow: they do not fill a vector.
+// Rows of fewer classes are narrow, as they do not fill a vector.
 constexpr int64_t kNarrow = kLanes;
 
-// Numbers of one row, or of sixteen rows with a lane each.
+// What the gradient of a row is made of, for one row or for sixteen with a lane each.
 template <class V>
 struct Slope {
   V max, log_s, mass, grad;
@@ -45,7 +45,7 @@ KSAM_INLINE Slope<V> slope_of_lanes(const A (*rows)[kLanes]) {
 // One row of at least kLanes classes.
 template <class T, class A>
 KSAM_INLINE void wide_row(const CrossEntropyGradient& args, const Target<A>& target, int64_t row,
-                          int64_t y, A* room) {
+                          int64_t y, A* buffer) {
   using V = Lanes<T>;
   const Slope<A> of_row = slope_of<A>(args, row);
   const Slope<V> slope = {all_lanes<V>(of_row.max), all_lanes<V>(of_row.log_s),
@@ -53,22 +53,23 @@ KSAM_INLINE void wide_row(const CrossEntropyGradient& args, const Target<A>& tar
   const T* logits = row_of<T>(args.forward.logits, row);
   T* out = row_of<T>(args.out, row);
   for_each_block(args.forward.logits.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
-    const A* q = target.spread(row, begin, n, room);
+    const A* q = target.spread(row, begin, n, buffer);
     const bool has_class = target.has_hot() && y >= begin && y < begin + n;
-    const A spread = has_class ? room[y - begin] : 0;
-    if (has_class) room[y - begin] += target.hot(y);
+    const A spread = has_class ? buffer[y - begin] : 0;
+    if (has_class) buffer[y - begin] += target.hot(y);
     for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
       const V x = load_lanes<V>(logits + begin + i);
       store_lanes(out + begin + i, slope.at(x, load_lanes<V>(q + i)));
     });
-    if (has_class) room[y - begin] = spread;
+    if (has_class) buffer[y - begin] = spread;
   });
 }
 
-// Up to sixteen rows of fewer than kNarrow classes, a lane each. Lanes of ignored rows are 0.
+// Up to sixteen rows of fewer than kNarrow classes, a lane each. Lanes of ignored rows hold zeros,
+// so that their gradient is 0.
 template <class T, class A>
 KSAM_INLINE void narrow_rows(const CrossEntropyGradient& args, const Target<A>& target,
-                             int64_t begin, int64_t count, const int64_t* y, A* room) {
+                             int64_t begin, int64_t count, const int64_t* y, A* buffer) {
   using V = Lanes<T>;
   const int64_t classes = args.forward.logits.columns;
   Tile<T, kNarrow> x(classes);
@@ -77,7 +78,7 @@ KSAM_INLINE void narrow_rows(const CrossEntropyGradient& args, const Target<A>& 
   for (int64_t i = 0; i < count; ++i) {
     if (y[i] == kIgnored) continue;
     put_row(row_of<T>(args.forward.logits, begin + i), classes, i, &x);
-    put_row(target.spread(begin + i, 0, classes, room), classes, i, &q);
+    put_row(target.spread(begin + i, 0, classes, buffer), classes, i, &q);
     if (target.has_hot()) q.at[y[i]][i] += target.hot(y[i]);
     put_slope(slope_of<A>(args, begin + i), i, rows);
   }
@@ -91,25 +92,25 @@ KSAM_INLINE void narrow_rows(const CrossEntropyGradient& args, const Target<A>& 
   }
 }
 
-// Sixteen rows in planes, a lane each. Lanes of ignored rows are 0.
+// Sixteen rows in planes, a lane each. Lanes of ignored rows are masked to 0.
 template <class T, class A>
 KSAM_INLINE void plane_rows(const CrossEntropyGradient& args, const Target<A>& target,
-                            const Sixteen& of, const int64_t* y, A* room) {
+                            const Sixteen& of, const int64_t* y, A* buffer) {
   using V = Lanes<T>;
   const Matrix& logits = args.forward.logits;
-  A rows[4][kLanes] = {}, hot[kLanes] = {}, ahead[kLanes], kept[kLanes] = {};
+  A rows[4][kLanes] = {}, hot[kLanes] = {}, ahead[kLanes], counts[kLanes] = {};
   for (int64_t i = 0; i < kLanes; ++i) {
     ahead[i] = -1;  // no class is hot
     if (y[i] == kIgnored) continue;
     if (target.has_hot()) {
       hot[i] = target.hot(y[i]);
-      ahead[i] = static_cast<A>(y[i]);  // exactly: the bindings decline as many classes as are not
+      ahead[i] = static_cast<A>(y[i]);  // exact: as_planes() declines too many classes
     }
-    kept[i] = 1;
+    counts[i] = 1;
     put_slope(slope_of<A>(args, of.first + i), i, rows);
   }
   const Slope<V> slope = slope_of_lanes<V>(rows);
-  const V hot_lanes = load_lanes<V>(hot), kept_lanes = load_lanes<V>(kept);
+  const V hot_lanes = load_lanes<V>(hot), counted = load_lanes<V>(counts);
   V ahead_lanes = load_lanes<V>(ahead);
   const T* x = plane_of<T>(logits, of.first);
   T* out = plane_of<T>(args.out, of.first);
@@ -117,10 +118,10 @@ KSAM_INLINE void plane_rows(const CrossEntropyGradient& args, const Target<A>& t
   for (int64_t c = 0; c < logits.columns; ++c) {
     __builtin_prefetch(x + kAhead);
     __builtin_prefetch(out + kAhead, 1);
-    target.spread_plane(spread, c, room);
-    const V rest = load_lanes<V>(room);
+    target.spread_plane(spread, c, buffer);
+    const V rest = load_lanes<V>(buffer);
     const V q = where_zero(ahead_lanes, rest + hot_lanes, rest);
-    const V dx = masked(slope.at(load_lanes<V>(x), q), kept_lanes);
+    const V dx = masked(slope.at(load_lanes<V>(x), q), counted);
     if (of.count == kLanes) {
       store_lanes(out, dx);
     } else {
@@ -139,26 +140,26 @@ void backward_rows(const CrossEntropyGradient& args, int64_t begin, int64_t end)
   using A = Opmath<T>;
   const Target<A> target(args.forward);
   const int64_t classes = args.forward.logits.columns;
-  alignas(64) A room[kBlockRoom];
-  target.fill_constant(room);
+  alignas(64) A buffer[kBlockCapacity];
+  target.fill_constant(buffer);
   Sixteen rows;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows = sixteen_rows(args.forward.logits, row, end);
     int64_t y[kLanes];
     if (!classes_of(target, rows, args.forward.first_bad, y)) return;
     if (args.forward.logits.in_planes()) {
-      plane_rows<T>(args, target, rows, y, room);
+      plane_rows<T>(args, target, rows, y, buffer);
       continue;
     }
     if (classes < kNarrow) {
-      narrow_rows<T>(args, target, row, rows.count, y, room);
+      narrow_rows<T>(args, target, row, rows.count, y, buffer);
       continue;
     }
     for (int64_t i = 0; i < rows.count; ++i) {
       if (y[i] == kIgnored) {
         std::memset(row_of<T>(args.out, row + i), 0, classes * sizeof(T));
       } else {
-        wide_row<T>(args, target, row + i, y[i], room);
+        wide_row<T>(args, target, row + i, y[i], buffer);
       }
     }
   }

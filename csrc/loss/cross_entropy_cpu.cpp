@@ -2,7 +2,7 @@
 //
 // Bytes moved: each logit once, and each probability where the target has them; per row a class,
 // 4 for the loss and, where a gradient is wanted, 12 for the statistics (float64: 24). A block of a
-// row is looked at twice, for its maximum and its sums, the second time in the first-level cache.
+// row is read twice, for its maximum and for its sums; the second time from the first-level cache.
 #include "loss/elementary_cpu.h"
 #include "loss/loss_row.h"
 #include "loss/target_cpu.h"
@@ -10,7 +10,7 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-// Rows of fewer classes are narrow: up to here sums across lanes cost more than the transposition.
+// Rows of fewer classes are narrow: sums across lanes would cost more than transposing them does.
 constexpr int64_t kNarrow = 2 * kLanes;
 
 // RowSums of sixteen rows, a lane each.
@@ -51,24 +51,24 @@ KSAM_INLINE Opmath<T> largest(const T* x, int64_t n) {
 // One row of at least kLanes classes.
 template <bool kSpread, class T, class A>
 KSAM_INLINE RowSums<A> wide_row(const CrossEntropy& args, const Target<A>& target, int64_t row,
-                                A* room) {
+                                A* buffer) {
   using V = Lanes<T>;
   const T* logits = row_of<T>(args.logits, row);
-  RowSums<A> sums{};  // by no constructor, which is an inline function: common/isa.h
+  RowSums<A> sums{};  // {}, as a constructor would be an inline function: common/isa.h
   for_each_block(args.logits.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const T* x = logits + begin;
     const A high = largest(x, n);
     if (high > sums.max) raise_maximum(&sums, high);
     const V max = all_lanes<V>(origin(sums.max));
-    const A* spread = kSpread ? target.spread(row, begin, n, room) : nullptr;
+    const A* spread = kSpread ? target.spread(row, begin, n, buffer) : nullptr;
     V exp{}, mass{}, dot{};
-    for_each_sum<V>(n, [&](int64_t i, const auto& kept) KSAM_INLINE_LAMBDA {
+    for_each_sum<V>(n, [&](int64_t i, const auto& fresh) KSAM_INLINE_LAMBDA {
       const V z = load_lanes<V>(x + i) - max;
-      exp = exp + kept(exp_term(z));
+      exp = exp + fresh(exp_term(z));
       if constexpr (kSpread) {
         const V q = load_lanes<V>(spread + i);
-        mass = mass + kept(q);
-        dot = dot + kept(q * z);
+        mass = mass + fresh(q);
+        dot = dot + fresh(q * z);
       }
     });
     sums.exp += sum_of_lanes(exp);
@@ -83,14 +83,16 @@ KSAM_INLINE RowSums<A> wide_row(const CrossEntropy& args, const Target<A>& targe
 // Up to sixteen rows of fewer than kNarrow classes, a lane each.
 template <bool kSpread, class T, class A>
 KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, int64_t begin,
-                             int64_t count, A* room, LaneSums<A>* sums) {
+                             int64_t count, A* buffer, LaneSums<A>* sums) {
   using V = Lanes<T>;
   const int64_t classes = args.logits.columns;
   Tile<T, kNarrow> x(classes);
   Tile<A, kNarrow> spread(kSpread ? classes : 0);
   for (int64_t i = 0; i < count; ++i) {
     put_row(row_of<T>(args.logits, begin + i), classes, i, &x);
-    if constexpr (kSpread) put_row(target.spread(begin + i, 0, classes, room), classes, i, &spread);
+    if constexpr (kSpread) {
+      put_row(target.spread(begin + i, 0, classes, buffer), classes, i, &spread);
+    }
   }
   V max = load_lanes<V>(x.at[0]);
   for (int64_t c = 1; c < classes; ++c) max = larger(load_lanes<V>(x.at[c]), max);
@@ -107,7 +109,8 @@ KSAM_INLINE void narrow_rows(const CrossEntropy& args, const Target<A>& target, 
   sums->store(max, exp, mass, dot);
 }
 
-// As raise_maximum(), in every lane: where nothing rises, a mass that is infinite changes nothing.
+// raise_maximum() in every lane. The masks keep infinity times 0, which is NaN, out of lanes whose
+// maximum does not rise.
 template <class V>
 KSAM_INLINE void raise_maxima(const V& high, V* max, V* exp, V* mass, V* dot) {
   *exp = masked(*exp * exp_term(*max - high), *exp);
@@ -116,11 +119,11 @@ KSAM_INLINE void raise_maxima(const V& high, V* max, V* exp, V* mass, V* dot) {
   *max = high;
 }
 
-// Sixteen rows in planes, a lane each. A block of classes is staged: planes may be as far apart
-// as the addresses that share a place in the caches, where a second look would not find them.
+// Sixteen rows in planes, a lane each. A block of classes is staged, as it is read twice: the
+// distance between planes may map all of them to the same cache set, which would not hold them.
 template <bool kSpread, class T, class A>
 KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, int64_t begin,
-                            A* room, LaneSums<A>* sums) {
+                            A* buffer, LaneSums<A>* sums) {
   using V = Lanes<T>;
   const int64_t classes = args.logits.columns;
   const T* plane = plane_of<T>(args.logits, begin);
@@ -142,8 +145,8 @@ KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, i
       const V z = load_lanes<V>(x[c]) - from;
       exp = exp + exp_term(z);
       if constexpr (kSpread) {
-        target.spread_plane(spread, first + c, room);
-        const V q = load_lanes<V>(room);
+        target.spread_plane(spread, first + c, buffer);
+        const V q = load_lanes<V>(buffer);
         mass = mass + q;
         dot = dot + q * z;
       }
@@ -152,32 +155,32 @@ KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, i
   sums->store(max, exp, mass, dot);
 }
 
-// Losses and statistics of sixteen rows, as far as they count; y: their classes.
+// Writes the losses and statistics of those of sixteen rows that count; y: their classes.
 template <class T, class A>
 KSAM_INLINE void write_rows(const CrossEntropy& args, const Target<A>& target, const Sixteen& rows,
                             const int64_t* y, const LaneSums<A>& sums) {
   using V = Lanes<T>;
-  A x_y[kLanes] = {}, hot[kLanes] = {}, kept[kLanes] = {};
+  A x_y[kLanes] = {}, hot[kLanes] = {}, counts[kLanes] = {};
   const Matrix& m = args.logits;
   const T* x = m.in_planes() ? plane_of<T>(m, rows.first) : row_of<T>(m, rows.first);
   const int64_t row = m.in_planes() ? 1 : m.stride, column = m.in_planes() ? m.plane_stride : 1;
   for (int64_t i = 0; i < kLanes; ++i) {
     if (y[i] == kIgnored) continue;
-    kept[i] = 1;
+    counts[i] = 1;
     if (target.has_hot()) x_y[i] = load_one(x + i * row + y[i] * column);
     hot[i] = target.hot(y[i]);
   }
   const RowSums<V> row_sums = sums.template load<V>();
-  const V hot_lanes = load_lanes<V>(hot), kept_lanes = load_lanes<V>(kept);
-  // Nothing but -inf adds up to 0.
+  const V hot_lanes = load_lanes<V>(hot), counted = load_lanes<V>(counts);
+  // exp is 0 only where all logits are -inf.
   const V log_s = where_zero(row_sums.exp, all_lanes<V>(NAN), log(row_sums.exp));
   const V z_y = load_lanes<V>(x_y) - row_sums.max;
   const V loss = loss_of(row_sums, log_s, hot_lanes, target.has_hot() ? z_y : V{});
   A lanes[4][kLanes];
-  store_lanes(lanes[0], masked(loss, kept_lanes));
-  store_lanes(lanes[1], masked(row_sums.max, kept_lanes));
-  store_lanes(lanes[2], masked(log_s, kept_lanes));
-  store_lanes(lanes[3], masked(hot_lanes + row_sums.mass, kept_lanes));
+  store_lanes(lanes[0], masked(loss, counted));
+  store_lanes(lanes[1], masked(row_sums.max, counted));
+  store_lanes(lanes[2], masked(log_s, counted));
+  store_lanes(lanes[3], masked(hot_lanes + row_sums.mass, counted));
   const int64_t end = rows.lane + rows.count;
   for (int64_t i = rows.lane; i < end; ++i) {
     args.losses[rows.first + i] = static_cast<float>(lanes[0][i]);
@@ -194,8 +197,8 @@ void forward_rows(const CrossEntropy& args, int64_t begin, int64_t end) {
   using A = Opmath<T>;
   const Target<A> target(args);
   const int64_t classes = args.logits.columns;
-  alignas(64) A room[kBlockRoom];
-  if constexpr (kSpread) target.fill_constant(room);
+  alignas(64) A buffer[kBlockCapacity];
+  if constexpr (kSpread) target.fill_constant(buffer);
   Sixteen rows;
   for (int64_t row = begin; row < end; row += rows.count) {
     rows = sixteen_rows(args.logits, row, end);
@@ -203,12 +206,12 @@ void forward_rows(const CrossEntropy& args, int64_t begin, int64_t end) {
     if (!classes_of(target, rows, args.first_bad, y)) return;
     LaneSums<A> sums;
     if (args.logits.in_planes()) {
-      plane_rows<kSpread, T>(args, target, rows.first, room, &sums);
+      plane_rows<kSpread, T>(args, target, rows.first, buffer, &sums);
     } else if (classes < kNarrow) {
-      narrow_rows<kSpread, T>(args, target, row, rows.count, room, &sums);
+      narrow_rows<kSpread, T>(args, target, row, rows.count, buffer, &sums);
     } else {
       for (int64_t i = 0; i < rows.count; ++i) {
-        if (y[i] != kIgnored) sums.put(i, wide_row<kSpread, T>(args, target, row + i, room));
+        if (y[i] != kIgnored) sums.put(i, wide_row<kSpread, T>(args, target, row + i, buffer));
       }
     }
     write_rows<T>(args, target, rows, y, sums);

@@ -1,6 +1,6 @@
-// Cross-entropy of rows that lie side by side, as pixels of [B, C, H, W] do, and its gradient. A
-// thread has a row, so that a warp reads 32 rows of a class side by side; where those are too few
-// threads to keep the device busy, several share a row's classes.
+// Cross-entropy of rows that lie side by side, as pixels of [B, C, H, W] do, and its gradient. Each
+// thread has a row, so that a warp reads the logits of a class of 32 neighbouring rows. Where there
+// are too few rows to keep the device busy, several threads share a row's classes.
 //
 // Bytes moved: as those of rows with their classes side by side (cross_entropy.cu and
 // cross_entropy_backward.cu), whose formulas these are. Launches: 1 each.
@@ -9,17 +9,14 @@
 namespace ksam::gpu {
 namespace {
 
-// Classes that a thread asks for before it uses the first.
-#if defined(KSAM_SIMT)
-constexpr int kClasses = 4;
-#else
-constexpr int kClasses = 8;
-#endif
+// Classes whose logits a thread loads before it uses the first.
+constexpr int kClasses = gpu_or_simt(8, 4);
 
-// Threads of a block that share a row are those of different warps.
-constexpr int kMostShares = kRowThreads / kWarp;
+// A row has at most so many parts in the forward pass, whose block adds them up: a thread of every
+// warp has one, so that the threads of a warp have neighbouring rows.
+constexpr int kMaxParts = kRowThreads / kWarp;
 
-// Where rows of type T lie in planes.
+// Rows of type T that lie in planes.
 template <class T>
 struct Planes {
   T* data;
@@ -37,8 +34,8 @@ struct Planes {
   }
 };
 
-// kClasses logits of a row from `first` on, and its probabilities if the target has them; `none`
-// and 0 behind the last.
+// kClasses logits of a row from class `first` on, and its probabilities if the target has them.
+// Behind the last class these are `none` and 0.
 template <class T, class Q, Kind kKind>
 struct Batch {
   T x[kClasses];
@@ -79,7 +76,7 @@ struct PlaneLosses : Losses<T, Q, kKind> {
   explicit PlaneLosses(const CrossEntropy& args)
       : Base(args), logits(args.logits), probabilities(args.target) {}
 
-  // The share of a thread of a row's classes.
+  // Adds up the classes of a row that are the thread's part.
   __device__ __forceinline__ void add(typename Base::Row* row, const T* x, const Team<1>& team,
                                       Sums* sums) const {
     const Q* t = TargetOf::kHasHot ? nullptr : probabilities.row(row->i);
@@ -111,11 +108,11 @@ struct PlaneLosses : Losses<T, Q, kKind> {
   }
 };
 
-// 2^shift threads of a block share a row, a warp having 32 rows.
+// 2^shift threads of a block share a row; the threads of a warp have 32 different rows.
 template <class L>
 __global__ void __launch_bounds__(kRowThreads, L::kResident)
     plane_losses_kernel(KSAM_PARAMETER(L) losses, int64_t rows, int shift) {
-  __shared__ typename L::Sums shares[kRowThreads];
+  __shared__ typename L::Sums of_thread[kRowThreads];
   const int per_block = kRowThreads >> shift;
   const Team<1> team{0, 1, static_cast<int>(threadIdx.x) / per_block, 1 << shift};
   const int lane = static_cast<int>(threadIdx.x) % per_block;
@@ -130,11 +127,11 @@ __global__ void __launch_bounds__(kRowThreads, L::kResident)
       losses.add(&row, x, team, &sums);
     }
     if (shift > 0) {
-      shares[threadIdx.x] = sums;  // a block has one turn: log2_shares()
+      of_thread[threadIdx.x] = sums;  // a block has one turn: log2_parts()
       __syncthreads();
       if (team.part > 0) return;
-      for (int share = 1; share < team.parts; ++share) {
-        L::merge(&sums, shares[share * per_block + lane]);
+      for (int part = 1; part < team.parts; ++part) {
+        L::merge(&sums, of_thread[part * per_block + lane]);
       }
     }
     if (i < rows) {
@@ -162,7 +159,7 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
         probabilities(args.forward.target),
         out(args.out) {}
 
-  // A thread's share of a row.
+  // Writes the classes of a row that are the thread's part.
   template <int kThreads>
   __device__ __forceinline__ void write(int64_t i, const Team<kThreads>& team) const {
     T* to_ = out.row(i);
@@ -199,13 +196,14 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
   }
 };
 
-// Threads that share a row: twice as many as long as the device has room for those of all rows and
-// each has batches of its own. In which order a row is added up depends on that.
-int log2_shares(const CrossEntropy& args, int resident, int most) {
-  const int64_t room = int64_t{resident} * multiprocessors() * kRowThreads;
+// How many threads share a row: as many as the device runs at once for all rows, if each gets a
+// whole batch of classes. The order in which a row is added up depends on it.
+int log2_parts(const CrossEntropy& args, int resident, int max_parts) {
+  const int64_t capacity = int64_t{resident} * multiprocessors() * kRowThreads;
   const int64_t batches = (args.logits.columns + kClasses - 1) / kClasses;
   int shift = 0;
-  while (2 << shift <= most && 2 << shift <= batches && args.logits.rows << (shift + 1) <= room) {
+  while (2 << shift <= max_parts && 2 << shift <= batches &&
+         args.logits.rows << (shift + 1) <= capacity) {
     ++shift;
   }
   return shift;
@@ -216,25 +214,26 @@ int log2_shares(const CrossEntropy& args, int resident, int most) {
 void cross_entropy_in_planes(const CrossEntropy& args, Stream stream) {
   on_target(args, [&](auto type) {
     using Types = decltype(type);
-    using Rows = PlaneLosses<typename Types::Logit, typename Types::Probability, Types::kind>;
-    constexpr int kResident = Rows::kResident;
-    const int shift = log2_shares(args, kResident, kMostShares);
+    using Loss = PlaneLosses<typename Types::Logit, typename Types::Probability, Types::kind>;
+    constexpr int kResident = Loss::kResident;
+    const int shift = log2_parts(args, kResident, kMaxParts);
     const int per_block = kRowThreads >> shift;
     const int64_t needed = (args.logits.rows + per_block - 1) / per_block;
-    launch(plane_losses_kernel<Rows>, dim3(row_blocks(needed, kResident)), kRowThreads, stream,
-           Rows(args), args.logits.rows, shift);
+    launch(plane_losses_kernel<Loss>, dim3(row_blocks(needed, kResident)), kRowThreads, stream,
+           Loss(args), args.logits.rows, shift);
   });
 }
 
 void cross_entropy_backward_in_planes(const CrossEntropyGradient& args, Stream stream) {
   on_target(args.forward, [&](auto type) {
     using Types = decltype(type);
-    using Rows = PlaneGradients<typename Types::Logit, typename Types::Probability, Types::kind>;
+    using Gradient =
+        PlaneGradients<typename Types::Logit, typename Types::Probability, Types::kind>;
     const int64_t rows = args.forward.logits.rows;
-    const unsigned shares = 1u << log2_shares(args.forward, Rows::kResident, 64);
+    const unsigned parts = 1u << log2_parts(args.forward, Gradient::kResident, 64);
     const int64_t needed = (rows + kRowThreads - 1) / kRowThreads;
-    launch(gradient_kernel<Rows>, dim3(row_blocks(needed, Rows::kResident), shares), kRowThreads,
-           stream, Rows(args), rows, 0);
+    launch(gradient_kernel<Gradient>, dim3(row_blocks(needed, Gradient::kResident), parts),
+           kRowThreads, stream, Gradient(args), rows, 0);
   });
 }
 

@@ -1,5 +1,5 @@
-// exp, log1p and log of sixteen lanes. float32 by polynomials, minimax in the relative error;
-// float64 calls the C library, lane by lane.
+// exp, log1p and log of sixteen lanes. For float32 these are polynomials, minimax in the relative
+// error; for float64 the C library is called lane by lane.
 #pragma once
 
 #include "common/lanes.h"
@@ -16,13 +16,14 @@ KSAM_INLINE V lane_by_lane(const V& x, const Function& function) {
   return y;
 }
 
-// x + kRound has its last bit at 1: the sum is x rounded to an integer, and its low bits are that
-// integer. Shifted to the exponent's place they multiply a float by its power of two.
+// Neighbouring floats around kRound are 1 apart. So x + kRound rounds x to an integer, and has that
+// integer as its low bits. Shifted to the exponent's place, these make the integer's power of two.
 constexpr float kRound = 0x1.8p23f;
 constexpr float kLog2E = 0x1.715476p0f;
 
-// exp(x) for x <= 0, within 2 |x| u + 2 ulp, 0 below -87 where float32's normal numbers end: a term
-// of a sum whose largest is exp(0) = 1. As 2^n 2^f with n the nearest integer to x log2(e).
+// exp(x) for x <= 0, within 2 |x| u + 2 ulp (u: the unit roundoff); 0 below -87, where float32's
+// normal numbers end. For terms of a sum whose largest is exp(0) = 1. Computed as 2^n 2^f, n being
+// the integer nearest to x log2(e).
 template <class V>
 KSAM_INLINE V exp_term(const V& x) {
   if constexpr (LaneTraits<V>::kIsPair) {
@@ -39,14 +40,15 @@ KSAM_INLINE V exp_term(const V& x) {
     p = fma(p, f, broadcast<V>(0.24022242f));
     p = fma(p, f, broadcast<V>(0.693147f));
     p = fma(p, f, broadcast<V>(1.0f));
-    // A product, as only that keeps NaN: a sum of exponents would make any number of its bits.
+    // A product keeps NaN; adding the exponents as integers would turn its bits into some number.
     const V e = p * bit_cast<V>(bit_cast<u32>(biased) << 23);
     return x < -87.0f ? V{} : e;
   }
 }
 
-// exp(x) for x <= 0 within 2 ulp, denormal results included. As 2^n exp(r) with r = x - n log 2,
-// where n times the leading bits of log 2 is exact; 2^n in two factors, for it may be denormal.
+// exp(x) for x <= 0 within 2 ulp, denormal results included. Computed as 2^n exp(r) with
+// r = x - n log 2, where n times the leading bits of log 2 is exact; 2^n, which may be denormal, is
+// the product of two factors.
 template <class V>
 KSAM_INLINE V exp_accurate(const V& x) {
   if constexpr (LaneTraits<V>::kIsPair) {
@@ -55,7 +57,7 @@ KSAM_INLINE V exp_accurate(const V& x) {
     return lane_by_lane(x, [](double lane) { return __builtin_exp(lane); });
   } else {
     using i32 = typename LikeOf<V>::i32;
-    using u32 = typename LikeOf<V>::u32;  // may wrap, in lanes that are dropped
+    using u32 = typename LikeOf<V>::u32;  // may wrap around, in lanes that are dropped
     const V rounded = x * kLog2E + kRound;
     const V n = rounded - kRound;
     V r = fma(n, broadcast<V>(-0x1.63p-1f), x);
@@ -95,8 +97,8 @@ KSAM_INLINE V log1p(const V& x) {
   }
 }
 
-// log(x) for normal numbers x within 4 ulp; NaN for NaN. As n log 2 + log(y) with x = 2^n y and y
-// in [1 / sqrt 2, sqrt 2).
+// log(x) for normal numbers x within 4 ulp; NaN for NaN. Computed as n log 2 + log(y) with x = 2^n
+// y and y in [1 / sqrt 2, sqrt 2).
 template <class V>
 KSAM_INLINE V log(const V& x) {
   if constexpr (LaneTraits<V>::kIsPair) {

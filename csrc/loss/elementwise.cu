@@ -9,10 +9,10 @@
 namespace ksam::gpu {
 namespace {
 
-constexpr int kSampleBlocks = 2;  // that a multiprocessor has registers for
+constexpr int kSampleBlocks = 2;  // how many a multiprocessor has registers for
 constexpr Resident kResidentSamples{kSampleBlocks, kSampleBlocks};
 
-// What the formulas call, for a number.
+// The functions that the formulas call, for numbers.
 struct Math {
   template <class A>
   static __device__ __forceinline__ A number(int x) {
@@ -38,7 +38,7 @@ struct Math {
   }
 };
 
-// Samples of inputs of type T and targets of type Q: T, or the arithmetic's type A.
+// Samples with inputs of type T and targets of type Q, which is T or the arithmetic's type A.
 template <class Loss, class T, class Q>
 struct Samples {
   using A = Opmath<T>;
@@ -60,8 +60,8 @@ struct Samples {
     Packed<Q, N> t;
   };
 
-  // body(piece, x, t, positive) for the pieces of a thread's share of sample i, whose vectors begin
-  // `lead` elements before the sample; x and t are 0 around a piece.
+  // body(piece, x, t, positive) for the pieces of a thread's portion of sample i, whose first
+  // vector begins `lead` elements before the sample. x and t are 0 outside the piece.
   template <int kThreads, class Body>
   __device__ __forceinline__ void for_each_piece(int64_t i, int lead, const Team<kThreads>& team,
                                                  const Body& body) const {
@@ -165,11 +165,11 @@ struct SampleGradients {
         grad_stride(args.grad.stride),
         out(reinterpret_cast<T*>(args.out)) {}
 
-  // A thread's share of sample i. Vectors begin at the boundaries of the gradient's memory.
+  // Writes a thread's portion of sample i. Vectors begin at boundaries of the gradient's memory.
   template <int kThreads>
   __device__ __forceinline__ void write(int64_t i, const Team<kThreads>& team) const {
     T* row = out + i * samples.n;
-    const A share = static_cast<A>(grad[i * grad_stride]) / static_cast<A>(samples.n);
+    const A element_grad = static_cast<A>(grad[i * grad_stride]) / static_cast<A>(samples.n);
     samples.for_each_piece(
         i, offset_of(row), team,
         [&](const Piece& piece, const auto& x, const auto& t, const auto& positive) {
@@ -177,7 +177,7 @@ struct SampleGradients {
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             const A slope = Loss::slope(x.at[j], t.at[j], positive.at[j]);
-            dx.at[j] = Loss::kFactor * share * slope;
+            dx.at[j] = Loss::kFactor * element_grad * slope;
           }
           store_piece<N>(row, piece, dx);
         });

@@ -9,10 +9,10 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-// Samples of fewer elements are narrow rows: they do not fill a vector.
+// Samples of fewer elements are narrow rows, which do not fill a vector.
 constexpr int64_t kNarrow = kLanes;
 
-// What the formulas call, for lanes.
+// The functions that the formulas call, for vectors of lanes.
 struct Math {
   template <class V>
   static KSAM_INLINE V number(int x) {
@@ -40,7 +40,7 @@ struct Math {
   }
 };
 
-// A loss, with pos_weight or without.
+// The formulas of a loss, with pos_weight or without.
 template <class Formula, bool kWeighted>
 struct Weighted {
   static constexpr bool kReadsWeight = kWeighted;
@@ -79,18 +79,18 @@ KSAM_INLINE V weight_at(const A* weight, int64_t i) {
 
 // Sum of the losses of one row of at least kLanes elements.
 template <class Loss, class T, class A = Opmath<T>>
-KSAM_INLINE double wide_row(const Elementwise& args, int64_t row, A* room) {
+KSAM_INLINE double wide_row(const Elementwise& args, int64_t row, A* buffer) {
   using V = Lanes<T>;
   const T* input = row_of<T>(args.input, row);
   const A* weight = static_cast<const A*>(args.pos_weight);
-  double sum = 0;  // of the blocks of millions of elements a float would lose digits
+  double sum = 0;  // a row may have millions of elements, and a float lose digits over its blocks
   for_each_block(args.input.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
-    const A* target = staged(args.target, row, begin, n, room);
+    const A* target = staged(args.target, row, begin, n, buffer);
     V block{};
-    for_each_sum<V>(n, [&](int64_t i, const auto& kept) KSAM_INLINE_LAMBDA {
+    for_each_sum<V>(n, [&](int64_t i, const auto& fresh) KSAM_INLINE_LAMBDA {
       const V x = load_lanes<V>(input + begin + i);
       const V t = load_lanes<V>(target + i);
-      block = block + kept(Loss::loss(x, t, weight_at<Loss, V>(weight, begin + i)));
+      block = block + fresh(Loss::loss(x, t, weight_at<Loss, V>(weight, begin + i)));
     });
     sum += sum_of_lanes(block);
   });
@@ -100,37 +100,37 @@ KSAM_INLINE double wide_row(const Elementwise& args, int64_t row, A* room) {
 template <class Loss, class T>
 void forward_wide(const Elementwise& args, int64_t begin, int64_t end) {
   using A = Opmath<T>;
-  alignas(64) A room[kBlockRoom];
+  alignas(64) A buffer[kBlockCapacity];
   for (int64_t row = begin; row < end; ++row) {
-    const double sum = wide_row<Loss, T>(args, row, room);
+    const double sum = wide_row<Loss, T>(args, row, buffer);
     args.losses[row] = static_cast<float>(sum / static_cast<double>(args.input.columns));
   }
 }
 
-// body(row, count) for blocks of whole rows of n < kNarrow elements, below kBlockRoom of these.
-// Every block fills a vector, unless all rows do not.
+// body(row, count) for blocks of whole rows of n < kNarrow elements, fewer than kBlockCapacity
+// elements a block. Every block fills a vector, unless all rows together do not.
 template <class Body>
 KSAM_INLINE void for_each_rows(int64_t begin, int64_t end, int64_t n, const Body& body) {
   for (int64_t row = begin; row < end;) {
-    const int64_t count = (end - row) * n < kBlockRoom ? end - row : kBlock / n;
+    const int64_t count = (end - row) * n < kBlockCapacity ? end - row : kBlock / n;
     body(row, count);
     row += count;
   }
 }
 
-// n elements, with zeros behind them where they do not fill a vector: then in `room` [kLanes],
-// where they may be already.
+// n elements; where they do not fill a vector, in `buffer` [kLanes] with zeros behind them. They
+// may be in the buffer already.
 template <class T>
-KSAM_INLINE const T* padded(const T* from, int64_t n, T* room) {
+KSAM_INLINE const T* padded(const T* from, int64_t n, T* buffer) {
   if (n >= kLanes) return from;
   T all[kLanes] = {};
   std::memcpy(all, from, n * sizeof(T));
-  std::memcpy(room, all, sizeof(all));
-  return room;
+  std::memcpy(buffer, all, sizeof(all));
+  return buffer;
 }
 
-// The elements of a block of narrow rows. They lie side by side, and vectors take them whatever row
-// they belong to.
+// The elements of a block of narrow rows, which lie one behind the other. A vector takes elements
+// of several rows.
 template <class Loss, class T>
 class NarrowRows {
   using A = Opmath<T>;
@@ -139,8 +139,8 @@ class NarrowRows {
  public:
   NarrowRows(const Elementwise& args, int64_t rows) : args_(args) {
     if constexpr (Loss::kReadsWeight) {
-      const int64_t n = args.input.columns;  // a row's weights, over and over
-      const int64_t most = rows * n < kBlockRoom ? rows * n : kBlockRoom;
+      const int64_t n = args.input.columns;  // the weights of a row, repeated for each row
+      const int64_t most = rows * n < kBlockCapacity ? rows * n : kBlockCapacity;
       for (int64_t i = 0; i < most; i += n) {
         std::memcpy(weight_ + i, args.pos_weight, n * sizeof(A));
       }
@@ -152,7 +152,7 @@ class NarrowRows {
   KSAM_INLINE void read(int64_t row, int64_t rows) {
     count_ = rows * args_.input.columns;
     x_ = padded(row_of<T>(args_.input, row), count_, few_);
-    t_ = padded(staged(args_.target, row, 0, count_, room_), count_, room_);
+    t_ = padded(staged(args_.target, row, 0, count_, buffer_), count_, buffer_);
   }
 
   // body(i, x, t, p) for vectors that cover all elements, and zeros behind fewer than kLanes.
@@ -169,14 +169,14 @@ class NarrowRows {
   const T* x_ = nullptr;
   const A* t_ = nullptr;
   T few_[kLanes];
-  alignas(64) A room_[kBlockRoom];
-  A weight_[Loss::kReadsWeight ? kBlockRoom + kNarrow : 1];
+  alignas(64) A buffer_[kBlockCapacity];
+  A weight_[Loss::kReadsWeight ? kBlockCapacity + kNarrow : 1];
 };
 
-// losses [rows] <- means of n terms each, which are added up in their order.
+// losses [rows] <- means of n terms each, which are added up one after the other.
 template <class A>
 KSAM_INLINE void write_means(const A* terms, int64_t rows, int64_t n, float* losses) {
-  if (n == 1) {  // a loop without another in it becomes one of vectors
+  if (n == 1) {  // the compiler vectorizes a loop that has no other loop in it
     for (int64_t i = 0; i < rows; ++i) losses[i] = static_cast<float>(A{} + terms[i]);
     return;
   }
@@ -192,7 +192,7 @@ void forward_narrow(const Elementwise& args, int64_t begin, int64_t end) {
   using A = Opmath<T>;
   using V = Lanes<T>;
   const int64_t n = args.input.columns;
-  alignas(64) A terms[kBlockRoom];
+  alignas(64) A terms[kBlockCapacity];
   NarrowRows<Loss, T> rows(args, end - begin);
   for_each_rows(begin, end, n, [&](int64_t row, int64_t count) KSAM_INLINE_LAMBDA {
     rows.read(row, count);
@@ -202,53 +202,54 @@ void forward_narrow(const Elementwise& args, int64_t begin, int64_t end) {
   });
 }
 
-// g / n of a row.
+// The gradient of each element's loss in a row: g / n.
 template <class A>
-KSAM_INLINE A share_of(const ElementwiseGradient& args, int64_t row) {
+KSAM_INLINE A element_grad_of(const ElementwiseGradient& args, int64_t row) {
   return static_cast<A>(*row_of<float>(args.grad, row)) /
          static_cast<A>(args.forward.input.columns);
 }
 
 template <class Loss, class T, class A = Opmath<T>>
-KSAM_INLINE void wide_row_backward(const ElementwiseGradient& args, int64_t row, A* room) {
+KSAM_INLINE void wide_row_backward(const ElementwiseGradient& args, int64_t row, A* buffer) {
   using V = Lanes<T>;
   const Elementwise& forward = args.forward;
   const T* input = row_of<T>(forward.input, row);
   const A* weight = static_cast<const A*>(forward.pos_weight);
   T* out = reinterpret_cast<T*>(args.out) + row * forward.input.columns;
-  const V share = all_lanes<V>(Loss::kFactor * share_of<A>(args, row));
+  const V element_grad = all_lanes<V>(Loss::kFactor * element_grad_of<A>(args, row));
   for_each_block(forward.input.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
-    const A* target = staged(forward.target, row, begin, n, room);
+    const A* target = staged(forward.target, row, begin, n, buffer);
     for_each_vector(n, [&](int64_t i) KSAM_INLINE_LAMBDA {
       const V slope = Loss::slope(load_lanes<V>(input + begin + i), load_lanes<V>(target + i),
                                   weight_at<Loss, V>(weight, begin + i));
-      store_lanes(out + begin + i, share * slope);
+      store_lanes(out + begin + i, element_grad * slope);
     });
   });
 }
 
 template <class Loss, class T>
 void backward_wide(const ElementwiseGradient& args, int64_t begin, int64_t end) {
-  alignas(64) Opmath<T> room[kBlockRoom];
-  for (int64_t row = begin; row < end; ++row) wide_row_backward<Loss, T>(args, row, room);
+  alignas(64) Opmath<T> buffer[kBlockCapacity];
+  for (int64_t row = begin; row < end; ++row) wide_row_backward<Loss, T>(args, row, buffer);
 }
 
-// shares [rows * n] <- kFactor g / n of every row, for each of its elements.
+// element_grads [rows * n] <- kFactor times a row's element_grad_of(), for each of its elements.
 template <class Loss, class A>
-KSAM_INLINE void spread_shares(const ElementwiseGradient& args, int64_t row, int64_t rows,
-                               A* shares) {
+KSAM_INLINE void expand_grads(const ElementwiseGradient& args, int64_t row, int64_t rows,
+                              A* element_grads) {
   const int64_t n = args.forward.input.columns;
-  const auto share = [&](int64_t i)
-                         KSAM_INLINE_LAMBDA { return Loss::kFactor * share_of<A>(args, row + i); };
-  if (args.grad.stride == 0) {  // one for all, as of a mean over the batch
-    const A common = share(0);
-    for (int64_t i = 0; i < rows * n; ++i) shares[i] = common;
+  const auto element_grad = [&](int64_t i) KSAM_INLINE_LAMBDA {
+    return Loss::kFactor * element_grad_of<A>(args, row + i);
+  };
+  if (args.grad.stride == 0) {  // one for all rows, as from a mean over the batch
+    const A common = element_grad(0);
+    for (int64_t i = 0; i < rows * n; ++i) element_grads[i] = common;
   } else if (n == 1) {
-    for (int64_t i = 0; i < rows; ++i) shares[i] = share(i);
+    for (int64_t i = 0; i < rows; ++i) element_grads[i] = element_grad(i);
   } else {
     for (int64_t i = 0; i < rows; ++i) {
-      const A of_row = share(i);
-      for (int64_t c = 0; c < n; ++c) shares[i * n + c] = of_row;
+      const A of_row = element_grad(i);
+      for (int64_t c = 0; c < n; ++c) element_grads[i * n + c] = of_row;
     }
   }
 }
@@ -258,16 +259,16 @@ void backward_narrow(const ElementwiseGradient& args, int64_t begin, int64_t end
   using A = Opmath<T>;
   using V = Lanes<T>;
   const int64_t n = args.forward.input.columns;
-  alignas(64) A shares[kBlockRoom] = {};
+  alignas(64) A element_grads[kBlockCapacity] = {};
   NarrowRows<Loss, T> rows(args.forward, end - begin);
   for_each_rows(begin, end, n, [&](int64_t row, int64_t count) KSAM_INLINE_LAMBDA {
     rows.read(row, count);
-    spread_shares<Loss>(args, row, count, shares);
+    expand_grads<Loss>(args, row, count, element_grads);
     T few[kLanes];
     T* out = reinterpret_cast<T*>(args.out) + row * n;
     T* to = count * n < kLanes ? few : out;
     rows.for_each([&](int64_t i, const V& x, const V& t, const V& p) KSAM_INLINE_LAMBDA {
-      store_lanes(to + i, load_lanes<V>(shares + i) * Loss::slope(x, t, p));
+      store_lanes(to + i, load_lanes<V>(element_grads + i) * Loss::slope(x, t, p));
     });
     if (to != out) std::memcpy(out, few, count * n * sizeof(T));
   });

@@ -11,16 +11,17 @@
 
 namespace ksam {
 
-// A matrix whose rows have unit stride inside, or lie side by side in planes: column c of the rows
-// of a group is a plane of unit stride. So have [B, C, H, W] its pixels, with C as the columns.
+// A matrix whose elements lie side by side within a row; or else in planes, where those of a column
+// lie side by side for all rows of a group. Of [B, C, H, W], each pixel is a row with C columns,
+// and the pixels of an image are a group.
 struct Matrix {
   char* data = nullptr;
   int64_t rows = 0;
   int64_t columns = 0;
-  int64_t stride = 0;  // between rows, in elements; 0 where one row stands for all
+  int64_t stride = 0;  // between rows, in elements; 0 where all are the same row
   DType dtype = DType::other;
 
-  int64_t group = 0;  // rows of a group; 0: no planes, and the two below mean nothing
+  int64_t group = 0;  // rows of a group; 0 where there are no planes, nor any use for the next two
   int64_t group_stride = 0;
   int64_t plane_stride = 0;
 
@@ -65,9 +66,9 @@ KSAM_DECLARE_PER_ISA(void cross_entropy(const CrossEntropy& args);
                      void mse(const Elementwise& args);
                      void mse_backward(const ElementwiseGradient& args);)
 
-// The same, in device memory. Probabilities have the logits' dtype or f32, elementwise targets that
-// of the input or f32; f64 logits and inputs have f64 ones. A class out of range is a device-side
-// assertion. *_scratch_bytes: of the scratch that the function of that name takes.
+// The same, in device memory. Probabilities have the dtype of the logits, elementwise targets that
+// of the input; or f32, where that is not f64. A class out of range is a device-side assertion.
+// *_scratch_bytes: how much scratch the function of that name takes.
 KSAM_DECLARE_GPU(int64_t cross_entropy_scratch_bytes(const CrossEntropy& args);
                  void cross_entropy(const CrossEntropy& args, void* scratch, Stream stream);
                  void cross_entropy_backward(const CrossEntropyGradient& args, Stream stream);

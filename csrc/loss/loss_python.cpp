@@ -1,10 +1,13 @@
+// Reads the arguments of a call, checks them, allocates what it returns, and runs it on the
+// tensors' device.
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "bindings.h"
 #include "common/python.h"
 #include "loss/loss.h"
 #include "loss/matrix.h"
-#include "rooms.h"
 #include "topk/topk.h"
 
 namespace py = pybind11;
@@ -16,19 +19,19 @@ DType opmath_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::
 
 bool is_index(DType dtype) { return dtype == DType::i32 || dtype == DType::i64; }
 
-// A contiguous tensor, on the device of another, of a dtype and a number of elements.
+// Whether t is contiguous, on the device of `like`, and of this dtype and number of elements.
 bool is_plain(const Tensor& t, const Tensor& like, DType dtype, int64_t numel) {
   return same_device(t, like) && t.dtype == dtype && t.numel == numel && is_contiguous(t);
 }
 
-// Whether kernels take a floating target of this dtype: those of a GPU the inputs' own, and that of
-// the arithmetic; those of the CPU any.
+// Whether kernels take a floating target of this dtype: those of the CPU take any, those of a GPU
+// the input's own and that of the arithmetic.
 bool takes_target(DType dtype, const Tensor& input) {
   return on_cpu(input) || dtype == input.dtype || dtype == opmath_of(input.dtype);
 }
 
-// Classes [...] or probabilities [..., C] for logits [..., C], which are read as `rows`.
-bool read_target(py::handle object, const Tensor& logits, const Matrix& rows, Matrix* target) {
+// Reads classes [...] or probabilities [..., C] for logits [..., C], which lie as `layout` says.
+bool read_target(py::handle object, const Tensor& logits, const Matrix& layout, Matrix* target) {
   Tensor t;
   if (!read_tensor(object, &t) || !same_device(t, logits)) return false;
   if (is_index(t.dtype)) {
@@ -39,10 +42,10 @@ bool read_target(py::handle object, const Tensor& logits, const Matrix& rows, Ma
     return true;
   }
   if (!is_floating(t.dtype) || !takes_target(t.dtype, logits)) return false;
-  return same_shape(t, logits) && as_matrix(t, target) && target->group == rows.group;
+  return same_shape(t, logits) && as_matrix(t, target) && target->group == layout.group;
 }
 
-// numel weights of the dtype of the arithmetic on another tensor, or None.
+// Reads None or `numel` weights, of the dtype of the arithmetic on `like`.
 bool read_weight(py::handle object, const Tensor& like, int64_t numel, Tensor* t,
                  const void** weight) {
   if (!read_optional(object, t)) return false;
@@ -51,19 +54,19 @@ bool read_weight(py::handle object, const Tensor& like, int64_t numel, Tensor* t
          (is_plain(*t, like, opmath_of(like.dtype), numel) && !is_negative(object));
 }
 
-// The upstream gradient [...] of rows.
-bool read_upstream(py::handle object, const Tensor& input, const Matrix& rows, Matrix* grad) {
+// Reads the upstream gradient [...], an element for each of so many rows.
+bool read_upstream(py::handle object, const Tensor& input, int64_t rows, Matrix* grad) {
   Tensor t;
   return read_tensor(object, &t) && same_device(t, input) && !is_negative(object) &&
-         as_column(t, grad) && grad->rows == rows.rows && grad->dtype == DType::f32;
+         as_column(t, grad) && grad->rows == rows && grad->dtype == DType::f32;
 }
 
-// Memory for a gradient: contiguous.
+// Contiguous memory for the gradient of t.
 NewTensor new_like(py::handle object, const Tensor& t) {
   return new_empty(object, t, t.dtype, std::vector<int64_t>(t.shape, t.shape + t.ndim));
 }
 
-// The options of a call, which the public functions check where a kernel is not tried first.
+// Reads a call's options, which may be anything: kernels are tried before public functions check.
 bool read_options(py::handle ignore_index, py::handle label_smoothing, CrossEntropy* args) {
   if (!read_int(ignore_index, &args->ignore_index)) return false;
   if (!read_number(label_smoothing, &args->label_smoothing)) return false;
@@ -71,7 +74,7 @@ bool read_options(py::handle ignore_index, py::handle label_smoothing, CrossEntr
   return 0 <= args->label_smoothing && args->label_smoothing <= 1;
 }
 
-// All but the outputs.
+// Reads all arguments but the outputs.
 bool read_cross_entropy(py::handle object, py::handle target, py::handle weight,
                         py::handle ignore_index, py::handle label_smoothing, Tensor* logits,
                         CrossEntropy* args) {
@@ -85,11 +88,11 @@ bool read_cross_entropy(py::handle object, py::handle target, py::handle weight,
          read_options(ignore_index, label_smoothing, args);
 }
 
-// What a forward pass writes and returns.
+// The tensors that a forward pass writes and returns.
 struct Outputs {
   NewTensor losses, stats;
 
-  // False where they are no plain tensors.
+  // Allocates them; false where a mode of torch makes no plain tensors.
   bool make(py::handle logits, const Tensor& x, bool with_stats, CrossEntropy* args) {
     std::vector<int64_t> sizes(x.shape, x.shape + x.ndim - 1);
     losses = new_empty(logits, x, DType::f32, sizes);
@@ -114,7 +117,7 @@ struct Outputs {
                         std::to_string(args.logits.columns) + " classes");
 }
 
-// On the CPU, without the interpreter's lock. Raises for a class that body(args) found bad.
+// Runs body() without the interpreter's lock. Raises where that finds a class out of range.
 template <class Body>
 void run_on_cpu(CrossEntropy* args, const Body& body) {
   int64_t first_bad = args->logits.rows;
@@ -127,7 +130,7 @@ void run_on_cpu(CrossEntropy* args, const Body& body) {
 }
 
 // logits [..., C] floating, any stride between rows; target [...] or [..., C]; weight [C] A or
-// None. (losses [...] f32, stats [..., 3] A or None where no gradient will follow), or None. A is
+// None. Returns (losses [...] f32, stats [..., 3] A or, without with_stats, None); or None. A is
 // f64 for f64 logits, else f32.
 py::object cross_entropy(py::handle logits, py::handle target, py::handle weight,
                          py::handle ignore_index, py::handle label_smoothing, bool with_stats) {
@@ -168,7 +171,7 @@ void select_on_cpu(const Tensor& losses, CrossEntropy* args, const Tensor& indic
   });
 }
 
-// The same of logits [B, C], and indices [k] int64 of the k largest losses; 1 <= k <= B.
+// The same for logits [B, C]; also returns indices [k] int64 of the k largest losses; 1 <= k <= B.
 py::object select_cross_entropy(py::handle logits, py::handle target, py::handle k_,
                                 py::handle weight, py::handle ignore_index,
                                 py::handle label_smoothing, bool with_stats) {
@@ -189,8 +192,8 @@ py::object select_cross_entropy(py::handle logits, py::handle target, py::handle
   return py::make_tuple(out.losses.object, out.stats.object, indices.object);
 }
 
-// grad [...] f32, any stride; stats of the forward pass. The gradient [..., C] of the logits'
-// dtype, or None.
+// grad [...] f32, any stride; stats of the forward pass. Returns the gradient [..., C] of the
+// logits' dtype, or None.
 py::object cross_entropy_backward(py::handle grad, py::handle logits, py::handle target,
                                   py::handle stats_, py::handle weight, py::handle ignore_index,
                                   py::handle label_smoothing) {
@@ -203,7 +206,7 @@ py::object cross_entropy_backward(py::handle grad, py::handle logits, py::handle
   }
   if (!is_plain(stats, x, opmath_of(x.dtype), 3 * forward.logits.rows)) return py::none();
   forward.stats = stats.data;
-  if (!read_upstream(grad, x, forward.logits, &args.grad)) return py::none();
+  if (!read_upstream(grad, x, forward.logits.rows, &args.grad)) return py::none();
   const bool in_planes = forward.logits.in_planes();
   const NewTensor out = in_planes ? empty_like(logits) : new_like(logits, x);
   if (!out.object || !as_matrix(out.view, &args.out)) return py::none();
@@ -218,7 +221,7 @@ py::object cross_entropy_backward(py::handle grad, py::handle logits, py::handle
   return out.object;
 }
 
-// A contiguous tensor [B, ...] as B rows.
+// Reads a contiguous tensor [B, ...] as B rows.
 bool read_samples(py::handle object, Tensor* t, Matrix* samples) {
   if (!read_tensor(object, t) || !has_kernels(*t) || !is_floating(t->dtype)) return false;
   if (t->ndim < 1 || !is_contiguous(*t)) return false;
@@ -240,7 +243,7 @@ bool is_of_sample(const Tensor& t, const Tensor& samples) {
   return true;
 }
 
-// All but the losses.
+// Reads all arguments but the losses.
 bool read_elementwise(py::handle object, py::handle target_, py::handle pos_weight, Tensor* input,
                       Elementwise* args) {
   Tensor target;
@@ -254,10 +257,11 @@ bool read_elementwise(py::handle object, py::handle target_, py::handle pos_weig
          (args->pos_weight == nullptr || is_of_sample(weight, *input));
 }
 
-// on_gpu_(args, scratch, stream) or on_cpu_(args) once the arguments are read. The losses, or None.
-template <class OnGpu, class OnCpu>
+// Reads the arguments and calls gpu_kernel(args, scratch, stream) or cpu_kernel(args). Returns the
+// losses, or None.
+template <class GpuKernel, class CpuKernel>
 py::object elementwise(py::handle input, py::handle target, py::handle pos_weight,
-                       const OnGpu& on_gpu_, const OnCpu& on_cpu_) {
+                       const GpuKernel& gpu_kernel, const CpuKernel& cpu_kernel) {
   Elementwise args;
   Tensor x;
   if (!read_elementwise(input, target, pos_weight, &x, &args)) return py::none();
@@ -268,63 +272,65 @@ py::object elementwise(py::handle input, py::handle target, py::handle pos_weigh
     GpuCall call(x);
     py::gil_scoped_release release;
     void* scratch = call.scratch(KSAM_ON_GPU(elementwise_scratch_bytes, args));
-    on_gpu_(args, scratch, call.stream());
+    gpu_kernel(args, scratch, call.stream());
   } else {
     py::gil_scoped_release release;
-    on_cpu_(args);
+    cpu_kernel(args);
   }
   return losses.object;
 }
 
-template <class OnGpu, class OnCpu>
+// The same with gpu_kernel(args, stream), for the gradient.
+template <class GpuKernel, class CpuKernel>
 py::object elementwise_backward(py::handle grad, py::handle input, py::handle target,
-                                py::handle pos_weight, const OnGpu& on_gpu_, const OnCpu& on_cpu_) {
+                                py::handle pos_weight, const GpuKernel& gpu_kernel,
+                                const CpuKernel& cpu_kernel) {
   ElementwiseGradient args;
   Tensor x;
   if (!read_elementwise(input, target, pos_weight, &x, &args.forward)) return py::none();
-  if (!read_upstream(grad, x, args.forward.input, &args.grad)) return py::none();
+  if (!read_upstream(grad, x, args.forward.input.rows, &args.grad)) return py::none();
   const NewTensor out = new_like(input, x);
   if (!out.object) return py::none();
   args.out = out.view.data;
   if (on_gpu(x)) {
     GpuCall call(x);
     py::gil_scoped_release release;
-    on_gpu_(args, call.stream());
+    gpu_kernel(args, call.stream());
   } else {
     py::gil_scoped_release release;
-    on_cpu_(args);
+    cpu_kernel(args);
   }
   return out.object;
 }
 
-// Both backends of a loss, as the functions above take them.
-#define KSAM_FORWARD(name)                                                                      \
-  [](const Elementwise& args, [[maybe_unused]] void* scratch, [[maybe_unused]] Stream stream) { \
-    KSAM_ON_GPU(name, args, scratch, stream);                                                   \
-  },                                                                                            \
-      [](const Elementwise& args) { KSAM_ON_ISA(name, args); }
-#define KSAM_BACKWARD(name)                                                                \
-  [](const ElementwiseGradient& args, Stream stream) { KSAM_ON_GPU(name, args, stream); }, \
-      [](const ElementwiseGradient& args) { KSAM_ON_ISA(name, args); }
-
 // input and target [B, ...] floating, contiguous; pos_weight [...] A or None;
 // grad [B] f32, any stride. Losses [B] f32; gradients [B, ...] of the input's dtype.
 py::object binary_cross_entropy(py::handle input, py::handle target, py::handle pos_weight) {
-  return elementwise(input, target, pos_weight, KSAM_FORWARD(binary_cross_entropy));
+  return elementwise(
+      input, target, pos_weight,
+      [](const auto&... args) { KSAM_ON_GPU(binary_cross_entropy, args...); },
+      [](const auto&... args) { KSAM_ON_ISA(binary_cross_entropy, args...); });
 }
 
 py::object binary_cross_entropy_backward(py::handle grad, py::handle input, py::handle target,
                                          py::handle pos_weight) {
-  return elementwise_backward(grad, input, target, pos_weight,
-                              KSAM_BACKWARD(binary_cross_entropy_backward));
+  return elementwise_backward(
+      grad, input, target, pos_weight,
+      [](const auto&... args) { KSAM_ON_GPU(binary_cross_entropy_backward, args...); },
+      [](const auto&... args) { KSAM_ON_ISA(binary_cross_entropy_backward, args...); });
 }
 
 py::object mse(py::handle input, py::handle target) {
-  return elementwise(input, target, py::none(), KSAM_FORWARD(mse));
+  return elementwise(
+      input, target, py::none(), [](const auto&... args) { KSAM_ON_GPU(mse, args...); },
+      [](const auto&... args) { KSAM_ON_ISA(mse, args...); });
 }
 
 py::object mse_backward(py::handle grad, py::handle input, py::handle target) {
-  return elementwise_backward(grad, input, target, py::none(), KSAM_BACKWARD(mse_backward));
+  return elementwise_backward(
+      grad, input, target, py::none(),
+      [](const auto&... args) { KSAM_ON_GPU(mse_backward, args...); },
+      [](const auto&... args) { KSAM_ON_ISA(mse_backward, args...); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The loss of a row from what one pass over its logits adds up, shared by host and device.
+// The loss of a row, made of what one pass over its logits adds up. Shared by host and device.
 #pragma once
 
 #include <math.h>
@@ -15,20 +15,21 @@ KSAM_FORMULA double exponential(double x) { return ::exp(x); }
 // With z_c = x_c - max, and the row's target q_c = hot [c = y] + spread_c (target_cpu.h).
 template <class A>
 struct RowSums {
-  A max = -HUGE_VALF;  // of x_c; -inf without one
+  A max = -HUGE_VALF;  // of x_c; -inf if there is none yet
   A exp = 0;           // sum exp z_c
   A mass = 0;          // sum spread_c
   A dot = 0;           // sum spread_c z_c
 };
 
-// What z_c are measured from: where all x_c so far are -inf, so are z_c from any number.
+// The number that is subtracted from x_c to give z_c. Where all x_c so far are -inf it is 0, so
+// that their z_c are -inf, not NaN.
 template <class A>
 KSAM_FORMULA A origin(A max) {
   return max == -HUGE_VALF ? A(0) : max;
 }
 
-// From the maximum so far to a larger one, which may be infinitely far. All z_c <= 0, so no term of
-// dot cancels another.
+// Rescales the sums from the maximum so far to a larger one, which may be infinitely larger. No
+// terms of dot cancel, as all z_c <= 0.
 template <class A>
 KSAM_FORMULA void raise_maximum(RowSums<A>* row, A max) {
   if (row->exp != 0) row->exp *= exponential(row->max - max);  // not for the first maximum
@@ -36,7 +37,7 @@ KSAM_FORMULA void raise_maximum(RowSums<A>* row, A max) {
   row->max = max;
 }
 
-// Two parts of a row as one; the same bits in either order.
+// Adds the sums of another part of the row; the same bits in either order.
 template <class A>
 KSAM_FORMULA void merge(RowSums<A>* row, RowSums<A> other) {
   if (other.max > row->max) raise_maximum(row, other.max);
@@ -56,7 +57,7 @@ KSAM_FORMULA RowStats<A> stats_of(const RowSums<A>& row, A hot) {
   return {row.max, row.max == -HUGE_VALF ? A(NAN) : logarithm(row.exp), hot + row.mass};
 }
 
-// sum_c q_c (log s - z_c); z_y is that of the class, 0 where the target has none.
+// sum_c q_c (log s - z_c), where z_y is z_c of the class y; 0 for targets without a class.
 template <class A>
 KSAM_FORMULA A loss_of(const RowSums<A>& row, A log_s, A hot, A z_y) {
   return hot * (log_s - z_y) + (row.mass * log_s - row.dot);

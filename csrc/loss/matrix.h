@@ -1,5 +1,5 @@
-// Tensors as the matrices that the kernels of this room take. Each function is false of a tensor
-// that lies otherwise.
+// Describes tensors as the matrices that the kernels of losses take. Each function is false of a
+// tensor that does not lie in memory as it asks.
 #pragma once
 
 #include "common/gpu.h"
@@ -7,7 +7,7 @@
 
 namespace ksam {
 
-// The first `ndim` dimensions as one, of stride `stride`; false where they have no common stride.
+// The first `ndim` dimensions as one dimension; false where no single stride steps through them.
 inline bool flatten(const Tensor& t, int ndim, int64_t* size, int64_t* stride) {
   *size = 1;
   *stride = 0;
@@ -22,57 +22,58 @@ inline bool flatten(const Tensor& t, int ndim, int64_t* size, int64_t* stride) {
 }
 
 // [..., columns] as rows that have unit stride inside.
-inline bool as_rows(const Tensor& t, Matrix* rows) {
+inline bool as_rows(const Tensor& t, Matrix* m) {
   if (!has_kernels(t) || t.ndim < 1) return false;
   const int last = t.ndim - 1;
-  rows->data = t.data;
-  rows->dtype = t.dtype;
-  rows->columns = t.shape[last];
-  if (rows->columns < 1) return false;
+  m->data = t.data;
+  m->dtype = t.dtype;
+  m->columns = t.shape[last];
+  if (m->columns < 1) return false;
   // torch takes any strides for contiguous where there are no elements, and rearranges nothing.
-  if (rows->columns > 1 && t.strides[last] != 1 && t.numel > 0) return false;
-  return flatten(t, last, &rows->rows, &rows->stride);
+  if (m->columns > 1 && t.strides[last] != 1 && t.numel > 0) return false;
+  return flatten(t, last, &m->rows, &m->stride);
 }
 
 // [..., columns] as rows in planes, if groups of at least as many rows as a vector has lanes lie
-// side by side: fewer are sooner copied. ksam_kernels/loss/layout.py asks the same, group_of().
-inline bool as_planes(const Tensor& t, Matrix* rows) {
+// side by side; smaller groups are copied in less time. group_of() of ksam_kernels/loss/layout.py
+// applies the same rule.
+inline bool as_planes(const Tensor& t, Matrix* m) {
   constexpr int64_t kWorthIt = 16;
-  constexpr int64_t kCounted = int64_t{1} << 24;  // columns whose numbers float32 has
+  constexpr int64_t kCounted = int64_t{1} << 24;  // float32 holds the indices of so many columns
   if (!has_kernels(t) || t.ndim < 2) return false;
   const int last = t.ndim - 1;
-  int outer = last;  // dimensions in front of those of a group
+  int outer = last;  // how many dimensions are in front of those of a group
   int64_t group = 1;
   for (; outer > 0; --outer) {
     const int i = outer - 1;
     if (t.shape[i] != 1 && t.strides[i] != group) break;
     group *= t.shape[i];
   }
-  rows->data = t.data;
-  rows->dtype = t.dtype;
-  rows->columns = t.shape[last];
-  rows->group = group;
-  rows->plane_stride = t.strides[last];
-  if (group < kWorthIt || rows->columns < 2 || rows->columns >= kCounted) return false;
+  m->data = t.data;
+  m->dtype = t.dtype;
+  m->columns = t.shape[last];
+  m->group = group;
+  m->plane_stride = t.strides[last];
+  if (group < kWorthIt || m->columns < 2 || m->columns >= kCounted) return false;
   if (t.strides[last] == 1) return false;  // rows that overlap
   int64_t groups;
-  if (!flatten(t, outer, &groups, &rows->group_stride)) return false;
-  rows->rows = groups * group;
+  if (!flatten(t, outer, &groups, &m->group_stride)) return false;
+  m->rows = groups * group;
   return true;
 }
 
-inline bool as_matrix(const Tensor& t, Matrix* rows) {
-  if (as_rows(t, rows)) return true;
-  *rows = {};
-  return as_planes(t, rows);
+inline bool as_matrix(const Tensor& t, Matrix* m) {
+  if (as_rows(t, m)) return true;
+  *m = {};
+  return as_planes(t, m);
 }
 
-// [...] as rows of one element, any stride between them.
-inline bool as_column(const Tensor& t, Matrix* rows) {
-  rows->data = t.data;
-  rows->dtype = t.dtype;
-  rows->columns = 1;
-  return flatten(t, t.ndim, &rows->rows, &rows->stride);
+// [...] as rows of one element, with any stride between them.
+inline bool as_column(const Tensor& t, Matrix* m) {
+  m->data = t.data;
+  m->dtype = t.dtype;
+  m->columns = 1;
+  return flatten(t, t.ndim, &m->rows, &m->stride);
 }
 
 }  // namespace ksam

@@ -1,34 +1,30 @@
-// How a thread reads and writes its share of a row: in pieces of as many elements as a vector of
-// memory holds, several of them asked for before the first is used.
+// Reads and writes a thread's portion of a row: in pieces of as many elements as a vector of memory
+// holds, several of which are loaded before the first is used.
 #pragma once
 
 #include "common/block.cuh"
 
 namespace ksam::gpu {
 
-// Pieces of a batch, all of which a thread asks for before it uses the first.
-#if defined(KSAM_SIMT)  // so that the tests' small rows come to every regime
-constexpr int kUnroll = 2;
-#else
-constexpr int kUnroll = 4;
-#endif
+// Pieces of a batch, all of which a thread loads before it uses the first.
+constexpr int kUnroll = gpu_or_simt(4, 2);
 
-// Batches that follow each other in a part of a row. Where a kernel has the registers, it asks for
-// all of them before it uses the first: with 32 warps of a multiprocessor, an H200 reads 3.9 TB/s
-// with 64 bytes of each thread in flight, and 4.4 with 128.
+// Batches that follow each other in a part of a row. A kernel that has the registers loads all of
+// them before it uses the first: with 32 warps of a multiprocessor, an H200 reads 3.9 TB/s with 64
+// bytes of each thread in flight, and 4.4 with 128.
 constexpr int kSpan = 2;
 
-// Threads side by side that share a row, or one of its `parts`: this one is `thread` of `count`.
-// kThreads: their count where the compiler knows it, else 0.
+// Neighbouring threads that share a row, or part `part` of its `parts`. The calling thread is
+// number `thread` of `count`. kThreads: their count if it is known to the compiler, else 0.
 template <int kThreads>
 struct Team {
   int thread, count, part, parts;
 
   __device__ __forceinline__ int threads() const { return kThreads > 0 ? kThreads : count; }
 
-  // Among the threads of all parts. Where threads() is 1, the place is the same in all of a block,
-  // which the compiler must not know: for planes it would hold addresses in more registers than
-  // there are.
+  // The thread's number among those of all parts. Where threads() is 1 it is the same in a whole
+  // block, but the compiler must not know: for planes it would keep addresses in more registers
+  // than there are.
   __device__ __forceinline__ int64_t place() const { return int64_t{part} * threads() + thread; }
   __device__ __forceinline__ int64_t places() const { return int64_t{parts} * threads(); }
 };
@@ -38,8 +34,7 @@ struct Elements {
   T at[N];
 };
 
-// By how many elements a piece that begins `lead` elements before p lies behind a vector's
-// boundary.
+// How many elements behind a vector's boundary a piece begins that begins `lead` elements before p.
 template <class T>
 __device__ __forceinline__ int offset_of(const T* p, int lead = 0) {
   return static_cast<int>((reinterpret_cast<uintptr_t>(p) - lead * sizeof(T)) % kVectorBytes /
@@ -54,8 +49,8 @@ struct Piece {
   __device__ __forceinline__ bool has(int j) const { return j >= begin && j < end; }
 };
 
-// N elements as they were loaded. Halves stay in pairs until they are used: taken apart at once,
-// each load would be waited for before the next is asked for.
+// N elements as they were loaded. 16-bit elements stay in pairs until they are used: to take them
+// apart at once would be to wait for each load before the next begins.
 template <class T, int N>
 struct Packed {
   uint32_t words[N * sizeof(T) / 4];
@@ -103,7 +98,8 @@ __device__ __forceinline__ Packed<T, N> filled(T value) {
   return to;
 }
 
-// Of each half of two words: the larger of the two numbers, of a number and NaN the number.
+// Two words hold two 16-bit numbers each: the larger of the low and of the high ones. Of a number
+// and NaN it is the number.
 template <class Pair>
 __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
   Pair x, y;
@@ -133,8 +129,8 @@ __device__ __forceinline__ Packed<T, N> load_whole(const T* p) {
   return to;
 }
 
-// N elements of 2 or 4 bytes from the two vectors that hold them, the first beginning `offset`
-// before p.
+// N elements of 2 or 4 bytes from p on, from the two vectors that they lie in; the first begins
+// `offset` elements before p.
 template <int N, class T>
 __device__ __forceinline__ Packed<T, N> load_shifted(const T* p, int offset) {
   static_assert(N * sizeof(T) == kVectorBytes && sizeof(T) <= 4);
@@ -158,7 +154,7 @@ __device__ __forceinline__ Packed<T, N> load_shifted(const T* p, int offset) {
   return to;
 }
 
-// The elements of a piece, `fill` around them. aligned: row + piece.first is, as a vector.
+// The elements of a piece, and `fill` outside it. aligned: row + piece.first is aligned to vectors.
 template <int N, class T>
 __device__ __forceinline__ Packed<T, N> load_piece(const T* row, const Piece& piece, bool aligned,
                                                    T fill) {
@@ -176,7 +172,7 @@ __device__ __forceinline__ Packed<T, N> load_piece(const T* row, const Piece& pi
   return to;
 }
 
-// Two halves side by side, by the one instruction that rounds both.
+// Two numbers rounded to 16 bits, in one word, by the one instruction that rounds both.
 __device__ __forceinline__ uint32_t rounded_pair(float low, float high, bf16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   uint32_t bits;
@@ -211,16 +207,19 @@ __device__ __forceinline__ void store_piece(T* row, const Piece& piece,
       memcpy(&words, &from, kVectorBytes);
     }
     KSAM_CHECK_ALIGNED(p, kVectorBytes);
-    __stcg(reinterpret_cast<uint4*>(p), words);  // a plain store nvcc takes apart
+    __stcg(reinterpret_cast<uint4*>(p), words);  // nvcc would split a plain store
   }
 }
 
-// How the pieces of a batch are loaded. aligned: all are whole, at vectors' boundaries. last: each
-// is whole, at a vector's boundary, or empty. shifted: all are whole, and lie in two vectors each
-// that hold nothing but the row. careful: any.
+// How the pieces of a batch are loaded:
+//   aligned   all are whole, at vectors' boundaries
+//   last      each is empty, or whole and at a vector's boundary
+//   shifted   all are whole, and each lies in two vectors that hold nothing but the row
+//   careful   element by element, as none of these is sure
 enum class Loads { aligned, last, shifted, careful };
 
-// Pieces first + [0, kUnroll) * step of N elements, as they have to be loaded.
+// Loads pieces of N elements that begin at first + [0, kUnroll) * step, in the fastest way there
+// is.
 template <int N, bool kMayShift, class Item, class Load>
 __device__ __forceinline__ void load_batch(int64_t first, int64_t step, int64_t columns, int offset,
                                            const Load& load, Piece (&pieces)[kUnroll],
@@ -256,11 +255,11 @@ __device__ __forceinline__ void load_batch(int64_t first, int64_t step, int64_t 
   }
 }
 
-// The calling thread's share of a row, in batches of kUnroll pieces of N elements: load(piece,
-// loads) gives what use(pieces, items) gets of each, which returns whether to go on. The first
-// piece begins `lead` elements before the row, so that a boundary lies where it should; all lie
-// `offset` elements behind a vector's, or offset < 0: have to be loaded carefully. kBatches at a
-// time go to a part.
+// Walks over the calling thread's portion of a row in batches of kUnroll pieces of N elements.
+// load(piece, loads) makes an item of each piece, and use(pieces, items) returns whether to go on.
+// The first piece of the row begins `lead` elements before it, so that pieces begin at boundaries
+// of other memory if not of the row's. All pieces lie `offset` elements behind a vector's boundary;
+// offset < 0 means that they have to be loaded carefully. A part takes kBatches batches at a time.
 template <int N, bool kMayShift, int kBatches = 1, int kThreads, class Load, class Use>
 __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int offset,
                                                const Team<kThreads>& team, const Load& load,
@@ -278,11 +277,11 @@ __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int of
   }
 }
 
-// How many of a span's batches are asked for at once. Before sm_90 one: with two, registers spill,
-// and that memory needs fewer bytes in flight.
+// How many of a span's batches are loaded at once. Before sm_90 it is one: with two, registers
+// spill, and older memory needs fewer bytes in flight.
 template <int N, int kBatches>
 __device__ __forceinline__ constexpr int batches_at_once() {
-#if defined(KSAM_SIMT)  // both, by the dtype
+#if defined(KSAM_SIMT)  // both ways, by the dtype
   return N == kPerVector<bf16> ? 1 : kBatches;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return 1;
@@ -291,10 +290,11 @@ __device__ __forceinline__ constexpr int batches_at_once() {
 #endif
 }
 
-constexpr int64_t kMostWholeVectors = int64_t{1} << 30;
+constexpr int64_t kMostWholeVectors = int64_t{1} << 30;  // so that 32 bits count them
 
-// for_each_batch, bit for bit, of a row of fewer than kMostWholeVectors whole vectors at their
-// boundaries: there is no choice of how to load, which leaves registers for a whole span at once.
+// for_each_batch() for a row of whole vectors at vectors' boundaries, fewer than kMostWholeVectors,
+// with the same bits as a result. As there is only one way to load them, it has the registers to
+// load a whole span at once.
 template <int N, int kBatches, int kThreads, class Load, class Use>
 __device__ __forceinline__ void for_each_whole_batch(int64_t columns, const Team<kThreads>& team,
                                                      const Load& load, const Use& use) {

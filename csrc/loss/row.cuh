@@ -1,5 +1,5 @@
-// How the kernels of the loss room walk over rows: which threads share a row, in which order they
-// read it, and how what they add up becomes the row's result.
+// Walks over rows for the kernels of losses: which threads share a row, in which order they read
+// it, and how the sums of each become the row's result.
 //
 // A row is cut into vectors from its first element on, whatever its address: which thread adds
 // which elements, and in which order, depends on the shape and the device alone. So a row has the
@@ -13,34 +13,31 @@
 
 namespace ksam::gpu {
 
-#if defined(KSAM_SIMT)  // so that the tests' small rows come to every regime
-constexpr int kRowShift = 7;
-constexpr int kTurnsOfWarp = 1;
-constexpr int kBlocksWanted = 4;
-#else
-constexpr int kRowShift = 8;
-constexpr int kTurnsOfWarp = 4;   // the longest row of a warp, in batches or spans of its lanes
-constexpr int kBlocksWanted = 2;  // of a multiprocessor, which have then enough loads in flight
-#endif
-constexpr int kManyWarps = 32;  // of a multiprocessor, that have a row each where rows are many
+constexpr int kRowShift = gpu_or_simt(8, 7);
 constexpr int kRowThreads = 1 << kRowShift;  // of a block
+// The longest row that a warp takes, in batches or spans of its lanes.
+constexpr int kTurnsOfWarp = gpu_or_simt(4, 1);
+// Blocks that each multiprocessor should have, so that enough loads are in flight.
+constexpr int kBlocksWanted = gpu_or_simt(2, 4);
+// From so many rows for each multiprocessor on, there is one for every warp.
+constexpr int kManyWarps = 32;
 
 constexpr int kWarpShift = 5;
 static_assert(1 << kWarpShift == kWarp && kRowShift > kWarpShift && kRowShift <= 2 * kWarpShift);
 
 // --- Threads ------------------------------------------------------------------------------------
 
-// Rows over a grid. Short rows: 2^shift lanes of a warp each. Long ones: a block each or, where
-// there are too few of them to keep the device busy, gridDim.y blocks each.
+// How rows are spread over a grid. A short row gets 2^shift lanes of a warp. A long one gets a
+// block or, where there are too few rows to keep the device busy, gridDim.y blocks.
 struct RowPlan {
-  int shift;  // 2^shift threads of a block have a row
+  int shift;  // a row has 2^shift threads of a block
   dim3 grid;
 
   bool by_block() const { return shift > kWarpShift; }
   bool is_split() const { return grid.y > 1; }
 };
 
-// Blocks of a multiprocessor that there are registers for, where lanes or a block have a row.
+// How many blocks a multiprocessor has registers for, where lanes have a row and where a block has.
 struct Resident {
   int by_lanes, by_block;
 };
@@ -51,23 +48,26 @@ inline int log2_ceil(int64_t n) {
   return log;
 }
 
-// Blocks for what `needed` blocks would do in one turn each, of which `resident` run on a
-// multiprocessor at once: as many turns for all, and no block begins when others are done.
+// How many blocks to launch for the work that `needed` blocks would do in one turn each, if a
+// multiprocessor runs `resident` at once. All blocks run at once and take about as many turns, so
+// that none begins when the others are done.
 inline unsigned row_blocks(int64_t needed, int resident) {
   const int64_t slots = int64_t{resident} * multiprocessors();
   const int64_t turns = (needed + slots - 1) / slots;
   return static_cast<unsigned>((needed + turns - 1) / turns);
 }
 
-// rows > 0; a thread's spans have `pieces` vectors of per_vector elements each. The order in which
-// a row is added up follows from this: it must not depend on `resident`, so on the kernel.
+// The plan of a reduction over rows > 0, for threads whose spans have `pieces` vectors of
+// per_vector elements. The order in which a row is added up follows from `shift` and grid.y, which
+// must not depend on `resident`: that differs between kernels.
 inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int pieces,
                          Resident resident) {
   const int64_t vectors = (columns + per_vector - 1) / per_vector;
-  // A row costs a warp less than a block, up to longer rows where there are enough for all warps.
+  // A row costs a warp less than a block. Where there are enough rows for all warps, that is true
+  // of longer rows, too.
   const bool many = rows >= int64_t{kManyWarps} * multiprocessors();
   if (vectors <= kTurnsOfWarp * kWarp * (many ? pieces : kUnroll)) {
-    // Few lanes with `pieces` vectors each: sums across lanes cost more than those in a lane.
+    // As few lanes as have `pieces` vectors each: sums across lanes cost more than those in a lane.
     const int needed = log2_ceil((vectors + pieces - 1) / pieces);
     const int shift = std::min(needed, kWarpShift);
     const int per_block = kRowThreads >> shift;
@@ -75,15 +75,14 @@ inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int piec
   }
   const int64_t wanted = int64_t{kBlocksWanted} * multiprocessors() / rows;
   const int64_t worth = vectors / (kRowThreads * pieces);
-  const int64_t parts = wanted < worth ? wanted : worth;
-  return {kRowShift,
-          dim3(row_blocks(rows, resident.by_block), static_cast<unsigned>(parts > 1 ? parts : 1))};
+  const int64_t parts = std::max<int64_t>(std::min(wanted, worth), 1);
+  return {kRowShift, dim3(row_blocks(rows, resident.by_block), static_cast<unsigned>(parts))};
 }
 
 // --- Gradients ----------------------------------------------------------------------------------
 
-// gradients.write(i, team): a thread's share of the gradient of row i, 2^shift threads of a block
-// and gridDim.y blocks having a row.
+// gradients.write(i, team) writes a thread's portion of the gradient of row i. A row has 2^shift
+// threads of each of gridDim.y blocks.
 template <class G>
 __global__ void __launch_bounds__(kRowThreads, G::kResident)
     gradient_kernel(KSAM_PARAMETER(G) gradients, int64_t rows, int shift) {
@@ -96,18 +95,18 @@ __global__ void __launch_bounds__(kRowThreads, G::kResident)
   }
 }
 
-// Of a gradient, in which nothing is added up over a row: a batch is enough work for a thread.
+// The plan of a gradient. As nothing is added up over a row, a batch is enough work for a thread.
 inline RowPlan plan_gradient(int64_t rows, int64_t columns, int per_vector, int resident) {
-  // One more, as rows do not begin at a boundary.
+  // One more than a row fills, as it may not begin at a vector's boundary.
   const int64_t turns = (columns + per_vector * kUnroll - 1) / (per_vector * kUnroll) + 1;
   const int needed = log2_ceil(turns);
-  const int shift = needed < kRowShift ? needed : kRowShift;
+  const int shift = std::min(needed, kRowShift);
   const int per_block = kRowThreads >> shift;
   const unsigned x = row_blocks((rows + per_block - 1) / per_block, resident);
   const int64_t worth = (turns + kRowThreads - 1) / kRowThreads;
-  const int64_t room = int64_t{resident} * multiprocessors() / x;
-  const int64_t parts = worth < room ? worth : room;
-  return {shift, dim3(x, static_cast<unsigned>(parts > 1 ? parts : 1))};
+  const int64_t capacity = int64_t{resident} * multiprocessors() / x;
+  const int64_t parts = std::max<int64_t>(std::min(worth, capacity), 1);
+  return {shift, dim3(x, static_cast<unsigned>(parts))};
 }
 
 template <class G>
@@ -120,17 +119,18 @@ void launch_gradient(const G& gradients, int64_t rows, int64_t columns, int per_
 // --- Reductions ---------------------------------------------------------------------------------
 //
 // A reduction has
-//   kResident                 of its kernels, a Resident
-//   struct Sums               what is added up over a row; at first, what no element gives
-//   struct Row; row(i)        what is known of row i beforehand
-//   settle(&row)              what there is to find out about a row before it is finished
-//   add(&row, team, &sums)    the share of a thread
-//   merge(&sums, other)       two shares as one; neither order nor grouping follows from timing
-//   merge_lanes(shift, &sums)  those of 2^shift lanes, in all of them
-//   load(p)                   sums that another block has written
-//   finish(row, sums)         writes the row's result
+//   kResident                  a Resident, how many blocks of its kernels run at once
+//   struct Sums                what is added up over a row; as constructed, of no elements
+//   struct Row; row(i)         what is known of row i beforehand
+//   settle(&row)               finds out what has to be known of a row before it is finished
+//   add(&row, team, &sums)     adds the calling thread's portion of a row
+//   merge(&sums, other)        adds the sums of another portion; in which order and grouping that
+//                              happens must not depend on timing
+//   merge_lanes(shift, &sums)  gives each of 2^shift lanes the sums of all of them
+//   load(p)                    sums that another block has written
+//   finish(row, sums)          writes the row's result
 
-// The sum, or what combine(own, other) makes of two at a time, over 2^shift lanes, in all of them.
+// What combine(own, other) makes of the values of 2^shift lanes, in all of these lanes.
 template <class T, class Combine>
 __device__ __forceinline__ T over_lanes(int shift, T value, const Combine& combine) {
   for (int by = 1 << shift >> 1; by > 0; by /= 2) {
@@ -143,8 +143,8 @@ __device__ __forceinline__ T sum_over_lanes(int shift, T value) {
   return over_lanes(shift, value, [](T a, T b) { return a + b; });
 }
 
-// The rows of warp `warp` of `warps`, 2^shift lanes each: add(i, row, lane, &sums) adds a lane's
-// share of row i, and the first lane finishes it.
+// Reduces the rows of warp `warp` of `warps`, with 2^shift lanes for each. A lane's portion of row
+// i is what add(i, row, lane, &sums) adds; the first lane finishes the row.
 template <class R, class Add>
 __device__ __forceinline__ void rows_by_lanes(const R& reduction, int64_t rows, int shift,
                                               int64_t warp, int64_t warps, const Add& add) {
@@ -162,7 +162,7 @@ __device__ __forceinline__ void rows_by_lanes(const R& reduction, int64_t rows, 
   }
 }
 
-// The sums of all threads of the block, in the first.
+// The sums over all threads of the block, in thread 0.
 template <class R>
 __device__ typename R::Sums merge_block(typename R::Sums sums) {
   __shared__ typename R::Sums of_warp[kRowThreads / kWarp];
@@ -177,17 +177,17 @@ __device__ typename R::Sums merge_block(typename R::Sums sums) {
   return sums;
 }
 
-// What the last block does when all rows are finished has
-//   ticket       the counter of blocks that are done; may be null where no block asks for it
-//   is_wanted()
-//   run()
+// A tail is what the last block does once all rows are finished. It has
+//   ticket       the counter of blocks that are done; may be null where no block counts
+//   is_wanted()  whether there is anything to do
+//   run()        does it, with all threads of the block
 struct NoTail {
   unsigned* ticket;
   __device__ __forceinline__ bool is_wanted() const { return false; }
   __device__ __forceinline__ void run() const {}
 };
 
-// Short rows.
+// For short rows: each has some lanes of a warp.
 template <class R, class Tail>
 __global__ void __launch_bounds__(kRowThreads, R::kResident.by_lanes)
     lanes_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, int shift, KSAM_PARAMETER(Tail) tail) {
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident.by_lanes)
   if (tail.is_wanted() && last_block(tail.ticket, gridDim.x)) tail.run();
 }
 
-// Long rows. The last of all blocks puts the parts of split rows, partial[rows, gridDim.y],
-// together.
+// For long rows. The parts of rows that are split over gridDim.y blocks go to
+// partial[rows, gridDim.y], and the last of all blocks merges them.
 template <class R, class Tail>
 __global__ void __launch_bounds__(kRowThreads, R::kResident.by_block)
     blocks_kernel(KSAM_PARAMETER(R) reduction, int64_t rows, typename R::Sums* partial,
@@ -238,13 +238,14 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident.by_block)
   if (tail.is_wanted()) tail.run();
 }
 
-// Scratch of a reduction: the ticket's fallback, then the sums of split rows.
-constexpr int64_t kTicketRoom = 16;
+// Scratch of a reduction: first the ticket's fallback, in as many bytes as keep what follows
+// aligned; then the sums of split rows.
+constexpr int64_t kTicketSlotBytes = 16;
 
 template <class R>
 int64_t reduction_scratch_bytes(int64_t rows, const RowPlan& plan, bool has_tail) {
-  if (!plan.is_split()) return has_tail ? kTicketRoom : 0;
-  return kTicketRoom + rows * plan.grid.y * int64_t{sizeof(typename R::Sums)};
+  if (!plan.is_split()) return has_tail ? kTicketSlotBytes : 0;
+  return kTicketSlotBytes + rows * plan.grid.y * int64_t{sizeof(typename R::Sums)};
 }
 
 template <class R, class Tail>
@@ -254,7 +255,7 @@ void launch_reduction(const R& reduction, int64_t rows, const RowPlan& plan, Tai
   Sums* partial = nullptr;
   if (has_tail || plan.is_split()) {
     tail.ticket = ticket(stream, scratch);
-    partial = reinterpret_cast<Sums*>(static_cast<char*>(scratch) + kTicketRoom);
+    partial = reinterpret_cast<Sums*>(static_cast<char*>(scratch) + kTicketSlotBytes);
   }
   if (plan.by_block()) {
     launch(blocks_kernel<R, Tail>, plan.grid, kRowThreads, stream, reduction, rows, partial, tail);

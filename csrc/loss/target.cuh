@@ -8,7 +8,7 @@
 
 namespace ksam::gpu {
 
-// A class without spread; a class with smoothing; probabilities.
+// What the target has: classes, which have no spread; classes with smoothing; probabilities.
 enum class Kind { classes, smoothed, probabilities };
 
 constexpr int64_t kIgnored = -1;
@@ -18,7 +18,7 @@ inline Kind kind_of(const CrossEntropy& args) {
   return args.label_smoothing > 0 ? Kind::smoothed : Kind::classes;
 }
 
-// For logits of type T and probabilities of type Q: T, or the arithmetic's type A.
+// For logits of type T and probabilities of type Q, which is T or the arithmetic's type A.
 template <class T, class Q, Kind kKind>
 struct Target {
   using A = Opmath<T>;
@@ -28,8 +28,8 @@ struct Target {
   struct Nothing {};
   using Probabilities = std::conditional_t<kKind == Kind::probabilities, Packed<Q, N>, Nothing>;
 
-  // What lies between vectors' boundaries can be shifted there; with probabilities beside it, at
-  // other offsets, there are too few registers.
+  // Whether logits that are not aligned to vectors are loaded as aligned vectors and shifted. There
+  // are too few registers for it beside probabilities, which have an offset of their own.
   static constexpr bool kMayShift = sizeof(T) <= 4 && kKind != Kind::probabilities;
 
   const void* data;  // [rows] int64 or int32, or [rows, classes] Q
@@ -37,7 +37,8 @@ struct Target {
   const A* weight;   // [classes], or null
   int64_t classes;
   int64_t ignore_index;
-  A kept, share;   // 1 - e and e / C
+  A confidence;    // 1 - e
+  A uniform;       // e / C
   bool is_narrow;  // int32
 
   explicit Target(const CrossEntropy& args)
@@ -46,11 +47,11 @@ struct Target {
         weight(static_cast<const A*>(args.weight)),
         classes(args.logits.columns),
         ignore_index(args.ignore_index),
-        kept(static_cast<A>(1 - args.label_smoothing)),
-        share(static_cast<A>(args.label_smoothing / static_cast<double>(args.logits.columns))),
+        confidence(static_cast<A>(1 - args.label_smoothing)),
+        uniform(static_cast<A>(args.label_smoothing / static_cast<double>(args.logits.columns))),
         is_narrow(args.target.dtype == DType::i32) {}
 
-  // What the target says of a row; 0 for probabilities, whose rows are never ignored.
+  // A row's class as the target has it; 0 for probabilities, whose rows are never ignored.
   __device__ __forceinline__ int64_t read(int64_t row) const {
     if constexpr (!kHasHot) return 0;
     return is_narrow ? static_cast<const int32_t*>(data)[row * stride]
@@ -67,12 +68,12 @@ struct Target {
 
   __device__ __forceinline__ A hot(int64_t y) const {
     if constexpr (!kHasHot) return 0;
-    return weight == nullptr ? kept : kept * weight[y];
+    return weight == nullptr ? confidence : confidence * weight[y];
   }
 
   // spread_c of one class; t: its probability, of a target that has them.
   __device__ __forceinline__ A spread_of(int64_t c, A t) const {
-    const A q = kKind == Kind::probabilities ? ::fma(kept, t, share) : share;
+    const A q = kKind == Kind::probabilities ? ::fma(confidence, t, uniform) : uniform;
     return weight == nullptr ? q : q * weight[c];
   }
 
@@ -80,7 +81,7 @@ struct Target {
     return static_cast<const Q*>(data) + i * stride;
   }
 
-  // What of a row spread() needs beside the weights; as load_whole() and load_piece().
+  // Loads what spread() needs of a piece beside the weights, as `loads` and `aligned` allow.
   __device__ __forceinline__ Probabilities load(const Q* row, const Piece& piece, Loads loads,
                                                 bool aligned) const {
     if constexpr (kKind == Kind::probabilities) {
@@ -93,7 +94,7 @@ struct Target {
     }
   }
 
-  // The same of the logits; offset: of the pieces.
+  // Loads the logits of a piece; offset: how far the pieces lie behind a vector's boundary.
   __device__ __forceinline__ static Packed<T, N> load_logits(const T* row, const Piece& piece,
                                                              Loads loads, int offset, T fill) {
     if (loads == Loads::last && piece.end == 0) return filled<N>(fill);
@@ -104,14 +105,14 @@ struct Target {
     return load_piece<N>(row, piece, offset == 0, fill);
   }
 
-  // spread_c of the elements of a piece; 0 around them.
+  // spread_c of the elements of a piece; 0 outside it.
   __device__ __forceinline__ Elements<A, N> spread(const Probabilities& t, const Piece& piece,
                                                    bool weight_aligned) const {
     Elements<A, N> q;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      A value = share;
-      if constexpr (kKind == Kind::probabilities) value = ::fma(kept, element(t, j), share);
+      A value = uniform;
+      if constexpr (kKind == Kind::probabilities) value = ::fma(confidence, element(t, j), uniform);
       q.at[j] = piece.has(j) ? value : A(0);
     }
     if (weight == nullptr) return q;
@@ -129,7 +130,7 @@ struct TargetType {
   static constexpr Kind kind = kKind;
 };
 
-// body(TargetType<T, Q, kind>{}) for the arguments' dtypes.
+// body(TargetType<T, Q, kind>{}) with the types that the arguments' dtypes stand for.
 template <class Body>
 void on_target(const CrossEntropy& args, const Body& body) {
   on_floating(args.logits.dtype, [&](auto type) {

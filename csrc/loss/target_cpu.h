@@ -3,8 +3,9 @@
 //     q_c = (1 - e) w_y [c = y] + e / C w_c         for a class y,
 //     q_c = w_c ((1 - e) t_c + e / C)               for probabilities t,
 //
-// with smoothing e and weights w, 1 where there are none. The first summand for a class is `hot`,
-// all the rest `spread`.
+// with smoothing e and weights w, 1 where there are none. The first summand of a class y is called
+// `hot`, everything else `spread`. 1 - e is called `confidence`, and e / C, what every class gets,
+// `uniform`.
 #pragma once
 
 #include "loss/rows_cpu.h"
@@ -21,13 +22,13 @@ class Target {
       : args_(args),
         weight_(static_cast<const A*>(args.weight)),
         soft_(is_floating(args.target.dtype)),
-        kept_(static_cast<A>(1 - args.label_smoothing)),
-        share_(static_cast<A>(args.label_smoothing / static_cast<double>(args.logits.columns))) {}
+        confidence_(static_cast<A>(1 - args.label_smoothing)),
+        uniform_(static_cast<A>(args.label_smoothing / static_cast<double>(args.logits.columns))) {}
 
   bool has_hot() const { return !soft_; }
   bool has_spread() const { return soft_ || args_.label_smoothing > 0; }
 
-  // The row's class, kIgnored or kOutOfRange; any class for probabilities, which have no hot one.
+  // The row's class, kIgnored or kOutOfRange. 0 for probabilities, of which no class is hot.
   KSAM_INLINE int64_t class_of(int64_t row) const {
     if (soft_) return 0;
     const int64_t y = args_.target.dtype == DType::i64 ? *row_of<int64_t>(args_.target, row)
@@ -38,50 +39,50 @@ class Target {
 
   KSAM_INLINE A hot(int64_t y) const {
     if (soft_) return 0;
-    return weight_ == nullptr ? kept_ : kept_ * weight_[y];
+    return weight_ == nullptr ? confidence_ : confidence_ * weight_[y];
   }
 
-  // spread_c of classes [begin, begin + n) of a row, in `room` or in place. A spread that is the
-  // same for all rows and classes is there already: fill_constant() put it there. (Nothing is not 0
-  // times a weight, which may be infinite.)
-  KSAM_INLINE const A* spread(int64_t row, int64_t begin, int64_t n, A* room) const {
+  // spread_c of classes [begin, begin + n) of a row, in `buffer` or in place. A spread that all
+  // rows and classes have in common is in the buffer already: fill_constant() has put it there.
+  // (Without smoothing there is no spread, rather than 0 times a weight, which may be infinite.)
+  KSAM_INLINE const A* spread(int64_t row, int64_t begin, int64_t n, A* buffer) const {
     if (soft_) {
-      const A* t = staged(args_.target, row, begin, n, room);
+      const A* t = staged(args_.target, row, begin, n, buffer);
       if (args_.label_smoothing == 0 && weight_ == nullptr) return t;
       for (int64_t i = 0; i < n; ++i) {
-        const A q = kept_ * t[i] + share_;
-        room[i] = weight_ == nullptr ? q : weight_[begin + i] * q;
+        const A q = confidence_ * t[i] + uniform_;
+        buffer[i] = weight_ == nullptr ? q : weight_[begin + i] * q;
       }
     } else if (weight_ != nullptr && has_spread()) {
-      for (int64_t i = 0; i < n; ++i) room[i] = share_ * weight_[begin + i];
+      for (int64_t i = 0; i < n; ++i) buffer[i] = uniform_ * weight_[begin + i];
     }
-    return room;
+    return buffer;
   }
 
-  // spread_c of class c in sixteen rows that lie in planes, as above; `first` is what first_plane()
-  // gives for the first of them.
-  KSAM_INLINE void spread_plane(const char* first, int64_t c, A* room) const {
+  // buffer <- spread_c of class c in sixteen rows that lie in planes, as above. first:
+  // first_plane() of the first row.
+  KSAM_INLINE void spread_plane(const char* first, int64_t c, A* buffer) const {
     if (soft_) {
       on_floating(args_.target.dtype, [&](auto type) KSAM_INLINE_LAMBDA {
         using T = typename decltype(type)::type;
         const T* t = reinterpret_cast<const T*>(first) + c * args_.target.plane_stride;
         if constexpr (sizeof(Opmath<T>) == sizeof(A)) {
-          store_lanes(room, load_lanes<Lanes<T>>(t));
+          store_lanes(buffer, load_lanes<Lanes<T>>(t));
         } else {
-          for (int i = 0; i < kLanes; ++i) room[i] = static_cast<A>(load_one(t + i));
+          for (int i = 0; i < kLanes; ++i) buffer[i] = static_cast<A>(load_one(t + i));
         }
       });
       if (args_.label_smoothing == 0 && weight_ == nullptr) return;
       for (int i = 0; i < kLanes; ++i) {
-        const A q = kept_ * room[i] + share_;
-        room[i] = weight_ == nullptr ? q : weight_[c] * q;
+        const A q = confidence_ * buffer[i] + uniform_;
+        buffer[i] = weight_ == nullptr ? q : weight_[c] * q;
       }
     } else if (weight_ != nullptr && has_spread()) {
-      for (int i = 0; i < kLanes; ++i) room[i] = share_ * weight_[c];
+      for (int i = 0; i < kLanes; ++i) buffer[i] = uniform_ * weight_[c];
     }
   }
 
-  // Of probabilities in planes: where those of a row begin.
+  // Where a row's probabilities begin, if these lie in planes; null for classes.
   KSAM_INLINE const char* first_plane(int64_t row) const {
     const char* first = nullptr;
     if (!soft_) return first;
@@ -92,21 +93,21 @@ class Target {
     return first;
   }
 
-  // As much of it as spread() and spread_plane() may leave as it is.
-  void fill_constant(A* room) const {
+  // Fills as much of the buffer as spread() and spread_plane() may leave as it is.
+  void fill_constant(A* buffer) const {
     const int64_t classes = args_.logits.columns < kLanes ? kLanes : args_.logits.columns;
-    for (int64_t i = 0; i < classes && i < kBlockRoom; ++i) room[i] = share_;
+    for (int64_t i = 0; i < classes && i < kBlockCapacity; ++i) buffer[i] = uniform_;
   }
 
  private:
   const CrossEntropy& args_;
   const A* weight_;
   bool soft_;
-  A kept_;
-  A share_;
+  A confidence_;
+  A uniform_;
 };
 
-// Remembers the first of all threads' rows out of range.
+// *first_bad <- the smaller of it and row. Threads may call this at the same time.
 KSAM_INLINE void note_bad(int64_t row, int64_t* first_bad) {
   int64_t first = __atomic_load_n(first_bad, __ATOMIC_RELAXED);
   while (row < first && !__atomic_compare_exchange_n(first_bad, &first, row, true, __ATOMIC_RELAXED,
@@ -114,8 +115,8 @@ KSAM_INLINE void note_bad(int64_t row, int64_t* first_bad) {
   }
 }
 
-// The classes of sixteen rows; kIgnored of those that do not count. False where one is out of
-// range, which is then remembered.
+// y <- the classes of sixteen rows; kIgnored for rows that do not count. False where a class is out
+// of range; its row is then noted in first_bad.
 template <class A>
 KSAM_INLINE bool classes_of(const Target<A>& target, const Sixteen& rows, int64_t* first_bad,
                             int64_t* y) {

@@ -1,9 +1,9 @@
-// Walks the rows of a call.
+// Walks over the rows of a call and applies a formula to them.
 //
-// Where all operands of a row lie in memory order and have one dtype, a formula is applied to them
-// a register at a time, converted on the way in and out. Everything else (a gradient with strides
-// of its own, a dtype of its own) is first converted into small buffers, block by block, and back
-// afterwards. Nothing is contracted, so any width rounds alike.
+// Where all operands of a row lie in memory order and have one dtype, the formula is applied to
+// them a register at a time, converted on the way in and out. Everything else (a gradient with
+// strides of its own, a dtype of its own) is first converted into small buffers, block by block,
+// and back afterwards. Nothing is contracted, so the results are the same bits either way.
 #pragma once
 
 #include "common/dispatch.h"
@@ -13,9 +13,9 @@
 
 namespace ksam::KSAM_ISA {
 
-constexpr int kBlock = 512;  // elements; five operands of doubles fit 32 KiB
-// Bytes that are streamed at a time: few enough for the processor to read the next ones while these
-// lines leave it.
+constexpr int kBlock = 512;  // elements of a buffer: five operands of doubles fit 32 KiB
+// Bytes that are streamed at a time: few enough for the processor to read the next ones while its
+// write buffers empty.
 constexpr int kTileBytes = 512;
 // Below this number of elements a second thread costs more than it brings.
 constexpr int64_t kSerial = 32768;
@@ -49,8 +49,8 @@ void for_each_strided(const Operand& t, int64_t begin, int n, const Visit& visit
   }
 }
 
-// Has the next block come while the buffers of this one are worked on: the processor sees no loads
-// then from which it would guess what to fetch.
+// Fetches the next block while this one's buffers are worked on. The processor would not do so by
+// itself, as it sees no loads of the operand in the meantime.
 inline void prefetch(const void* data, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) {
     __builtin_prefetch(static_cast<const char*>(data) + at);
@@ -80,7 +80,7 @@ A* stage(const Operand& t, Access access, int64_t begin, int n, A* buffer) {
   return where;
 }
 
-// Past the caches where `streaming`, which spares reading the lines that are written.
+// Copies bytes; where `streaming`, past the caches, which would first read the lines to be written.
 inline void copy_flat(const char* from, int64_t bytes, bool streaming, char* to) {
   int64_t at = 0;
   if (streaming && is_line_aligned(to)) {
@@ -89,7 +89,7 @@ inline void copy_flat(const char* from, int64_t bytes, bool streaming, char* to)
   if (at < bytes) std::memcpy(to + at, from + at, bytes - at);
 }
 
-// Puts what was computed in the buffer where it belongs, rounded to the operand's dtype.
+// Writes what was computed in a buffer to the operand, rounded to its dtype.
 template <class A>
 void unstage(const Operand& t, int64_t begin, int n, const A* buffer) {
   on_floating(t.dtype, [&](auto type) {
@@ -121,7 +121,7 @@ void for_each_chunk(const Rows<N>& rows, const Body& body) {
     }
     for (int64_t chunk = first; chunk < last; ++chunk) {
       while (rows.first_chunk[low + 1] <= chunk) ++low;
-      const Row<N>& row = rows.rows[low];
+      const Row<N>& row = rows.row[low];
       const int64_t begin = (chunk - rows.first_chunk[low]) * kChunk;
       const int64_t end = begin + kChunk < row.numel ? begin + kChunk : row.numel;
       body(row, chunk, begin, end);
@@ -130,8 +130,8 @@ void for_each_chunk(const Rows<N>& rows, const Body& body) {
   });
 }
 
-// body(operands, n) over the blocks of [begin, end), with A* operands[N]; null where there is none
-// or it is not touched.
+// body(operands, n) over the blocks of [begin, end), with A* operands[N]: null for operands that
+// the row does not have or that are not touched.
 template <class A, int N, class Body>
 void for_each_block(const Row<N>& row, const Access (&access)[N], int64_t begin, int64_t end,
                     const Body& body) {
@@ -152,8 +152,8 @@ void for_each_block(const Row<N>& row, const Access (&access)[N], int64_t begin,
   }
 }
 
-// formula(x) with x[i] a register of the i-th operands' elements; two at a time, as one instruction
-// packs two registers of bfloat16.
+// Calls formula(x), x[i] being a register of elements of operand i. For two registers at a time, as
+// one instruction packs two registers to bfloat16.
 template <class T, int N, class Formula>
 KSAM_INLINE void apply(const Formula& formula, T* const (&operand)[N], int64_t j) {
   using V = Register<T>;
@@ -172,7 +172,7 @@ KSAM_INLINE void apply(const Formula& formula, T* const (&operand)[N], int64_t j
   }
 }
 
-// By value: the compiler need not fear that a store changes the formula's numbers.
+// Takes the formula by value, so that no store can change its numbers as far as the compiler knows.
 template <class T, int N, class Formula>
 KSAM_INLINE void apply_to_all(Formula formula, T* const (&operand)[N], int64_t n) {
   constexpr int kCount = 2 * LaneTraits<Register<T>>::kCount;
@@ -206,7 +206,8 @@ KSAM_INLINE void apply_streaming(const Formula& formula, T* const (&operand)[N],
   }
 }
 
-// Whether what the formula touches lies in memory order with one dtype, and that of its arithmetic.
+// Whether the operands that the formula touches all lie in memory order and have one dtype, on
+// which arithmetic is what the row asks for.
 template <class Formula, int N>
 bool is_uniform(const Row<N>& row) {
   const DType dtype = row.operand[0].dtype;
@@ -218,8 +219,8 @@ bool is_uniform(const Row<N>& row) {
   return row.wide == (dtype == DType::f64);
 }
 
-// Applies a formula on A to the elements [begin, end) of a row. Operand 0 is streamed if asked for
-// and worth it: it is written only, and is not what operand 1 reads as well.
+// Applies a formula on A to the elements [begin, end) of a row. If `streaming`, operand 0 is
+// written past the caches where that pays: it is only written, and is not the memory of operand 1.
 template <class A, int N, class Formula>
 void transform(const Row<N>& row, bool streaming, int64_t begin, int64_t end,
                const Formula& formula) {
@@ -247,7 +248,7 @@ void transform(const Row<N>& row, bool streaming, int64_t begin, int64_t end,
   });
 }
 
-// body(Type<A>{}) with A the arithmetic of the row.
+// body(Type<A>{}), A being the type of the row's arithmetic.
 template <int N, class Body>
 KSAM_INLINE void on_arithmetic(const Row<N>& row, const Body& body) {
   return row.wide ? body(Type<double>{}) : body(Type<float>{});

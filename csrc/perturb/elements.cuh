@@ -1,12 +1,12 @@
-// How blocks apply a formula to the elements of their chunks.
+// Applies a formula to the elements of a block's chunk.
 //
 // A formula is a struct of
-//   kOperands, kReads, kWrites   how many operands it has, and bit sets of those that it touches
-//   kFrom, kTo                   the operands whose bits are copied where it does not act, if any
-//   kCopies                      ... and where it does, too
+//   kOperands, kReads, kWrites   how many operands it has, and bit masks of those it reads, writes
+//   kFrom, kTo                   operand kFrom is copied to kTo, bit for bit, where it does not act
+//   kCopies                      whether that is copied also where it acts
 //   kVectors                     how many vectors of each operand a thread has in flight
-//   Value, Args                  what it has of each row, and of the call
-//   acts(args, value)            whether the row gets more than copies; the same in all threads
+//   Value, Args                  what it needs to know of each row, and of the call
+//   acts(args, value)            whether it does more to a row than copy; the same in all threads
 //   Element<A>, element<A>(...)  what is done to the values x[kOperands] of an element, in A
 //   finish(args, table)          what is left to do once a block is through
 #pragma once
@@ -24,7 +24,7 @@ using StridedTableOf = StridedTable<Formula::kOperands, typename Formula::Value>
 template <class Formula>
 using ArgsOf = typename Formula::Args;
 
-// Only the copies of a formula.
+// What a formula does to rows on which it does not act: it copies.
 template <class Formula>
 struct CopiesOf {
   static constexpr int kOperands = Formula::kOperands;
@@ -45,7 +45,8 @@ __device__ __forceinline__ constexpr bool writes(int i) {
   return (Formula::kWrites >> i & 1) != 0;
 }
 
-// The formula of a row, made by one thread: a power costs as much as hundreds of elements.
+// What the formula does to an element of the row. One thread works it out for its block: the powers
+// of Adam cost as much as hundreds of elements.
 template <class A, class Formula>
 __device__ __forceinline__ typename Formula::template Element<A> element_of(
     const typename Formula::Args& args, const typename Formula::Value& value) {
@@ -57,7 +58,7 @@ __device__ __forceinline__ typename Formula::template Element<A> element_of(
 
 // --- Flat rows ----------------------------------------------------------------------------------
 
-// x[kOperands] <- the j-th elements of what is read; back into the vectors what is written.
+// Applies the formula to the j-th elements of the vectors.
 template <class Formula, class T, int kWidth, class Element>
 __device__ __forceinline__ void apply(Vector<T, kWidth> (&v)[Formula::kOperands], int j,
                                       Element& element) {
@@ -74,13 +75,14 @@ __device__ __forceinline__ void apply(Vector<T, kWidth> (&v)[Formula::kOperands]
   }
 }
 
-// What becomes of one vector of every operand; `v` holds those that are read.
+// Applies the formula to one vector of every operand and stores the results; `v` holds those
+// vectors that are read.
 template <class Formula, class T, int kWidth, class Element>
 __device__ __forceinline__ void finish_vectors(Vector<T, kWidth> (&v)[Formula::kOperands],
                                                T* const (&data)[Formula::kOperands], int at,
                                                Element& element) {
   if constexpr (Formula::kCopies) store_vector(data[Formula::kTo] + at, v[Formula::kFrom]);
-  if constexpr (!std::is_same<Element, NoElement>::value) {
+  if constexpr (!std::is_same_v<Element, NoElement>) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) apply<Formula>(v, j, element);
   }
@@ -114,8 +116,8 @@ __device__ __forceinline__ void walk(T* const (&data)[Formula::kOperands], int b
   }
 }
 
-// The chunk in vectors where all operands are aligned to them, and what is left element by element.
-// Both round alike.
+// A chunk: in vectors where all operands are aligned to them, the rest element by element. The
+// results are the same bits either way.
 template <class T, class Formula, class Table, class Element>
 __device__ __forceinline__ void walk_chunk(const Table& table, const Chunk& chunk,
                                            Element& element) {
@@ -175,7 +177,7 @@ __device__ __forceinline__ void copy_element(const char* from, char* to, DType d
   }
 }
 
-// at[N] <- where the operands have element `index`.
+// at[N] <- the addresses of element `index` of every operand.
 template <int N, class Value>
 __device__ __forceinline__ void locate(const StridedRow<N, Value>& row, int64_t index,
                                        char* (&at)[N]) {
@@ -192,7 +194,7 @@ __device__ __forceinline__ void locate(const StridedRow<N, Value>& row, int64_t 
   for (int i = 0; i < N; ++i) at[i] = row.data[i] + offset[i] * size_of(row.dtype[i]);
 }
 
-// The chunk element by element, with arithmetic in A.
+// A chunk, element by element, with arithmetic in A.
 template <class A, class Formula, class Table, class Element>
 __device__ __forceinline__ void walk_strided(const Table& table, const Chunk& chunk,
                                              Element& element) {
@@ -203,7 +205,7 @@ __device__ __forceinline__ void walk_strided(const Table& table, const Chunk& ch
     if constexpr (Formula::kCopies) {
       copy_element(at[Formula::kFrom], at[Formula::kTo], row.dtype[Formula::kFrom]);
     }
-    if constexpr (!std::is_same<Element, NoElement>::value) {
+    if constexpr (!std::is_same_v<Element, NoElement>) {
       A x[Formula::kOperands];
 #pragma unroll
       for (int i = 0; i < Formula::kOperands; ++i) {
@@ -220,7 +222,7 @@ __device__ __forceinline__ void walk_strided(const Table& table, const Chunk& ch
 
 // --- Kernels ------------------------------------------------------------------------------------
 
-// Rows of T, the formula's operands in any memory order that they share.
+// Rows of T whose operands have their elements in one order in memory, whichever it is.
 template <class T, class Formula>
 __global__ void __launch_bounds__(kThreads)
     flat_kernel(KSAM_PARAMETER(FlatTableOf<Formula>) table, KSAM_PARAMETER(ArgsOf<Formula>) args) {
@@ -257,8 +259,8 @@ __global__ void __launch_bounds__(kThreads)
   Formula::finish(args, table);
 }
 
-// Launches the formula over all rows. Its kernels are loaded before the first launch: what fails
-// for want of memory fails before the first write, and nothing takes back a call that ends halfway.
+// Launches the formula over all rows. Its kernels are loaded before the first launch, as nothing
+// could undo a call that fails halfway: if memory for them runs out, nothing has been written yet.
 template <class Formula, int M, class ValueOf>
 void apply_to_rows(const Rows<M>& rows, const ArgsOf<Formula>& args, const ValueOf& value_of,
                    Stream stream) {

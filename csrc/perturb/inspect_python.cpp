@@ -1,21 +1,18 @@
-// Inspects lists of tensors for backends whose own code is Python, where a look at every tensor
-// takes longer than the work. What is out of the ordinary is declined: Python then looks for
-// itself.
+// Inspects lists of tensors for backends that are written in Python, where looking at every tensor
+// takes longer than the work. Declines anything out of the ordinary, at which Python then looks.
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <map>
 
+#include "bindings.h"
 #include "common/python.h"
 #include "perturb/rows.h"
-#include "rooms.h"
 
 namespace py = pybind11;
 
 namespace ksam {
 namespace {
-
-using TensorList = std::vector<Tensor>;
 
 bool read_lists(const py::sequence& objects, std::vector<TensorList>* lists) {
   lists->resize(objects.size());
@@ -31,7 +28,7 @@ bool is_on(const Tensor& t, const Tensor& first) {
   return known && same_device(t, first);
 }
 
-// Whether all tensors of all lists are on one device.
+// Whether there are tensors in the lists, and all are on one device.
 bool on_one_device(const py::sequence& objects) {
   std::vector<TensorList> lists;
   if (!read_lists(objects, &lists)) return false;
@@ -45,16 +42,17 @@ bool on_one_device(const py::sequence& objects) {
   return first != nullptr;
 }
 
-// Positions of lists as a mask: bit i is list i.
+// Positions of lists as a mask, in which bit i stands for list i.
 unsigned mask_of(const py::tuple& positions) {
   unsigned mask = 0;
   for (const py::handle i : positions) mask |= 1u << i.cast<unsigned>();
   return mask;
 }
 
-// Whether every list has a floating tensor for each of the first one's, of its shape and on one
-// device; lists at the positions `written` do not overlap themselves, those at `alike` have the
-// first one's dtypes, and `counters`, if any, one float32 element each.
+// Whether all lists are as long as the first, their tensors floating, of the shapes of the first
+// list's and on one device. Besides, tensors of the lists at the positions `written` must not
+// overlap themselves, those at `alike` must have the first list's dtypes, and `counters` must be
+// empty or one float32 element for each tensor of a list.
 bool fits(const py::sequence& objects, const py::tuple& written_, const py::tuple& alike_,
           py::handle counters_) {
   const unsigned written = mask_of(written_), alike = mask_of(alike_);
@@ -78,7 +76,7 @@ bool fits(const py::sequence& objects, const py::tuple& written_, const py::tupl
   });
 }
 
-// The records of ksam_kernels/perturb/triton_table.py of the rows of one combination of dtypes.
+// The rows of one combination of dtypes, as records of ksam_kernels/perturb/triton_table.py.
 struct Records {
   std::vector<int64_t> values;
   int64_t chunks = 0;

@@ -1,11 +1,11 @@
-// Rows whose operands lie in memory in different ways, as GPU kernels walk them.
+// Strides of rows whose operands differ in memory order, as GPU kernels walk them.
 #pragma once
 
 #include "perturb/perturb.h"
 
 namespace ksam {
 
-constexpr int kMaxDims = 12;  // after neighbours that all operands step through alike are merged
+constexpr int kMaxDims = 12;  // once those are merged that are one in all operands
 
 template <int N>
 struct Layout {
@@ -22,6 +22,7 @@ struct Layout {
     return true;
   }
 
+  // Adds the next dimension outwards; false where there are kMaxDims already.
   bool add(int64_t size, const int64_t (&above)[N]) {
     if (size == 1) return true;
     if (continues(above)) {
@@ -36,7 +37,7 @@ struct Layout {
   }
 };
 
-// Of the first N operands of a row; false where more than kMaxDims dimensions are left.
+// The layout of the first N operands of a row; false where it has more than kMaxDims dimensions.
 template <int N, int M>
 bool lay_out(const Row<M>& row, Layout<N>* out) {
   static_assert(N <= M, "a row has all operands of its formula");

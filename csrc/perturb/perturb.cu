@@ -13,17 +13,14 @@ __device__ __forceinline__ double magnitude(double x) { return fabs(x); }
 
 // --- Norm ---------------------------------------------------------------------------------------
 
-#if defined(KSAM_SIMT)
-constexpr int kNormBlocks = 2;
-#else
-constexpr int kNormBlocks = 5;  // of a multiprocessor, all at once; more chunks take more turns
-#endif
+// Blocks that each multiprocessor runs at once. If there are more chunks, they take several each.
+constexpr int kNormBlocks = gpu_or_simt(5, 2);
 
 struct NormArgs {
   double eta;
   double* partial;  // one sum per block of all launches
-  int64_t first;    // of this launch
-  int64_t total;    // in the last launch, whose last block adds them up; else 0
+  int64_t first;    // where those of this launch begin
+  int64_t total;    // how many the last block of the last launch adds up; 0 in other launches
   unsigned* ticket;
   double* wide;  // [1]
   float* norm;   // [1]
@@ -48,8 +45,9 @@ struct Norm {
   }
 };
 
-// The block's sum goes to its place. The last block of all adds up all places, each thread and then
-// the block in an order that the rows and their alignment decide: the same bits from run to run.
+// Stores the block's sum; the last block of the last launch adds up the sums of all blocks, first
+// in each thread, then over the block. The order depends on the rows and their alignment alone, so
+// that the norm has the same bits from run to run.
 __device__ void finish_norm(const NormArgs& args, double own) {
   own = block_sum<kThreads>(own);
   if (threadIdx.x == 0) args.partial[args.first + blockIdx.x] = own;
@@ -87,11 +85,12 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t all_chunks(const Rows<2>& rows) {
   int64_t chunks = 0;
-  for (int64_t r = 0; r < rows.count; ++r) chunks += chunks_of(rows.rows[r].numel);
+  for (int64_t r = 0; r < rows.count; ++r) chunks += chunks_of(rows.row[r].numel);
   return chunks;
 }
 
-// The launches of a norm, with `chunks` in all; their sums follow each other.
+// Makes the launches of a norm over `chunks` chunks in all; the sums of one launch follow those of
+// the launch before it.
 class NormLaunches {
  public:
   NormLaunches(const NormArgs& args, int64_t chunks, Stream stream)
@@ -127,7 +126,7 @@ void launch_norm(const Rows<2>& rows, NormLaunches launches) {
       [&](const auto& table) { launches(strided_norm_kernel<kAdaptive>, table); });
 }
 
-// A block without chunks, whose sum is 0.
+// One block without chunks: its sum is 0, and so is the norm.
 void launch_norm_of_nothing(NormArgs args, Stream stream) {
   FlatTableOf<Norm<false>> table;
   args.total = 1;
@@ -204,7 +203,7 @@ void launch_restore(int itemsize, const FlatTableOf<Restore>& table, Stream stre
   launch(kernel, blocks_of(table), kThreads, stream, table);
 }
 
-// How scratch of a norm begins; the partial sums follow.
+// The beginning of a norm's scratch; the partial sums follow.
 struct NormScratch {
   double wide;
   unsigned ticket;
@@ -233,8 +232,8 @@ void grad_norm(const Rows<2>& rows, bool adaptive, double eta, void* scratch, fl
   adaptive ? launch_norm<true>(rows, launches) : launch_norm<false>(rows, launches);
 }
 
-// Bytes moved: 16 an element (read w and g, write w and backup). Launches: as the norm's. Want of
-// memory fails before the first write; a launch that fails later is not undone.
+// Bytes moved: 16 an element (read w and g, write w and backup). Launches: as the norm's. If
+// memory runs out, nothing has been written; a launch that fails later is not undone.
 void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream) {
   const ClimbArgs climb{args.norm, args.eta, args.adaptive};
   apply_to_rows<Climb>(rows, climb, [&](const Row<3>& row) { return args.rho[row.index]; }, stream);

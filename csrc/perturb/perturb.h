@@ -1,4 +1,5 @@
-// Perturb: one global norm, weights moved uphill with a backup, brought back, updated.
+// Perturb: one global norm of gradients; weights that are backed up and moved uphill, then restored
+// and updated.
 //
 // All lists of a call are walked together: operand i of a row is the i-th list's tensor of one
 // parameter. Rows are cut into chunks, and one parallel region covers the chunks of all rows.
@@ -11,16 +12,17 @@
 
 namespace ksam {
 
-// Elements that the CPU takes at once; also the unit of its norm's fixed order of addition.
+// Elements that a thread of the CPU takes at once. Each chunk has a sum of squares of its own, so
+// this also fixes the order in which a norm is added up.
 constexpr int64_t kChunk = 4096;
 
 // Whether a formula reads or writes an operand.
 enum Access { kUntouched = 0, kRead = 1, kWrite = 2, kReadWrite = 3 };
 
 struct Operand {
-  char* data = nullptr;  // null: this row has no such operand
+  char* data = nullptr;  // null where the row has no such operand
   const int64_t* shape = nullptr;
-  const int64_t* strides = nullptr;  // null: the row is walked in memory order
+  const int64_t* strides = nullptr;  // null where the row is walked in memory order
   int32_t ndim = 0;
   int32_t itemsize = 0;
   DType dtype = DType::f32;
@@ -36,11 +38,11 @@ struct Row {
 
 template <int N>
 struct Rows {
-  const Row<N>* rows;
+  const Row<N>* row;           // [count]
   const int64_t* first_chunk;  // [count + 1]
   int64_t count;
   int64_t numel;
-  bool streaming;  // what is only written goes past the caches
+  bool streaming;  // operands that are only written go past the caches
 };
 
 struct PerturbArgs {
@@ -50,17 +52,17 @@ struct PerturbArgs {
   bool adaptive;
 };
 
-// What gradient scaling adds to an update; [1] each, where the tensors are.
+// What gradient scaling adds to an update: one number each, in the memory of the tensors' device.
 struct Scaling {
-  const float* grad_scale = nullptr;  // the gradients' divisor; null: none
+  const float* grad_scale = nullptr;  // gradients are divided by it; null: by nothing
   const float* found_inf = nullptr;   // where not 0, weights are restored and nothing else changes
 };
 
-// A learning rate, a number or where the tensors are [1]: then a CUDA graph reads it anew in every
-// replay.
+// A learning rate: a number, or a place in the memory of the tensors' device, which a CUDA graph
+// reads anew in every replay.
 struct Rate {
   double number = 0;
-  const float* stored = nullptr;  // in place of the number
+  const float* stored = nullptr;  // where not null, in place of the number
 };
 
 struct SgdArgs {
@@ -77,21 +79,21 @@ struct AdamArgs {
   Scaling scaling;
 };
 
-// For the step t that is taken.
+// The bias correction of Adam's moments for the step t that is being taken.
 struct BiasCorrection {
   double step_size;        // lr / (1 - beta1^t)
   double root_correction;  // sqrt(1 - beta2^t)
 };
 
 KSAM_DECLARE_PER_ISA(
-    // (grads, params) -> sum of squares; `partial` has room for one sum per chunk.
+    // (grads, params) -> sum of squares; `partial` holds one sum per chunk.
     double sum_of_squares(const Rows<2>& rows, bool adaptive, double eta, double* partial);
     // (params, grads, backup)
     void perturb(const Rows<3>& rows, const PerturbArgs& args);
     // (params, backup)
     void restore(const Rows<2>& rows);
-    // (params, backup, grads, momentum buffers); steps, one per parameter, are not counted up, and
-    // null where the buffers are history. found_inf is not looked at.
+    // (params, backup, grads, momentum buffers). steps, one per parameter, is only read; null where
+    // all momentum buffers have a history. found_inf is for the caller to look at.
     void restore_sgd(const Rows<4>& rows, const SgdArgs& args, const float* const* steps);
     // (params, backup, grads, exp_avgs, exp_avg_sqs); one correction per parameter.
     void restore_adam(const Rows<5>& rows, const AdamArgs& args,
@@ -108,7 +110,7 @@ KSAM_DECLARE_GPU(
     // The others take the same rows in device memory.
     void perturb(const Rows<3>& rows, const PerturbArgs& args, Stream stream);
     void restore(const Rows<2>& rows, Stream stream);
-    // These look at found_inf, and count the steps up.
+    // These two look at found_inf themselves, and count the steps up.
     void restore_sgd(const Rows<4>& rows, const SgdArgs& args, float* const* steps, void* scratch,
                      Stream stream);
     void restore_adam(const Rows<5>& rows, const AdamArgs& args, float* const* steps, void* scratch,

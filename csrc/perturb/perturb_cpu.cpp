@@ -1,3 +1,4 @@
+// Norm, perturbation and restore.
 #include "perturb/blocks_cpu.h"
 #include "perturb/update.h"
 
@@ -74,7 +75,7 @@ double sum_of_squares(const Rows<2>& rows, bool adaptive, double eta, double* pa
 
 namespace {
 
-// The bytes of elements [begin, end) of one operand into another.
+// Copies elements [begin, end) of one operand to another, bit for bit.
 void copy_bytes(const Operand& from, const Operand& to, int64_t begin, int64_t end,
                 bool streaming) {
   const int size = from.itemsize;
@@ -92,7 +93,8 @@ void copy_bytes(const Operand& from, const Operand& to, int64_t begin, int64_t e
   }
 }
 
-// What a perturbation does to its operands: weights, gradient, backup.
+// The operands of a perturbation are the weights, the gradient and the backup, which has been
+// copied before.
 template <class A>
 struct Climb {
   static constexpr Access kAccess[] = {kReadWrite, kRead, kUntouched};

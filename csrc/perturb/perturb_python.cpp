@@ -1,20 +1,19 @@
+// Reads the arguments of a call, checks them, and runs it on the tensors' device.
 #include <algorithm>
 #include <cmath>
 
+#include "bindings.h"
 #include "common/python.h"
 #include "perturb/perturb.h"
 #include "perturb/rows.h"
 #include "perturb/update.h"
-#include "rooms.h"
 
 namespace py = pybind11;
 
 namespace ksam {
 namespace {
 
-using TensorList = std::vector<Tensor>;
-
-// One float32 on the device of `tensors`, which may be none.
+// Whether t is one float32 on the device of `tensors`, or on any with kernels if there are none.
 bool is_scalar_of(const TensorList& tensors, const Tensor& t) {
   if (t.dtype != DType::f32 || t.numel != 1) return false;
   return tensors.empty() ? has_kernels(t) : same_device(t, tensors[0]);
@@ -32,15 +31,15 @@ bool has_doubles(const TensorList& list) {
                      [](const Tensor& t) { return t.dtype == DType::f64; });
 }
 
-// The list that says where a call's kernels run; false where there are none, before the others are
-// looked at.
+// Reads the list that says where a call's kernels run. False where there are none, so that the
+// other lists need not be read.
 bool read_first(py::handle object, TensorList* list) {
   return read_tensors(object, list) && (list->empty() || has_kernels(list->front()));
 }
 
 // --- Norm ---------------------------------------------------------------------------------------
 
-// Of one global norm, sqrt(sum (T g)^2).
+// One global norm, sqrt(sum (T g)^2).
 struct NormCall {
   RowTable<2> table;  // (grads, params)
   bool adaptive;
@@ -70,7 +69,7 @@ struct NormCall {
   }
 };
 
-// out: one float32.
+// out: memory for the norm, one float32.
 bool grad_norm(py::handle grads_, py::handle params_, bool adaptive, double eta, py::handle out_) {
   TensorList grads, params;
   Tensor out;
@@ -91,7 +90,7 @@ bool grad_norm(py::handle grads_, py::handle params_, bool adaptive, double eta,
 
 // --- Perturb and restore ------------------------------------------------------------------------
 
-// A radius for all or one per parameter.
+// Reads one radius for all parameters, or a list of one for each.
 bool read_radii(py::handle value, size_t count, std::vector<double>* radii) {
   if (double radius; read_number(value, &radius)) {
     radii->assign(count, radius);
@@ -205,13 +204,13 @@ struct UpdateCall {
     return object.is_none() || is_scalar_of(params, t);
   }
 
-  // Null: none are counted.
+  // Null where no steps are counted.
   float* const* counters() const { return steps.empty() ? nullptr : steps.data(); }
   void count_up() const {
     for (float* step : steps) *step += 1;
   }
 
-  // The same for a GPU is for its kernels to see.
+  // Kernels of a GPU look at found_inf themselves: the host would have to wait for it.
   bool overflows_on_cpu() const {
     return on_cpu(params[0]) && scaling.found_inf != nullptr && *scaling.found_inf != 0;
   }
@@ -259,7 +258,7 @@ std::vector<BiasCorrection> bias_corrections(const UpdateCall& update, const Ada
   double previous = 0;
   for (const float* step : update.steps) {
     const double t = double{*step} + 1;
-    if (!corrections.empty() && t == previous) {  // all the same in most runs, and powers are dear
+    if (!corrections.empty() && t == previous) {  // mostly so, and powers are slow
       corrections.push_back(corrections.back());
     } else {
       corrections.push_back(
@@ -313,12 +312,24 @@ bool restore_adam_(py::handle params_, py::handle backup_, py::handle grads_, py
 
 }  // namespace
 
+// Called by position: keywords take longer. Names and order are those of the operators' schemas in
+// ksam_kernels/perturb/operators.py; `norm` is the memory of what the first two return. They show
+// in the functions' docstrings, and naming them costs some 0.1 us a call.
 void bind_perturb(py::module_& m) {
-  m.def("grad_norm", &grad_norm);
-  m.def("perturb_", &perturb_);
-  m.def("restore_", &restore_);
-  m.def("restore_sgd_", &restore_sgd_);
-  m.def("restore_adam_", &restore_adam_);
+  using py::arg;
+  m.def("grad_norm", &grad_norm, arg("grads"), arg("params"), arg("adaptive"), arg("eta"),
+        arg("norm"), py::pos_only());
+  m.def("perturb_", &perturb_, arg("params"), arg("grads"), arg("backup"), arg("rho"),
+        arg("adaptive"), arg("eta"), arg("norm"), py::pos_only());
+  m.def("restore_", &restore_, arg("params"), arg("backup"), py::pos_only());
+  m.def("restore_sgd_", &restore_sgd_, arg("params"), arg("backup"), arg("grads"),
+        arg("momentum_buffers"), arg("steps"), arg("lr"), arg("momentum"), arg("dampening"),
+        arg("weight_decay"), arg("nesterov"), arg("maximize"), arg("device_lr"), arg("grad_scale"),
+        arg("found_inf"), py::pos_only());
+  m.def("restore_adam_", &restore_adam_, arg("params"), arg("backup"), arg("grads"),
+        arg("exp_avgs"), arg("exp_avg_sqs"), arg("steps"), arg("lr"), arg("beta1"), arg("beta2"),
+        arg("eps"), arg("weight_decay"), arg("maximize"), arg("decoupled_weight_decay"),
+        arg("device_lr"), arg("grad_scale"), arg("found_inf"), py::pos_only());
 }
 
 }  // namespace ksam

@@ -4,7 +4,8 @@ namespace ksam {
 
 bool is_dense(const Tensor& t) {
   if (is_contiguous(t)) return true;
-  // Dimensions in ascending order of stride must fill what lies below them; none fits twice.
+  // From the smallest stride up, each dimension must begin where those below it end. `filled`
+  // grows, so no dimension is taken twice.
   int64_t filled = 1;
   while (filled < t.numel) {
     int d = 0;

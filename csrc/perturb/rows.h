@@ -11,13 +11,15 @@
 
 namespace ksam {
 
-// Bytes of all operands from which write-only operands are streamed past the caches.
+using TensorList = std::vector<Tensor>;
+
+// From so many bytes of operands on, a call writes past the caches what it only writes.
 constexpr int64_t kStreamFrom = int64_t{8} << 20;
 
-// Every element once and no gaps, so that memory order is an order of the elements.
+// Whether the elements fill a piece of memory, each once: they can then be walked in memory order.
 bool is_dense(const Tensor& t);
 
-// Whether two elements are one, by a stride of 0: torch looks no further either.
+// Whether a stride of 0 makes elements share memory. Other overlaps torch does not look for either.
 bool overlaps_itself(const Tensor& t);
 
 Operand operand_of(const Tensor& t, bool flat);
@@ -29,10 +31,10 @@ class RowTable {
   // An empty list stands for an operand that no row has; bit i of `written`: list i is written.
   // False where a tensor is not floating, does not fit its row, is on a device without kernels or
   // on another one than the first tensor, or is written and overlaps itself.
-  bool build(const std::array<const std::vector<Tensor>*, N>& lists, unsigned written) {
+  bool build(const std::array<const TensorList*, N>& lists, unsigned written) {
     const size_t count = lists[0]->size();
     if (count != 0 && !has_kernels(lists[0]->front())) return false;
-    for (const std::vector<Tensor>* list : lists) {
+    for (const TensorList* list : lists) {
       if (!list->empty() && list->size() != count) return false;
     }
     rows_.reserve(count);
@@ -54,17 +56,17 @@ class RowTable {
   }
 
  private:
-  // Whether a GPU kernel has room for as many dimensions.
+  // Whether a GPU kernel can hold as many dimensions.
   static bool can_walk(const Row<N>& row) {
     Layout<N> layout;
     return lay_out(row, &layout);
   }
 
-  // Empty rows too: they may have a step count.
-  bool add(const std::array<const std::vector<Tensor>*, N>& lists, unsigned written, size_t r) {
+  // Adds row r; an empty one too, as its parameter may have a step count.
+  bool add(const std::array<const TensorList*, N>& lists, unsigned written, size_t r) {
     const Tensor &like = (*lists[0])[r], &first = (*lists[0])[0];
     bool flat = is_dense(like);
-    for (const std::vector<Tensor>* list : lists) {
+    for (const TensorList* list : lists) {
       if (list->empty()) continue;
       const Tensor& t = (*list)[r];
       if (!same_device(t, first) || !is_floating(t.dtype) || !same_shape(t, like)) return false;

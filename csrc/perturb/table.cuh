@@ -1,5 +1,5 @@
-// Rows as kernels get them: tables by value in the parameters of a launch, so that nothing is
-// copied to the device first. One block per chunk finds its row in the table.
+// Tables of rows. A launch carries one by value in its parameters, so that nothing has to be copied
+// to the device first. Rows are cut into chunks, and a block looks up the row of its chunk.
 #pragma once
 
 #include "common/block.cuh"
@@ -7,23 +7,17 @@
 
 namespace ksam::gpu {
 
-// A block's elements of one row; small in the runner, so that tests have rows of many chunks.
-#if defined(KSAM_SIMT)
-constexpr int kThreads = 64;
-constexpr int kBlockChunk = 2048;
-#else
-constexpr int kThreads = 256;
-constexpr int kBlockChunk = 4096;
-#endif
+constexpr int kThreads = gpu_or_simt(256, 64);        // of a block
+constexpr int kBlockChunk = gpu_or_simt(4096, 2048);  // elements of a row that a block takes
 
 constexpr int kTableBytes = kParameterBytes - 256;  // the rest is for a formula's arguments
 
 inline int64_t chunks_of(int64_t numel) { return (numel + kBlockChunk - 1) / kBlockChunk; }
 
-// What a formula has of each row beside its operands.
+// For formulas that need nothing of a row but its operands.
 struct NoValue {};
 
-// Rows whose N operands all have one dtype and one order of their elements in memory.
+// Rows whose N operands all have one dtype, and their elements in one order in memory.
 template <int N, class Value>
 struct FlatTable {
   static constexpr int kRowBytes =
@@ -104,7 +98,7 @@ struct Chunk {
   int count;
 };
 
-// In the last row that begins at or before the chunk: empty rows have no chunk of their own.
+// The chunk is in the last row that begins at or before it: empty rows before that begin there too.
 template <class Table>
 __device__ __forceinline__ Chunk chunk_of(const Table& table, int chunk) {
   int low = 0, high = table.rows - 1;
@@ -126,7 +120,7 @@ __device__ __forceinline__ Chunk chunk_of_block(const Table& table) {
   return chunk_of(table, static_cast<int>(blockIdx.x));
 }
 
-// At least one, so that rows that are all empty have a launch too.
+// At least one, so that a table of empty rows is launched too: their steps are counted.
 template <class Table>
 unsigned blocks_of(const Table& table) {
   return static_cast<unsigned>(table.chunks > 0 ? table.chunks : 1);
@@ -134,7 +128,7 @@ unsigned blocks_of(const Table& table) {
 
 // --- Launches of a call -------------------------------------------------------------------------
 
-constexpr int kStrided = 4;  // after the four floating dtypes
+constexpr int kStrided = 4;  // a kind of its own, after the four floating dtypes
 
 // The dtype of all N operands of a flat row, else kStrided.
 template <int N, int M>
@@ -146,13 +140,14 @@ int kind_of(const Row<M>& row) {
   return static_cast<int>(row.operand[0].dtype);
 }
 
-// body(table) for as few tables as hold all rows of a kind; value_of(row) is the row's value.
+// body(table) for every table that it takes to hold all rows of a kind, with value_of(row) as the
+// value of each.
 template <class Table, int N, int M, class ValueOf, class Body>
 void for_each_table(const Rows<M>& rows, int kind, const ValueOf& value_of, const Body& body) {
   static_assert(sizeof(Table) <= kTableBytes && Table::kRows > 0, "too many parameters");
   Table table;
   for (int64_t r = 0; r < rows.count; ++r) {
-    const Row<M>& row = rows.rows[r];
+    const Row<M>& row = rows.row[r];
     if (kind_of<N>(row) != kind || table.add(row, value_of(row))) continue;
     body(table);
     table.rows = table.chunks = 0;
@@ -161,13 +156,13 @@ void for_each_table(const Rows<M>& rows, int kind, const ValueOf& value_of, cons
   body(table);
 }
 
-// flat(dtype, table) and strided(table) for all rows, of which the formula has the first N
-// operands.
+// Calls flat(dtype, table) and strided(table) with tables of all rows. The formula takes the first
+// N operands of a row.
 template <int N, class Value, int M, class ValueOf, class Flat, class Strided>
 void for_each_launch(const Rows<M>& rows, const ValueOf& value_of, const Flat& flat,
                      const Strided& strided) {
   unsigned kinds = 0;
-  for (int64_t r = 0; r < rows.count; ++r) kinds |= 1u << kind_of<N>(rows.rows[r]);
+  for (int64_t r = 0; r < rows.count; ++r) kinds |= 1u << kind_of<N>(rows.row[r]);
   for (int kind = 0; kind < kStrided; ++kind) {
     if ((kinds >> kind & 1) == 0) continue;
     for_each_table<FlatTable<N, Value>, N>(

@@ -11,18 +11,18 @@ namespace {
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
-// What both updates are but for their arithmetic. The value of a row is its step count [1], or
-// null where all rows have a history.
+// What both updates have in common: all but their arithmetic. The value of a row is a pointer to
+// its step count, null where the call counts no steps because all momentum buffers have a history.
 template <class Hyperparameters>
 struct Update {
-  static constexpr int kFrom = 1, kTo = 0;  // all that is left where found_inf is not 0
+  static constexpr int kFrom = 1, kTo = 0;  // where found_inf is not 0, weights are restored only
   static constexpr bool kCopies = false;
   static constexpr int kVectors = 2;
   using Value = float*;
 
   struct Args {
     Hyperparameters options;
-    unsigned* ticket;  // null: there are no step counts
+    unsigned* ticket;  // null where no steps are counted
   };
 
   static __device__ __forceinline__ bool acts(const Args& args, const float*) {
@@ -30,7 +30,7 @@ struct Update {
     return found_inf == nullptr || *found_inf == 0;
   }
 
-  // The last block counts up the steps of the launch's rows, which all have then read.
+  // The last block counts up the steps of the launch's rows: all blocks have read them by then.
   template <class Table>
   static __device__ __forceinline__ void finish(const Args& args, const Table& table) {
     if (args.ticket == nullptr || !last_block(args.ticket, gridDim.x)) return;
@@ -38,7 +38,7 @@ struct Update {
   }
 };
 
-// (params, backup, grads), with momentum also (..., momentum buffers)
+// The operands are (params, backup, grads) and, with momentum, momentum buffers.
 template <bool kMomentum>
 struct SgdUpdate : Update<SgdArgs> {
   static constexpr int kOperands = kMomentum ? 4 : 3;
@@ -69,7 +69,7 @@ struct SgdUpdate : Update<SgdArgs> {
   }
 };
 
-// (params, backup, grads, exp_avgs, exp_avg_sqs)
+// The operands are (params, backup, grads, exp_avgs, exp_avg_sqs).
 struct AdamUpdate : Update<AdamArgs> {
   static constexpr int kOperands = 5;
   static constexpr unsigned kReads = 0b11110, kWrites = 0b11001;

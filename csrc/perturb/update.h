@@ -1,4 +1,4 @@
-// What becomes of an element, in the order in which it is rounded; shared by host and device.
+// The arithmetic on one element, in the order in which it is rounded. Shared by host and device.
 //
 // S is float or double, and V is S or a SIMD vector of S. No product may be contracted with a sum:
 // the contract is the bits that ksam_kernels/perturb/reference.py computes.
@@ -9,14 +9,15 @@
 
 namespace ksam {
 
-// Whether weights move at this norm. A double that rounds to 0 or to infinity moves nothing: what
-// is returned says so.
+// Whether weights move at this norm. They do not at a double that rounds to 0 or to infinity in
+// float32: callers are shown such a norm, and must find the weights unmoved.
 KSAM_FORMULA bool moves_at(double norm) {
   const float shown = static_cast<float>(norm);
   return shown > 0 && shown - shown == 0;
 }
 
-// What the gradient is divided by: at least the smallest normal float.
+// What the gradient is divided by: at least the smallest normal float, so that a denormal norm
+// moves no weight by more than rho.
 KSAM_FORMULA double divisor_of(double norm) { return norm < 0x1p-126 ? 0x1p-126 : norm; }
 
 // w + rho * g / n
@@ -44,8 +45,8 @@ struct Direction {
 
   KSAM_FORMULA bool decays() const { return weight_decay != 0; }
 
-  // `decays` is given: the CPU asks once before a loop, a GPU for every element, as one more
-  // number in a register would make it spill.
+  // The caller passes decays(): the CPU asks once before a loop, a GPU for every element, where one
+  // more value to keep would make registers spill.
   template <class V>
   KSAM_FORMULA V operator()(V g, V w, bool decays) const {
     V d = scaled ? g / grad_scale : g;
@@ -64,7 +65,7 @@ KSAM_FORMULA Direction<S> direction_of(const Scaling& scaling, double weight_dec
 template <class S>
 struct Sgd {
   S lr, momentum, gain;  // gain = 1 - dampening
-  bool nesterov, first;  // first: no momentum yet
+  bool nesterov, first;  // first: there is no momentum yet
 
   template <class V>
   KSAM_FORMULA V new_momentum(V v, V d) const {
@@ -86,7 +87,7 @@ KSAM_FORMULA Sgd<S> sgd_of(const SgdArgs& args, bool first) {
 template <class S>
 struct Adam {
   S beta1, mean_gain, beta2, square_gain;  // gains: 1 - beta
-  S eps, kept;                             // kept: 1 - lr * decoupled weight decay, or 1
+  S eps, decay;                            // decay: 1 - lr * decoupled weight decay, or 1
   S step_size, root_correction;            // lr / (1 - beta1^t), sqrt(1 - beta2^t)
   bool from_old;                           // beta1 > 0.5
 
@@ -103,24 +104,24 @@ struct Adam {
 
   template <class V>
   KSAM_FORMULA V updated(V w, V m, V root_v) const {
-    return w * kept - (step_size * m) / (root_v / root_correction + eps);
+    return w * decay - (step_size * m) / (root_v / root_correction + eps);
   }
 };
 
-// AdamW's weight decay is part of Adam, Adam's of the gradient.
+// The weight decay that is added to the gradient: Adam's. AdamW's multiplies the weights.
 KSAM_FORMULA double l2_of(const AdamArgs& args) {
   return args.decoupled_weight_decay ? 0 : args.weight_decay;
 }
 
 template <class S>
 KSAM_FORMULA Adam<S> adam_of(const AdamArgs& args, const BiasCorrection& correction) {
-  const double kept = args.decoupled_weight_decay ? 1 - value_of(args.lr) * args.weight_decay : 1;
+  const double decay = args.decoupled_weight_decay ? 1 - value_of(args.lr) * args.weight_decay : 1;
   return {static_cast<S>(args.beta1),
           static_cast<S>(1 - args.beta1),
           static_cast<S>(args.beta2),
           static_cast<S>(1 - args.beta2),
           static_cast<S>(args.eps),
-          static_cast<S>(kept),
+          static_cast<S>(decay),
           static_cast<S>(correction.step_size),
           static_cast<S>(correction.root_correction),
           args.beta1 > 0.5};

@@ -5,7 +5,7 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-// What an update does to its operands: weights, backup, gradient, state.
+// The operands of an update are the weights, their backup, the gradient, and the optimizer's state.
 template <class A, bool kMomentum>
 struct SgdUpdate {
   static constexpr Access kAccess[] = {kWrite, kRead, kRead, kMomentum ? kReadWrite : kUntouched};

@@ -11,12 +11,12 @@
 
 namespace ksam::gpu {
 
-// Small digits: what every pass costs beside its counting, barriers and sums over the digits, is
-// then so little that four passes are quicker than three of 11 bits.
+// Digits are small, so that a pass has few counts to add up between its barriers: four such passes
+// are quicker than three of 11 bits.
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 
-// Losses in their order as unsigned integers; 16-bit floats as the float32 that they equal.
+// Unsigned integers in the order of the losses. A 16-bit float has the key of an equal float32.
 __device__ __forceinline__ uint32_t key_of(float x) { return float_key(__float_as_uint(x)); }
 __device__ __forceinline__ uint32_t key_of(bf16 x) { return key_of(__bfloat162float(x)); }
 __device__ __forceinline__ uint32_t key_of(f16 x) { return key_of(__half2float(x)); }
@@ -27,9 +27,9 @@ __device__ __forceinline__ uint64_t key_of(double x) {
 template <class T>
 using KeyOf = decltype(key_of(T()));
 
-// The losses of one block: all, or a share of them.
+// The losses that one block selects from: all, or a slice of them.
 template <class T>
-struct Share {
+struct Slice {
   const T* losses;  // [n]
   int64_t begin, end;
 };
@@ -51,24 +51,25 @@ struct SelectShared {
   uint32_t above;  // keys with a larger digit
 };
 
-// The calling warp's stretch of a share, 32 neighbouring keys a round. The first kHeld rounds stay
-// in registers from one walk to the next, and of the others several are asked for at a time: a walk
-// that took them one by one would wait for memory as often as there are rounds.
+// The calling warp's stretch of a slice, 32 neighbouring keys a round. The keys of the first kHeld
+// rounds stay in registers from one walk to the next. Of the other rounds several are loaded at a
+// time: one by one, each would have the walk wait for memory.
 template <class T, int kHeld>
 class Stretch {
  public:
   using Key = KeyOf<T>;
 
-  __device__ __forceinline__ explicit Stretch(const Share<T>& share)
-      : losses_(share.losses),
-        end_(share.end),
-        rounds_(static_cast<int>((share.end - share.begin + blockDim.x - 1) / blockDim.x)),
-        first_(share.begin + int64_t{warp_of_thread()} * rounds_ * kWarp + lane_of_thread()) {
+  __device__ __forceinline__ explicit Stretch(const Slice<T>& slice)
+      : losses_(slice.losses),
+        end_(slice.end),
+        rounds_(static_cast<int>((slice.end - slice.begin + blockDim.x - 1) / blockDim.x)),
+        first_(slice.begin + int64_t{warp_of_thread()} * rounds_ * kWarp + lane_of_thread()) {
 #pragma unroll
     for (int r = 0; r < kHeld; ++r) held_[r] = r < rounds_ ? key(r) : Key(0);
   }
 
-  // visit(i, whether there is a key i, key i) for the thread's key of every round.
+  // visit(i, real, key) for the thread's key of every round: that of loss i, or, where real is
+  // false, none, as i lies behind the slice.
   template <class Visit>
   __device__ __forceinline__ void for_each(const Visit& visit) const {
 #pragma unroll
@@ -114,10 +115,10 @@ __device__ __forceinline__ uint32_t sum_through(uint32_t value) {
 }
 
 struct BlockSum {
-  uint32_t before, all;  // of the warps before the calling one, and of all
+  uint32_t before, all;  // over the warps before the calling one, and over all
 };
 
-// From the sums of the block's warps.
+// of_warp: the sum of each of the block's warps.
 __device__ __forceinline__ BlockSum sum_before(const uint32_t* of_warp) {
   const int warps = static_cast<int>(blockDim.x) / kWarp, w = warp_of_thread();
   const uint32_t own = lane_of_thread() < warps ? of_warp[lane_of_thread()] : 0;
@@ -139,9 +140,9 @@ __device__ __forceinline__ void count_digits(const Stretch<T, kHeld>& stretch,
   __syncthreads();
 }
 
-// The digit that holds the `wanted`-th largest of the counted keys, how many have it, and how many
-// lie above it. By the first warp, whose lanes have a run of digits each, the first lane the
-// largest.
+// shared <- the digit that holds the `wanted`-th largest of the counted keys, how many keys have
+// it, and how many a larger one. The first warp does it: each lane has a run of neighbouring
+// digits, the first lane the largest.
 __device__ __forceinline__ void find_digit(int64_t wanted, SelectShared& shared) {
   constexpr int kRun = kDigits / kWarp;
   if (warp_of_thread() == 0) {
@@ -169,8 +170,8 @@ __device__ __forceinline__ void find_digit(int64_t wanted, SelectShared& shared)
   __syncthreads();
 }
 
-// Takes the digit for known. Whether all keys that have it are selected, so that their other digits
-// do not matter: mostly so before the last pass, unless losses are tied.
+// Adds the digit to those that are known. True if all keys that have it are selected, so that their
+// other digits do not matter: mostly so before the last pass, unless losses are tied.
 template <class Key>
 __device__ __forceinline__ bool narrow(Threshold<Key>* at, int shift, const SelectShared& shared) {
   at->key |= static_cast<Key>(shared.digit) << shift;
@@ -179,7 +180,7 @@ __device__ __forceinline__ bool narrow(Threshold<Key>* at, int shift, const Sele
   return at->wanted == shared.with_digit;
 }
 
-// Of the digits, from the highest to 0.
+// Passes over the keys, one for each digit, and the shift that brings the first pass's digit down.
 template <class Key>
 constexpr int kPasses = static_cast<int>(sizeof(Key)) * 8 / kDigitBits;
 
@@ -190,9 +191,9 @@ struct Counts {
   uint32_t greater, equal;
 };
 
-// visit(i, whether key i is greater than the threshold in its known digits, whether it is equal,
-// `before` plus the keys of the warp's stretch before i) for every key; returns `before` plus all
-// of the stretch.
+// visit(i, greater, equal, counts) for every key of the warp's stretch: whether key i is greater
+// than the threshold, or equal to it, in the known digits; and how many keys before it are,
+// starting from `before`. Returns the counts after the whole stretch.
 template <class T, int kHeld, class Visit>
 __device__ __forceinline__ Counts walk_warp(const Stretch<T, kHeld>& stretch,
                                             const Threshold<KeyOf<T>>& at, Counts before,
@@ -229,8 +230,8 @@ __device__ __forceinline__ Selected count_selected(const Stretch<T, kHeld>& stre
   return {{greater.before, equal.before}, {greater.all, equal.all}};
 }
 
-// out[...] <- the selected indices of the stretch, `before` selected or equal ones being before it.
-// Of keys at the threshold the first `wanted` are selected.
+// out[...] <- the selected indices of the stretch, where `before` counts the keys before it. Of
+// keys at the threshold the first `wanted` are selected.
 template <class T, int kHeld>
 __device__ __forceinline__ void write_selected(const Stretch<T, kHeld>& stretch,
                                                const Threshold<KeyOf<T>>& at, Counts before,
@@ -241,9 +242,9 @@ __device__ __forceinline__ void write_selected(const Stretch<T, kHeld>& stretch,
   });
 }
 
-// out [k] <- indices of the k largest of losses [n], ascending. By one block, whose threads are a
-// multiple of a warp. Bytes moved: a reading of the losses, which lie in the cache; 6 (double: 10)
-// of those beyond the kHeld that each thread holds.
+// out [k] <- indices of the k largest of losses [n], ascending. For one block, of whole warps.
+// Bytes moved: the losses, which lie in the cache, are read once; those beyond the kHeld that each
+// thread holds 6 times (double: 10).
 template <int kHeld, class T>
 __device__ __forceinline__ void select_by_block(const T* losses, int64_t n, int64_t k,
                                                 SelectShared& shared, int64_t* out) {

@@ -1,26 +1,23 @@
-// Launches: 1. Bytes moved: a reading of the losses, and 8 k. Where threads cannot hold all losses,
-// 5 more (double: 9) of the others, from the cache.
+// Indices of the k largest losses, by one block or by a grid of them.
+//
+// Launches: 1. Bytes moved: the losses are read once and 8 k are written. Losses beyond those that
+// threads hold in registers are read 5 times more (double: 9), from the cache.
 #include "topk/select.cuh"
 #include "topk/topk.h"
 
 namespace ksam::gpu {
 namespace {
 
-constexpr int kBlockThreads = 1024;  // of the one block, at most
-constexpr int kGridThreads = 512;
+constexpr int kBlockThreads = 1024;  // at most, of a block that works alone
+constexpr int kGridThreads = 512;    // of a block of a grid
 
-// Up to here one block is faster than barriers of the grid.
-#if defined(KSAM_SIMT)
-constexpr int64_t kOneBlock = 1500;
-constexpr int64_t kPerGridBlock = 700;
+// Up to so many losses one block is faster than a grid, whose blocks wait for each other.
+constexpr int64_t kOneBlock = gpu_or_simt(12288, 1500);
+// Fewer losses are not worth one more block of a grid.
+constexpr int64_t kPerGridBlock = gpu_or_simt(4 * kGridThreads, 700);
+// Keys that a thread holds in registers: 64 bytes of them.
 template <class T>
-constexpr int kHeld = 2;
-#else
-constexpr int64_t kOneBlock = 12288;
-constexpr int64_t kPerGridBlock = 4 * kGridThreads;  // the least that a block of a grid is worth
-template <class T>
-constexpr int kHeld = 64 / static_cast<int>(sizeof(KeyOf<T>));
-#endif
+constexpr int kHeld = gpu_or_simt(64 / static_cast<int>(sizeof(KeyOf<T>)), 2);
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -37,7 +34,7 @@ struct GridScratch {
   Counts* selected;  // [blocks]
 };
 
-// What the blocks before this one have selected.
+// How many keys the blocks before this one have selected.
 __device__ Counts selected_before(const Counts* selected) {
   __shared__ Counts sum;
   if (warp_of_thread() == 0) {
@@ -96,7 +93,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
 constexpr int64_t kCountBytes = sizeof(uint32_t) * kDigits;
 
-// Few threads: barriers of a small block are quicker.
+// As few as have a number of losses each, because the barriers of a small block are quicker.
 unsigned block_threads(int64_t n) {
   constexpr int64_t kFewest = 256, kEach = 8;
   int64_t threads = kFewest;

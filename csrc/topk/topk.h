@@ -1,5 +1,5 @@
-// Top-k: indices of the k largest losses, ascending; equal losses to the lowest index, NaN the
-// largest, -0 equal to +0.
+// Top-k: indices of the k largest losses, ascending. Of equal losses, those of the lowest indices
+// are taken. NaN counts as the largest, and -0 as equal to +0.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace ksam {
 // Keys are read in whole blocks of this many.
 constexpr int kTopkBlock = 64;
 
-// n in whole blocks.
+// n rounded up to whole blocks.
 KSAM_FORMULA int64_t topk_padded(int64_t n) {
   return (n + kTopkBlock - 1) / kTopkBlock * kTopkBlock;
 }

@@ -6,8 +6,8 @@
 //
 // Bytes moved for n float losses: 4n read and 4n written to make the keys, then 4n read for their
 // range, for each of kHalvings counts, to drop keys (few are left) and for the indices, 8k written.
-// All but the losses and the indices lies in a cache. Losses with gaps between them are copied to
-// where the candidates will be.
+// Everything but the losses and the indices stays in a cache. Losses with gaps between them are
+// first copied to the memory that is for candidates later.
 #include <limits>
 #include <type_traits>
 
@@ -19,7 +19,7 @@
 namespace ksam::KSAM_ISA {
 namespace {
 
-// Counts between two passes that drop keys. Eight leave some hundredth of them.
+// Counts between two passes that drop keys. Eight of them leave about one key in a hundred.
 constexpr int kHalvings = 8;
 
 // Keys are signed, which every instruction set can compare.
@@ -30,7 +30,7 @@ KSAM_INLINE int64_t signed_key(uint64_t bits) {
   return static_cast<int64_t>(float_key(bits) ^ 0x8000000000000000ull);
 }
 
-// Below the key of every loss.
+// Fills up the last block: below the key of every loss.
 template <class Key>
 constexpr Key kPadding = std::numeric_limits<Key>::min();
 
@@ -47,18 +47,18 @@ Keys<Key> padded(Key* keys, int64_t count) {
   return {keys, count};
 }
 
-// The losses side by side: where they are, or in `room` [n].
+// The losses without gaps: in place, or copied to `buffer` [n].
 template <class T>
-const T* gathered(const Tensor& losses, T* room) {
+const T* gathered(const Tensor& losses, T* buffer) {
   const int64_t stride = losses.strides[0];
   if (stride == 1) return losses.as<T>();
   for (int64_t i = 0; i < losses.numel; ++i) {
-    std::memcpy(room + i, losses.as<T>() + i * stride, sizeof(T));
+    std::memcpy(buffer + i, losses.as<T>() + i * stride, sizeof(T));
   }
-  return room;
+  return buffer;
 }
 
-// floats [n], float or double; may be where keys [topk_padded(n)] are.
+// The keys [topk_padded(n)] of floats [n], float or double; both may be the same memory.
 template <class Key>
 Keys<Key> make_keys(const void* floats, int64_t n, Key* keys) {
   const auto* bits = static_cast<const std::make_unsigned_t<Key>*>(floats);
@@ -97,8 +97,9 @@ Range<Key> range_of(const Keys<Key>& from) {
 
 template <class Key>
 int64_t count_from(const Keys<Key>& from, Key least) {
-  std::make_unsigned_t<Key> count = 0;  // as wide as a key: a vector of counts to one of keys
-#pragma GCC unroll 4                    // else half the instructions are the loop's
+  // As wide as a key, so that a vector of counts has as many lanes as one of keys.
+  std::make_unsigned_t<Key> count = 0;
+#pragma GCC unroll 4  // else half of the instructions would be the loop's own
   for (int64_t i = 0; i < from.count; ++i) count += from.keys[i] >= least;
   return count;
 }
@@ -159,16 +160,16 @@ KSAM_INLINE void for_each_bit(uint64_t mask, const Body& body) {
   for (; mask != 0; mask &= mask - 1) body(__builtin_ctzll(mask));
 }
 
-// The keys in the range, copied to `kept`, which may be where they are.
+// The keys in the range, copied to `out`, which may be where they are.
 template <class Key>
-Keys<Key> keep(const Keys<Key>& from, Range<Key> range, Key* kept) {
+Keys<Key> filtered(const Keys<Key>& from, Range<Key> range, Key* out) {
   int64_t count = 0;
   for (int64_t i = 0; i < from.count; i += kTopkBlock) {
     const Key* block = from.keys + i;
     const uint64_t inside = mask_above(block, range.low - 1) & ~mask_above(block, range.high);
-    for_each_bit(inside, [&](int j) { kept[count++] = block[j]; });
+    for_each_bit(inside, [&](int j) { out[count++] = block[j]; });
   }
-  return padded(kept, count);
+  return padded(out, count);
 }
 
 // Keys above `key` are chosen, and of those equal to it the first `ties`, which may be all.
@@ -179,7 +180,7 @@ struct Threshold {
   bool all_ties;
 };
 
-// candidates [topk_padded(count)]
+// candidates: memory [topk_padded(count)] for the keys that are left after some halvings.
 template <class Key>
 Threshold<Key> find_threshold(Keys<Key> from, int64_t k, Key* candidates) {
   for (;;) {
@@ -200,7 +201,7 @@ Threshold<Key> find_threshold(Keys<Key> from, int64_t k, Key* candidates) {
       }
     }
     if (from_low == k || low == high) return {low, k - above_high, from_low == k};
-    from = keep(from, {low, high}, candidates);
+    from = filtered(from, {low, high}, candidates);
     k -= above_high;
   }
 }

@@ -7,9 +7,9 @@
 
 namespace ksam {
 
-// Bits of a float -> key. Negative numbers have all bits turned, others the sign: larger floats
-// then have larger keys. Every NaN is the largest key and both zeros are one. In integers only, so
-// that denormals count even where the processor flushes them.
+// The key of a float, from its bits. Negative numbers have all bits flipped, others their sign, so
+// that larger floats have larger keys. Every NaN has the largest key, and both zeros have one key.
+// In integers only, so that denormals count even where the processor flushes them.
 KSAM_FORMULA uint32_t float_key(uint32_t bits) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t ordered = bits ^ ((0u - (bits >> 31)) | 0x80000000u);

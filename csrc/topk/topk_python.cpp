@@ -1,7 +1,7 @@
 #include <memory>
 
+#include "bindings.h"
 #include "common/python.h"
-#include "rooms.h"
 #include "topk/topk.h"
 
 namespace py = pybind11;
@@ -22,7 +22,7 @@ void run_on_cpu(const Tensor& losses, int64_t k, int64_t* out) {
   KSAM_ON_ISA(topk_indices, losses, k, scratch.get(), out);
 }
 
-// losses [n] floating, on a GPU contiguous; 1 <= k <= n. Indices [k] int64, or None.
+// losses [n] floating, contiguous if on a GPU; 1 <= k <= n. Returns indices [k] int64, or None.
 py::object topk_indices(py::handle losses_, py::handle k_) {
   Tensor losses;
   int64_t k;

@@ -206,7 +206,7 @@ _LOSS = (
         "tests/loss/test_cross_entropy_backward.py",
     ),
     Mutation(
-        "no barrier before the shares of a row are read",
+        "no barrier before the parts of a row are read",
         "loss/cross_entropy_planes.cu",
         "      __syncthreads();\n      if (team.part > 0) return;",
         "      if (team.part > 0) return;",

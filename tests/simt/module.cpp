@@ -1,8 +1,8 @@
 // _simt: the CUDA kernels, and the functions that bind them for Python, run by the runner.
 #include <pybind11/pybind11.h>
 
+#include "bindings.h"
 #include "common/python.h"
-#include "rooms.h"
 #include "runner.h"
 
 namespace py = pybind11;

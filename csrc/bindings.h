@@ -1,5 +1,5 @@
-// Each room's functions for Python, defined in <room>/<room>_python.cpp (the last in
-// perturb/inspect_python.cpp).
+// Add each room's functions to the Python module. Defined in <room>/<room>_python.cpp, the last one
+// in perturb/inspect_python.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>
