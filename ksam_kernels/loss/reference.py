@@ -73,11 +73,11 @@ def cross_entropy(
         mass = torch.ones_like(log_s[:, 0]) if w is None else w[y[:, 0]]
         losses = mass * (log_s - z.gather(1, y))[:, 0]
         if label_smoothing > 0:
-            share = label_smoothing / x.shape[1]
+            uniform = label_smoothing / x.shape[1]
             rest = log_s - z if w is None else (log_s - z) * w
-            losses = (1 - label_smoothing) * losses + (share * rest).sum(dim=1)
+            losses = (1 - label_smoothing) * losses + (uniform * rest).sum(dim=1)
             total = x.shape[1] if w is None else w.sum()
-            mass = (1 - label_smoothing) * mass + share * total
+            mass = (1 - label_smoothing) * mass + uniform * total
         losses = losses.masked_fill(ignored, 0)
         mass = mass.masked_fill(ignored, 0)
     shape = logits.shape[:-1]

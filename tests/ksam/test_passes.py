@@ -293,7 +293,8 @@ LOSSES_OF_WRONG_SHAPE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "mean": (lambda losses: losses.mean(), r"\(\); a scalar is a mean: use reduction='none'"),
     "per token": (
         lambda losses: losses[:, None].expand(-1, 5),
-        r"\(24, 5\); reduce the other dimensions, as \.flatten\(1\)\.mean\(1\) does",
+        r"\(24, 5\); if these are losses and not the model's output, reduce the other dimensions, "
+        r"as \.flatten\(1\)\.mean\(1\) does",
     ),
     "of another batch": (
         lambda losses: losses[:-1],
