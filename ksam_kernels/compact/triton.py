@@ -64,7 +64,10 @@ def _gather(leaves: list[Leaf], indices: Tensor) -> None:
         values += [*field, *[0] * missing]
     with on_device_of(indices):
         gather_kernel[(tiles,)](
-            *(device_ints(tuple(values), indices.device), indices, indices.stride(0), k),
+            table=device_ints(tuple(values), indices.device),
+            indices=indices,
+            index_stride=indices.stride(0),
+            k=k,
             LEAVES=columns,
             TILE=TILE,
             num_warps=WARPS,

@@ -1,6 +1,11 @@
-"""The Triton kernel of the compact room: one launch for all leaves of a batch."""
+"""The Triton kernel of the compact room: one launch for all leaves of a batch.
+
+Named tuples hold tensors only: Triton 3.6 makes tensors of the constants in them.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -8,23 +13,84 @@ import triton.language as tl
 from ksam_kernels.triton_assert import check
 
 
-@triton.jit
-def _move(
-    source, out, vector, begin, readable, here, ITEM: tl.constexpr, ITEMS: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """A tile of vectors of ITEMS items each, from places in the source to neighbours in the output.
+class Leaf(NamedTuple):
+    """A column of the table, in vectors of the leaf."""
 
-    source, out: addresses; vector [TILE]: places in vectors; begin: the tile's first vector.
-    """
-    source, out = source.to(tl.pointer_type(ITEM)), out.to(tl.pointer_type(ITEM))
+    first_tile: tl.tensor
+    source: tl.tensor  # address
+    out: tl.tensor  # address
+    row_vectors: tl.tensor
+    source_stride: tl.tensor  # vectors from one row to the next
+    rows: tl.tensor  # of the source
+    log2_vector: tl.tensor  # bytes
+
+
+class Tile(NamedTuple):
+    """The vectors [TILE] that a program copies, neighbours in the output."""
+
+    begin: tl.tensor  # place of the first in the output
+    here: tl.tensor  # which of them the output has
+    source: tl.tensor  # their places in the source
+    readable: tl.tensor  # which of them it has
+
+
+@triton.jit
+def leaf_of(table, program, LEAVES: tl.constexpr):
+    """The leaf that a program has a tile of."""
+    firsts = tl.load(table + tl.arange(0, LEAVES))
+    leaf = table + tl.sum((firsts <= program).to(tl.int32)) - 1
+    log2_vector = tl.load(leaf + 6 * LEAVES)
+    return Leaf(
+        first_tile=tl.load(leaf),
+        source=tl.load(leaf + LEAVES),
+        out=tl.load(leaf + 2 * LEAVES),
+        row_vectors=tl.load(leaf + 3 * LEAVES) >> log2_vector,
+        source_stride=tl.load(leaf + 4 * LEAVES) >> log2_vector,
+        rows=tl.load(leaf + 5 * LEAVES),
+        log2_vector=log2_vector,
+    )
+
+
+@triton.jit
+def row_and_column(begin, row_vectors, TILE: tl.constexpr):
+    """Where in the output the vectors [TILE] from `begin` on are: the first one by a division of 64
+    bits, the others from there. A row is either longer than a tile, which then reaches into one
+    more at most, or short."""
+    first_row = begin // row_vectors
+    first_column = begin - first_row * row_vectors
+    lanes = tl.arange(0, TILE)
+    if row_vectors <= TILE:
+        past = (first_column.to(tl.int32) + lanes) // row_vectors.to(tl.int32)
+    else:
+        past = (lanes >= row_vectors - first_column).to(tl.int32)
+    return first_row + past, first_column + lanes - past * row_vectors
+
+
+@triton.jit
+def chosen_rows(indices, stride, i, here, rows, TRAPS: tl.constexpr):
+    """Rows indices[i] of the source, and which of them can be read: those that are `here` and in
+    range. Nothing is read out of range, whatever becomes of the check."""
+    index = tl.load(indices + i * stride.to(tl.int64), mask=here, other=0)
+    in_range = (index >= 0) & (index < rows)
+    check(in_range | (here == 0), "index in range", TRAPS)
+    readable = here & in_range
+    # Widened after the choice: Triton 3.7 cannot compile one between widened indices and 0.
+    return tl.where(readable, index, 0).to(tl.int64), readable
+
+
+@triton.jit
+def move(leaf, tile, ITEM: tl.constexpr, ITEMS: tl.constexpr):
+    """Copy vectors of ITEMS items each."""
+    source = leaf.source.to(tl.pointer_type(ITEM))
+    out = leaf.out.to(tl.pointer_type(ITEM))
     if ITEMS > 1:
         source, out = tl.multiple_of(source, 16), tl.multiple_of(out, 16)
     item = tl.arange(0, ITEMS)[None, :]
-    from_ = source + (vector[:, None] * ITEMS + item)
-    lanes = begin + tl.arange(0, TILE)
-    data = tl.load(from_, mask=readable[:, None] & (item < ITEMS), other=0)
-    tl.store(out + (lanes[:, None] * ITEMS + item), data, mask=here[:, None] & (item < ITEMS))
+    from_ = source + (tile.source[:, None] * ITEMS + item)
+    data = tl.load(from_, mask=tile.readable[:, None] & (item < ITEMS), other=0)
+    place = tile.begin + tl.arange(0, tile.here.shape[0])
+    to = out + (place[:, None] * ITEMS + item)
+    tl.store(to, data, mask=tile.here[:, None] & (item < ITEMS))
 
 
 @triton.jit(do_not_specialize=["index_stride", "k"])
@@ -46,43 +112,20 @@ def gather_kernel(
     row, all but the first from the cache.
     """
     program = tl.program_id(0).to(tl.int64)
-    firsts = tl.load(table + tl.arange(0, LEAVES))
-    leaf = table + tl.sum((firsts <= program).to(tl.int32)) - 1
-    source, out = tl.load(leaf + LEAVES), tl.load(leaf + 2 * LEAVES)
-    log2_vector = tl.load(leaf + 6 * LEAVES)
-    row_vectors = tl.load(leaf + 3 * LEAVES) >> log2_vector
-    source_stride = tl.load(leaf + 4 * LEAVES) >> log2_vector
-    rows = tl.load(leaf + 5 * LEAVES)
+    leaf = leaf_of(table, program, LEAVES)
+    begin = (program - leaf.first_tile) * TILE
+    i, column = row_and_column(begin, leaf.row_vectors, TILE)
+    here = tl.arange(0, TILE) < k.to(tl.int64) * leaf.row_vectors - begin
+    row, readable = chosen_rows(indices, index_stride, i, here, leaf.rows, TRAPS)
+    tile = Tile(begin, here, row * leaf.source_stride + column, readable)
 
-    # Where each vector is: the tile's first one by a division of 64 bits, the others from there. A
-    # row is either longer than a tile, which then reaches into one more at most, or short.
-    begin = (program - tl.load(leaf)) * TILE
-    first_row = begin // row_vectors
-    first_column = begin - first_row * row_vectors
-    lanes = tl.arange(0, TILE)
-    if row_vectors <= TILE:
-        past = (first_column.to(tl.int32) + lanes) // row_vectors.to(tl.int32)
+    if leaf.log2_vector == 4:  # no integer has 16 bytes: two of 8, which are loaded as one vector
+        move(leaf, tile, tl.int64, 2)
+    elif leaf.log2_vector == 3:
+        move(leaf, tile, tl.int64, 1)
+    elif leaf.log2_vector == 2:
+        move(leaf, tile, tl.int32, 1)
+    elif leaf.log2_vector == 1:
+        move(leaf, tile, tl.int16, 1)
     else:
-        past = (lanes >= row_vectors - first_column).to(tl.int32)
-    column = first_column + lanes - past * row_vectors
-    here = lanes < k.to(tl.int64) * row_vectors - begin
-
-    at = (first_row + past) * index_stride.to(tl.int64)
-    index = tl.load(indices + at, mask=here, other=0)
-    in_range = (index >= 0) & (index < rows)
-    check(in_range | (here == 0), "index in range", TRAPS)
-    # Nothing is read out of range, whatever becomes of the check. Widened after the choice: Triton
-    # 3.7 cannot compile one between widened indices and 0.
-    readable = here & in_range
-    vector = tl.where(readable, index, 0).to(tl.int64) * source_stride + column
-
-    if log2_vector == 4:  # no integer has 16 bytes: two of 8, which are loaded as one vector
-        _move(source, out, vector, begin, readable, here, tl.int64, 2, TILE)
-    elif log2_vector == 3:
-        _move(source, out, vector, begin, readable, here, tl.int64, 1, TILE)
-    elif log2_vector == 2:
-        _move(source, out, vector, begin, readable, here, tl.int32, 1, TILE)
-    elif log2_vector == 1:
-        _move(source, out, vector, begin, readable, here, tl.int16, 1, TILE)
-    else:
-        _move(source, out, vector, begin, readable, here, tl.int8, 1, TILE)
+        move(leaf, tile, tl.int8, 1)

@@ -84,8 +84,6 @@ def _layout(
         "rows": rows,
         "VECTOR": vector,
         "TARGET_VECTOR": target_vector,
-        "INPUT_BYTES": vector * x.itemsize,
-        "TARGET_BYTES": target_vector * target.itemsize,
     }
 
 
@@ -118,7 +116,7 @@ def _arguments(
         "columns": columns,
         "INDEX": index_of(columns),
         "A": tl.float64 if dtype == torch.float64 else tl.float32,
-        "WEIGHT_BYTES": 0 if weight is None else weight_vector * weight.itemsize,
+        "WEIGHT_VECTOR": weight_vector,
         **OPTIONS,
     }
 
@@ -200,8 +198,8 @@ def _cross_entropy_arguments(
     return {
         **_arguments(layout, logits.dtype, weight, columns),
         "ignore_index": ignore_index,
-        "kept": double_bits(1 - label_smoothing),
-        "share": double_bits(label_smoothing / columns),
+        "confidence": double_bits(1 - label_smoothing),
+        "uniform": double_bits(label_smoothing / columns),
         "KIND": kind.value,
         **assertions(amd=is_amd(logits.device)),
     }

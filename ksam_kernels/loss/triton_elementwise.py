@@ -1,6 +1,6 @@
 """The Triton kernels of losses that are a mean over the elements of a sample, a row here.
 
-The formulas are those of csrc/loss/elementwise.h; as to the rest see triton_kernels.py.
+The formulas are those of csrc/loss/elementwise.h; as to the rest see triton_rows.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ksam_kernels.loss.triton_kernels import elements_of, multiple, part_of, weights_of
+from ksam_kernels.loss.triton_rows import (
+    Matrix,
+    elements_of,
+    multiple,
+    part_of_rows,
+    rows_apart,
+    tile_of,
+    weights_of,
+)
 from ksam_kernels.triton_math import divide
 
 _SAMPLES = ["input", "input_stride", "target", "target_stride", "weight", "rows", "columns"]
@@ -45,13 +53,20 @@ def softplus_of_minus(x):
 
 
 @triton.jit
-def positive_of(weight, column, columns, t, WEIGHT_BYTES: tl.constexpr):
+def positive_of(weight, tile, t, VECTOR: tl.constexpr):
     """1 + (p - 1) t, [ROWS, BLOCK]; 1 without weights p [columns]."""
     if weight is None:
         return tl.full(t.shape, 1.0, t.dtype)
     else:
-        p = weights_of(weight, column, columns, t.dtype, WEIGHT_BYTES)[None, :]
+        p = weights_of(weight, tile, t.dtype, VECTOR)
         return 1.0 + (p - 1.0) * t
+
+
+@triton.jit
+def load_tile(start, stride, tile, A: tl.constexpr, VECTOR: tl.constexpr):
+    """Elements [ROWS, BLOCK]; 0 outside."""
+    at = elements_of(Matrix(start, stride), tile, VECTOR, False)
+    return tl.load(at, mask=tile.inside, other=0).to(A)
 
 
 @triton.jit(do_not_specialize=_SAMPLES)
@@ -69,9 +84,7 @@ def mean_kernel(
     BINARY: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET_VECTOR: tl.constexpr,
-    INPUT_BYTES: tl.constexpr,
-    TARGET_BYTES: tl.constexpr,
-    WEIGHT_BYTES: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -80,23 +93,20 @@ def mean_kernel(
     Bytes moved: input and target once, 4 a row.
     """
     columns = multiple(columns, VECTOR).to(INDEX)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = rows_apart(tl.program_id(0), rows, ROWS)
     total = tl.zeros([ROWS, BLOCK], A)
     for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        x = elements_of(input, input_stride, row, column, VECTOR, INPUT_BYTES)
-        t = elements_of(target, target_stride, row, column, TARGET_VECTOR, TARGET_BYTES)
-        x = tl.load(x, mask=inside, other=0).to(A)
-        t = tl.load(t, mask=inside, other=0).to(A)
+        tile = tile_of(rows, start, columns, BLOCK)
+        x = load_tile(input, input_stride, tile, A, VECTOR)
+        t = load_tile(target, target_stride, tile, A, TARGET_VECTOR)
         if BINARY:
-            positive = positive_of(weight, column, columns, t, WEIGHT_BYTES)
+            positive = positive_of(weight, tile, t, WEIGHT_VECTOR)
             loss = (1.0 - t) * x + positive * softplus_of_minus(x)
         else:
             loss = (x - t) * (x - t)
-        total += tl.where(inside, loss, 0.0)
+        total += tl.where(tile.inside, loss, 0.0)
     mean = divide(tl.sum(total, 1), tl.zeros([ROWS], A) + columns.to(A))
-    tl.store(losses + row, mean, mask=row < rows)
+    tl.store(losses + rows.number, mean, mask=rows.inside)
 
 
 @triton.jit(do_not_specialize=[*_SAMPLES, "grad_stride"])
@@ -116,9 +126,7 @@ def mean_backward_kernel(
     BINARY: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET_VECTOR: tl.constexpr,
-    INPUT_BYTES: tl.constexpr,
-    TARGET_BYTES: tl.constexpr,
-    WEIGHT_BYTES: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -127,18 +135,18 @@ def mean_backward_kernel(
     Bytes moved: input and target once, each element of the gradient once, 4 a row.
     """
     columns = multiple(columns, VECTOR).to(INDEX)
-    row, column, inside = part_of(rows, columns, ROWS, BLOCK)
-    g = tl.load(grad + row * grad_stride, mask=row < rows, other=0).to(A)
-    share = divide(g, tl.zeros([ROWS], A) + columns.to(A))[:, None]
-    x = elements_of(input, input_stride, row, column, VECTOR, INPUT_BYTES)
-    t = elements_of(target, target_stride, row, column, TARGET_VECTOR, TARGET_BYTES)
-    x = tl.load(x, mask=inside, other=0).to(A)
-    t = tl.load(t, mask=inside, other=0).to(A)
+    program, start = part_of_rows(columns, BLOCK)
+    rows = rows_apart(program, rows, ROWS)
+    tile = tile_of(rows, start, columns, BLOCK)
+    g = tl.load(grad + rows.number * grad_stride, mask=rows.inside, other=0).to(A)
+    element_grad = divide(g, tl.zeros([ROWS], A) + columns.to(A))[:, None]
+    x = load_tile(input, input_stride, tile, A, VECTOR)
+    t = load_tile(target, target_stride, tile, A, TARGET_VECTOR)
     if BINARY:
         e = exponential(-tl.abs(x))
         sigmoid = divide(tl.where(x < 0, 1.0, e), 1.0 + e)  # of -x
-        positive = positive_of(weight, column, columns, t, WEIGHT_BYTES)
-        dx = share * ((1.0 - t) - positive * sigmoid)
+        positive = positive_of(weight, tile, t, WEIGHT_VECTOR)
+        dx = element_grad * ((1.0 - t) - positive * sigmoid)
     else:
-        dx = 2.0 * share * (x - t)
-    tl.store(out + row[:, None] * columns + column[None, :], dx, mask=inside)
+        dx = 2.0 * element_grad * (x - t)
+    tl.store(elements_of(Matrix(out, columns), tile, VECTOR, False), dx, mask=tile.inside)

@@ -1,19 +1,26 @@
 """The Triton kernels of cross-entropy: a program has whole rows, ROWS x BLOCK elements at a time.
 
-The formulas are those of csrc/loss/loss_row.h. Every program loads what lies outside of its rows as
-nothing in particular, and takes it out with ``where`` before it counts. Doubles come as their bits:
-see :func:`ksam_kernels.triton_support.double_bits`.
-
-Launches are not specialized for addresses, strides or sizes. What is known of them comes from
-shapes and dtypes (VECTOR elements, ..._BYTES) and is said of results: of arguments, Triton would
-not hear it.
+The formulas are those of csrc/loss/loss_row.h. Where rows and tiles lie, and what is known of
+addresses, says triton_rows.py. Doubles come as their bits: see
+:func:`ksam_kernels.triton_support.double_bits`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from ksam_kernels.loss.triton_rows import (
+    count_of,
+    elements_of,
+    matrix_of,
+    part_of_rows,
+    rows_of,
+    tile_of,
+    weights_of,
+)
 from ksam_kernels.triton_assert import check
 from ksam_kernels.triton_math import double_of
 
@@ -21,163 +28,132 @@ from ksam_kernels.triton_math import double_of
 CLASSES, SMOOTHED, PROBABILITIES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 _ROWS = ["logits", "logits_stride", "target", "target_stride", "weight", "rows", "columns", "group"]
-_CLASSES = ["ignore_index", "kept", "share"]
+_CLASSES = ["ignore_index", "confidence", "uniform"]
 
 
-@triton.jit
-def multiple(n, VECTOR: tl.constexpr):
-    """n, which is a multiple of VECTOR."""
-    return n // VECTOR * VECTOR
+# --- Target: q_c = hot [c = y] + spread_c -------------------------------------------------------
 
 
-@triton.jit
-def elements_of(pointer, stride, row, column, VECTOR: tl.constexpr, BYTES: tl.constexpr):
-    """Addresses [ROWS, BLOCK], of which those of VECTOR elements in a row are a multiple of BYTES.
-    Said of the whole tile: of rows alone, Triton might apply it to a scalar and fail."""
-    at = pointer + row[:, None] * multiple(stride, VECTOR) + column[None, :]
-    return tl.multiple_of(at, [BYTES // VECTOR, BYTES])
+class Smoothing(NamedTuple):
+    """What is done to every target, with label smoothing e and weights w."""
 
-
-@triton.jit
-def plane_elements_of(pointer, stride, row, column, VECTOR: tl.constexpr, BYTES: tl.constexpr):
-    """Addresses as :func:`elements_of`, of planes `stride` apart, with the rows side by side."""
-    at = pointer + row[:, None] + column[None, :] * multiple(stride, VECTOR)
-    return tl.multiple_of(at, [BYTES, BYTES // VECTOR])
-
-
-@triton.jit
-def columns_of(
-    pointer,
-    stride,
-    row,
-    column,
-    VECTOR: tl.constexpr,
-    BYTES: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    """Addresses [ROWS, BLOCK] of logits or probabilities, wherever they lie."""
-    if PLANES:
-        at = plane_elements_of(pointer, stride, row, column, VECTOR, BYTES)
-    else:
-        at = elements_of(pointer, stride, row, column, VECTOR, BYTES)
-    return at
-
-
-@triton.jit
-def weights_of(weight, column, columns, A: tl.constexpr, BYTES: tl.constexpr):
-    """Weights [BLOCK] of columns; 0 outside."""
-    at = tl.multiple_of(weight + column, BYTES)
-    return tl.load(at, mask=column < columns, other=0).to(A)
-
-
-@triton.jit
-def part_of(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [ROWS] and columns [BLOCK] of a program where each has one part of its rows, and which
-    of them there are [ROWS, BLOCK]. Parts of the same rows are next to each other."""
-    parts = tl.cdiv(columns, BLOCK)
-    program = tl.program_id(0)
-    row = (program // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (program % parts) * BLOCK + tl.arange(0, BLOCK)
-    return row, column, (row < rows)[:, None] & (column < columns)[None, :]
-
-
-@triton.jit
-def rows_of_group(program, group, ROWS: tl.constexpr, VECTOR: tl.constexpr):
-    """Rows [ROWS] of a program, all of one group of planes, which of them there are [ROWS], and the
-    number of the group."""
-    group = multiple(group, VECTOR)
-    parts = tl.cdiv(group, ROWS)
-    number = (program // parts).to(tl.int64)
-    at = (program % parts) * ROWS + tl.arange(0, ROWS)
-    return number * group + at, at < group, number
-
-
-@triton.jit
-def first_plane(pointer, number, group_stride, group, VECTOR: tl.constexpr):
-    """Address at which row 0 would be if all groups lay as the one of this number does."""
-    return pointer + number * (multiple(group_stride, VECTOR) - multiple(group, VECTOR))
-
-
-@triton.jit
-def inputs_of_group(
-    number,
-    group,
-    logits,
-    logits_stride,
-    target,
-    target_stride,
-    KIND: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TARGET_VECTOR: tl.constexpr,
-):
-    """Logits and target for the rows of a group of planes, and the strides that they have there."""
-    logits = first_plane(logits, number, logits_stride, group, VECTOR)
-    if KIND == PROBABILITIES:
-        target = first_plane(target, number, target_stride, group, TARGET_VECTOR)
-        target_stride = group
-    return logits, group, target, target_stride
-
-
-@triton.jit
-def origin(m):
-    """What z is measured from: where all x so far are -inf, so are z from any number."""
-    return tl.where(m == float("-inf"), 0.0, m)
+    confidence: tl.tensor  # 1 - e
+    uniform: tl.tensor  # e / C
+    weight: tl.tensor | None  # [columns]
 
 
 @triton.jit
 def class_of(
     target,  # [rows]
     target_stride,
-    row,  # [ROWS]
-    inside,  # [ROWS]
+    rows,
     columns,
     ignore_index,
     TRAPS: tl.constexpr,
 ):
     """Classes [ROWS] int64, and which of them count: those of rows there are, not ignored."""
-    y = tl.load(target + row * target_stride, mask=inside, other=0).to(tl.int64)
-    counts = inside & (y != ignore_index)
+    y = tl.load(target + rows.number * target_stride, mask=rows.inside, other=0).to(tl.int64)
+    counts = rows.inside & (y != ignore_index)
     valid = (y >= 0) & (y < columns)
     check(valid | (counts == 0), "target holds a class that is out of range", TRAPS)
     return y, counts & valid
 
 
 @triton.jit
-def hot_of(weight, y, counts, kept):
+def hot_of(y, counts, smoothing):
     """(1 - e) w_y [ROWS]; 0 in rows that do not count."""
-    hot = tl.where(counts, kept, 0.0)
-    if weight is not None:
-        hot *= tl.load(weight + y, mask=counts, other=0).to(kept.dtype)
+    hot = tl.where(counts, smoothing.confidence, 0.0)
+    if smoothing.weight is not None:
+        hot *= tl.load(smoothing.weight + y, mask=counts, other=0).to(hot.dtype)
     return hot
 
 
 @triton.jit
+def logit_of_class(logits, rows, y, counts, PLANES: tl.constexpr):
+    """x_y [ROWS]; 0 in rows that do not count."""
+    if PLANES:
+        at = logits.start + rows.number + y * logits.stride
+    else:
+        at = logits.start + rows.number * logits.stride + y
+    return tl.load(at, mask=counts, other=0)
+
+
+@triton.jit
 def spread_of(
-    target,  # [rows, columns] probabilities, or something else
-    target_stride,
-    weight,  # [columns], or None
-    row,  # [ROWS]
-    column,  # [BLOCK]
-    columns,
-    inside,  # [ROWS, BLOCK]
-    kept,
-    share,
+    target,  # a matrix of probabilities; of no use where there are classes
+    tile,
+    smoothing,
     KIND: tl.constexpr,
-    VECTOR: tl.constexpr,  # of the target
-    BYTES: tl.constexpr,
-    WEIGHT_BYTES: tl.constexpr,
+    VECTOR: tl.constexpr,  # vector_of the target
+    WEIGHT_VECTOR: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """q_c = w_c ((1 - e) t_c + e / C), without the first term for classes; 0 outside."""
+    """w_c ((1 - e) t_c + e / C) [ROWS, BLOCK], without the first term for classes; 0 outside."""
+    A: tl.constexpr = smoothing.uniform.dtype
     if KIND == PROBABILITIES:
-        t = columns_of(target, target_stride, row, column, VECTOR, BYTES, PLANES)
-        t = tl.load(t, mask=inside).to(share.dtype)
-        q = tl.where(inside, kept * t + share, 0.0)
+        t = tl.load(elements_of(target, tile, VECTOR, PLANES), mask=tile.inside).to(A)
+        q = tl.where(tile.inside, smoothing.confidence * t + smoothing.uniform, 0.0)
     else:
-        q = tl.where(inside, share, 0.0)
-    if weight is not None:
-        q *= weights_of(weight, column, columns, share.dtype, WEIGHT_BYTES)[None, :]
+        q = tl.where(tile.inside, smoothing.uniform, 0.0)
+    if smoothing.weight is not None:
+        q *= weights_of(smoothing.weight, tile, A, WEIGHT_VECTOR)
     return q
+
+
+# --- Sums over a row ----------------------------------------------------------------------------
+
+
+@triton.jit
+def origin(m):
+    """The number that is subtracted from x to give z. Where all x so far are -inf it is 0, so that
+    z are -inf, not NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def load_logits(logits, tile, A: tl.constexpr, VECTOR: tl.constexpr, PLANES: tl.constexpr):
+    """Logits [ROWS, BLOCK]; -inf outside."""
+    x = tl.load(elements_of(logits, tile, VECTOR, PLANES), mask=tile.inside).to(A)
+    return tl.where(tile.inside, x, float("-inf"))
+
+
+@triton.jit
+def add_exp(s, m, x):
+    """s = sum exp z with one x more in each lane, from the larger of m and x."""
+    # exp(x - m) or, where x is the new maximum, exp(m - x): one exponential for both.
+    e = tl.where(x == float("-inf"), 0.0, tl.exp(-tl.abs(x - m)))
+    return tl.where(x > m, s * e + 1.0, s + e)
+
+
+@triton.jit
+def add_product(dot, mass, m, x, q, inside):
+    """dot = sum q z, likewise. mass: sum q before."""
+    rises = x > m
+    dot += tl.where(rises, mass * (origin(m) - x), 0.0)
+    z = tl.where(rises, 0.0, x - origin(m))
+    return dot + tl.where(inside, q * z, 0.0)
+
+
+@triton.jit
+def store_stats(stats, rows, m, log_s, mass):
+    """What the backward pass needs of each row."""
+    at = stats + 3 * rows.number
+    tl.store(at, m, mask=rows.inside)
+    tl.store(at + 1, log_s, mask=rows.inside)
+    tl.store(at + 2, mass, mask=rows.inside)
+
+
+@triton.jit
+def load_stats(stats, rows):
+    """m, log s and mass [ROWS] as :func:`store_stats` stored them."""
+    at = stats + 3 * rows.number
+    m = tl.load(at, mask=rows.inside)
+    log_s = tl.load(at + 1, mask=rows.inside)
+    mass = tl.load(at + 2, mask=rows.inside)
+    return m, log_s, mass
+
+
+# --- Kernels ------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=[*_ROWS, *_CLASSES])
@@ -193,18 +169,16 @@ def cross_entropy_kernel(
     columns,
     group: tl.int64,  # rows of a group of planes, which are as far apart
     ignore_index: tl.int64,
-    kept: tl.int64,  # 1 - e, the bits of a double
-    share: tl.int64,  # e / C, likewise
+    confidence: tl.int64,  # 1 - e, the bits of a double
+    uniform: tl.int64,  # e / C, likewise
     A: tl.constexpr,  # dtype of the arithmetic
     INDEX: tl.constexpr,  # and of columns
     KIND: tl.constexpr,
     PLANES: tl.constexpr,  # logits and probabilities are [groups, columns, group]
     TRAPS: tl.constexpr,  # how a class out of range fails
     VECTOR: tl.constexpr,  # vector_of the logits
-    TARGET_VECTOR: tl.constexpr,  # and of probabilities
-    INPUT_BYTES: tl.constexpr,  # the same in bytes
-    TARGET_BYTES: tl.constexpr,
-    WEIGHT_BYTES: tl.constexpr,
+    TARGET_VECTOR: tl.constexpr,  # of probabilities
+    WEIGHT_VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOPS: tl.constexpr,  # whether columns > BLOCK
@@ -216,81 +190,50 @@ def cross_entropy_kernel(
     them; per row a class, 4 for the loss, 12 for the statistics (float64: 24).
     """
     SPREADS: tl.constexpr = KIND != CLASSES
-    kept, share = double_of(kept).to(A), double_of(share).to(A)
-    if PLANES:
-        columns = columns.to(INDEX)
-        row, row_inside, number = rows_of_group(tl.program_id(0), group, ROWS, VECTOR)
-        logits, logits_stride, target, target_stride = inputs_of_group(
-            *(number, group, logits, logits_stride, target, target_stride),
-            *(KIND, VECTOR, TARGET_VECTOR),
-        )
-    else:
-        columns = multiple(columns, VECTOR).to(INDEX)
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        row_inside = row < rows
+    smoothing = Smoothing(double_of(confidence).to(A), double_of(uniform).to(A), weight)
+    columns = count_of(columns, INDEX, VECTOR, PLANES)
+    rows = rows_of(tl.program_id(0), rows, group, ROWS, VECTOR, PLANES)
+    logits = matrix_of(logits, logits_stride, rows, group, VECTOR, PLANES)
     end = columns
     if KIND == PROBABILITIES:
-        counts = row_inside
+        target = matrix_of(target, target_stride, rows, group, TARGET_VECTOR, PLANES)
+        counts = rows.inside
     else:
-        y, counts = class_of(target, target_stride, row, row_inside, columns, ignore_index, TRAPS)
+        y, counts = class_of(target, target_stride, rows, columns, ignore_index, TRAPS)
         if LOOPS:
             end = tl.max(tl.where(counts, columns, 0), 0)  # no more of rows that are ignored
 
-    column = tl.arange(0, BLOCK).to(INDEX)
-    inside = row_inside[:, None] & (column < columns)[None, :]
-    x = columns_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES, PLANES)
-    x = tl.load(x, mask=inside).to(A)
-    m = tl.where(inside, x, float("-inf"))
+    tile = tile_of(rows, 0, columns, BLOCK)
+    m = load_logits(logits, tile, A, VECTOR, PLANES)
     s = tl.where(m == float("-inf"), 0.0, m - m + 1.0)  # NaN for NaN and inf
     if SPREADS:
-        mass = spread_of(
-            *(target, target_stride, weight, row, column, columns, inside, kept, share),
-            *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES, PLANES),
-        )
-        dot = tl.where(inside, mass * (m - origin(m)), 0.0)
+        mass = spread_of(target, tile, smoothing, KIND, TARGET_VECTOR, WEIGHT_VECTOR, PLANES)
+        dot = tl.where(tile.inside, mass * (m - origin(m)), 0.0)
     if LOOPS:
         for start in range(BLOCK, end, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = row_inside[:, None] & (column < columns)[None, :]
-            x = columns_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES, PLANES)
-            x = tl.load(x, mask=inside).to(A)
-            x = tl.where(inside, x, float("-inf"))
-            # exp(x - m) or, where x is the new maximum, exp(m - x): one exponential for both.
-            e = tl.where(x == float("-inf"), 0.0, tl.exp(-tl.abs(x - m)))
-            rises = x > m
-            s = tl.where(rises, s * e + 1.0, s + e)
+            tile = tile_of(rows, start, columns, BLOCK)
+            x = load_logits(logits, tile, A, VECTOR, PLANES)
+            s = add_exp(s, m, x)
             if SPREADS:
-                q = spread_of(
-                    *(target, target_stride, weight, row, column, columns, inside, kept, share),
-                    *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES, PLANES),
-                )
-                dot += tl.where(rises, mass * (origin(m) - x), 0.0)
-                z = tl.where(rises, 0.0, x - origin(m))
-                dot += tl.where(inside, q * z, 0.0)
+                q = spread_of(target, tile, smoothing, KIND, TARGET_VECTOR, WEIGHT_VECTOR, PLANES)
+                dot = add_product(dot, mass, m, x, q, tile.inside)
                 mass += q
-            m = tl.where(rises, x, m)
+            m = tl.where(x > m, x, m)
 
     top = tl.max(m, 1)
     log_s = tl.log(tl.sum(s * tl.exp(m - top[:, None]), 1))  # NaN where all are -inf
-    loss = tl.zeros([ROWS], A)
-    total = tl.zeros([ROWS], A)
+    loss, total = tl.zeros([ROWS], A), tl.zeros([ROWS], A)
     if SPREADS:
         dot += mass * (origin(m) - origin(top)[:, None])
         total = tl.sum(mass, 1)
         loss = total * log_s - tl.sum(dot, 1)
     if KIND != PROBABILITIES:
-        hot = hot_of(weight, y, counts, kept)
-        if PLANES:
-            at = logits + row + y * logits_stride
-        else:
-            at = logits + row * logits_stride + y
-        x_y = tl.load(at, mask=counts, other=0).to(A)
+        hot = hot_of(y, counts, smoothing)
+        x_y = logit_of_class(logits, rows, y, counts, PLANES).to(A)
         loss += hot * (log_s - (x_y - top))
         total += hot
-    tl.store(losses + row, tl.where(counts, loss, 0.0), mask=row_inside)
-    tl.store(stats + 3 * row, top, mask=row_inside)
-    tl.store(stats + 3 * row + 1, log_s, mask=row_inside)
-    tl.store(stats + 3 * row + 2, tl.where(counts, total, 0.0), mask=row_inside)
+    tl.store(losses + rows.number, tl.where(counts, loss, 0.0), mask=rows.inside)
+    store_stats(stats, rows, top, log_s, tl.where(counts, total, 0.0))
 
 
 @triton.jit(do_not_specialize=[*_ROWS, *_CLASSES, "grad_stride"])
@@ -306,10 +249,10 @@ def cross_entropy_backward_kernel(
     out,  # [rows, columns] or [groups, columns, group], contiguous
     rows: tl.int64,
     columns,
-    group: tl.int64,  # rows of a group of planes, which are as far apart
+    group: tl.int64,
     ignore_index: tl.int64,
-    kept: tl.int64,  # 1 - e, the bits of a double
-    share: tl.int64,  # e / C, likewise
+    confidence: tl.int64,
+    uniform: tl.int64,
     A: tl.constexpr,
     INDEX: tl.constexpr,
     KIND: tl.constexpr,
@@ -317,56 +260,37 @@ def cross_entropy_backward_kernel(
     TRAPS: tl.constexpr,
     VECTOR: tl.constexpr,
     TARGET_VECTOR: tl.constexpr,
-    INPUT_BYTES: tl.constexpr,
-    TARGET_BYTES: tl.constexpr,
-    WEIGHT_BYTES: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """dx_c = g (mass p_c - q_c) with p_c = exp(x_c - m - log s); 0 in ignored rows.
 
+    A program has one tile. Arguments are those of :func:`cross_entropy_kernel`, where it has them.
     Bytes moved: each logit once, each element of the gradient once, each probability where the
     target has them; per row a class, 4 for g, 12 for the statistics (float64: 24).
     """
-    kept, share = double_of(kept).to(A), double_of(share).to(A)
-    if PLANES:
-        columns = columns.to(INDEX)
-        parts = tl.cdiv(columns, BLOCK)
-        program = tl.program_id(0)
-        column = (program % parts) * BLOCK + tl.arange(0, BLOCK)
-        row, row_inside, number = rows_of_group(program // parts, group, ROWS, VECTOR)
-        inside = row_inside[:, None] & (column < columns)[None, :]
-        logits, logits_stride, target, target_stride = inputs_of_group(
-            *(number, group, logits, logits_stride, target, target_stride),
-            *(KIND, VECTOR, TARGET_VECTOR),
-        )
-        out = first_plane(out, number, columns * group, group, VECTOR)
-    else:
-        columns = multiple(columns, VECTOR).to(INDEX)
-        row, column, inside = part_of(rows, columns, ROWS, BLOCK)
-        row_inside = row < rows
+    smoothing = Smoothing(double_of(confidence).to(A), double_of(uniform).to(A), weight)
+    columns = count_of(columns, INDEX, VECTOR, PLANES)
+    program, start = part_of_rows(columns, BLOCK)
+    rows = rows_of(program, rows, group, ROWS, VECTOR, PLANES)
+    tile = tile_of(rows, start, columns, BLOCK)
+    logits = matrix_of(logits, logits_stride, rows, group, VECTOR, PLANES)
+    out = matrix_of(out, columns * group if PLANES else columns, rows, group, VECTOR, PLANES)
     if KIND == PROBABILITIES:
-        counts = row_inside
+        target = matrix_of(target, target_stride, rows, group, TARGET_VECTOR, PLANES)
+        counts = rows.inside
     else:
-        y, counts = class_of(target, target_stride, row, row_inside, columns, ignore_index, TRAPS)
-    g = tl.load(grad + row * grad_stride, mask=row_inside).to(A)
-    m = tl.load(stats + 3 * row, mask=row_inside)
-    log_s = tl.load(stats + 3 * row + 1, mask=row_inside)
-    mass = tl.load(stats + 3 * row + 2, mask=row_inside)
-    x = columns_of(logits, logits_stride, row, column, VECTOR, INPUT_BYTES, PLANES)
-    x = tl.load(x, mask=inside).to(A)
+        y, counts = class_of(target, target_stride, rows, columns, ignore_index, TRAPS)
+
+    g = tl.load(grad + rows.number * grad_stride, mask=rows.inside).to(A)
+    m, log_s, mass = load_stats(stats, rows)
+    x = tl.load(elements_of(logits, tile, VECTOR, PLANES), mask=tile.inside).to(A)
     dx = mass[:, None] * tl.exp(x - m[:, None] - log_s[:, None])
     if KIND != CLASSES:
-        dx -= spread_of(
-            *(target, target_stride, weight, row, column, columns, inside, kept, share),
-            *(KIND, TARGET_VECTOR, TARGET_BYTES, WEIGHT_BYTES, PLANES),
-        )
+        dx -= spread_of(target, tile, smoothing, KIND, TARGET_VECTOR, WEIGHT_VECTOR, PLANES)
     if KIND != PROBABILITIES:
-        hot = hot_of(weight, y, counts, kept)
-        dx -= tl.where(column[None, :] == y[:, None], hot[:, None], 0.0)
+        hot = hot_of(y, counts, smoothing)
+        dx -= tl.where(tile.column[None, :] == y[:, None], hot[:, None], 0.0)
     dx = tl.where(counts[:, None], g[:, None] * dx, 0.0)
-    if PLANES:
-        at = plane_elements_of(out, group, row, column, VECTOR, INPUT_BYTES)
-    else:
-        at = out + row[:, None] * columns + column[None, :]
-    tl.store(at, dx, mask=inside)
+    tl.store(elements_of(out, tile, VECTOR, PLANES), dx, mask=tile.inside)

@@ -85,13 +85,8 @@ def test_cross_entropy(kind: tuple[int, bool], dtype: torch.dtype, architecture:
     ):
         columns = 32000 if more else 1000
         tile = loss.tile_of(columns, loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0))
-        made = loss_compile.build(
-            *(kernel, "logits", dtype, columns, architecture, tile),
-            target="*i64" if kind[0] != 2 else "",
-            weighted=kind[1],
-            KIND=kind[0],
-            **more,
-        )
+        options = {**loss_compile.of(kind), **more}
+        made = loss_compile.build(kernel, dtype, columns, architecture, tile, **options)
         check(made, wide, None if more else wide)
         if kind[0] != 2:
             check_trap(made)
@@ -108,14 +103,9 @@ def test_planes(kind: tuple[int, bool], dtype: torch.dtype, architecture: str) -
         (kernels.cross_entropy_backward_kernel, {}),
     ):
         size = loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0)
-        made = loss_compile.build(
-            *(kernel, "logits", dtype, 21, architecture, loss.tile_of_planes(16384, 21, size)),
-            target="*i64" if kind[0] != 2 else "",
-            weighted=kind[1],
-            group=16384,
-            KIND=kind[0],
-            **more,
-        )
+        tile = loss.tile_of_planes(16384, 21, size)
+        options = {"group": 16384, **loss_compile.of(kind), **more}
+        made = loss_compile.build(kernel, dtype, 21, architecture, tile, **options)
         check(made, wide, None if more else wide)
 
 
@@ -129,9 +119,8 @@ def test_means(binary: bool, dtype: torch.dtype, architecture: str) -> None:
         (elementwise.mean_backward_kernel, wide),
     ):
         tile = loss.tile_of(32000, loss.tile_for(torch.empty(0, dtype=dtype), not binary))
-        made = loss_compile.build(
-            *(kernel, "input", dtype, 32000, architecture, tile), weighted=binary, BINARY=binary
-        )
+        options = {"weighted": binary, "BINARY": binary}
+        made = loss_compile.build(kernel, dtype, 32000, architecture, tile, **options)
         check(made, wide, store)
 
 

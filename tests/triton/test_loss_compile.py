@@ -27,9 +27,13 @@ BUILDS += [(a, dtype) for a in ARCHITECTURES if a != 90 for dtype in list(FLOATS
 TARGETS = ((0, False), (1, True), (2, False), (2, True))
 
 
+def of(kind: tuple[int, bool]) -> dict[str, Any]:
+    """What :func:`build` is told of one of TARGETS."""
+    return {"target": "*i64" if kind[0] != 2 else "", "weighted": kind[1], "KIND": kind[0]}
+
+
 def build(
     kernel: Any,
-    name: str,
     dtype: torch.dtype,
     columns: int,
     architecture: int | str,
@@ -41,6 +45,7 @@ def build(
     **more: Any,
 ) -> Compiled:
     """A kernel as a launch with rows of `columns` has it, or with groups of them in planes."""
+    name = "logits" if "logits" in kernel.arg_names else "input"
     like = torch.zeros(1, columns, max(group, 1), dtype=dtype).movedim(1, -1)
     weight = torch.zeros(columns) if weighted else None
     t = like if not target else torch.zeros(like.shape[:-1], dtype=torch.int64)
@@ -54,7 +59,7 @@ def build(
     opmath = "*fp64" if dtype == torch.float64 else "*fp32"
     types = {
         **{stride: "i64" for stride in kernel.arg_names if stride.endswith("_stride")},
-        **dict.fromkeys(("rows", "group", "ignore_index", "kept", "share"), "i64"),
+        **dict.fromkeys(("rows", "group", "ignore_index", "confidence", "uniform"), "i64"),
         "columns": "i32",
         name: pointer,
         "target": target or pointer,
@@ -89,16 +94,10 @@ def check(
 @pytest.mark.parametrize("kind", TARGETS, ids=str)
 @pytest.mark.parametrize(("architecture", "dtype"), BUILDS, ids=str)
 def test_cross_entropy(architecture: int | str, dtype: torch.dtype, kind: tuple[int, bool]) -> None:
-    target = "*i64" if kind[0] != 2 else ""
     for columns in (1000, 32000):
         tile = loss.tile_of(columns, loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0))
-        kernel = build(
-            *(kernels.cross_entropy_kernel, "logits", dtype, columns, architecture, tile),
-            target=target,
-            weighted=kind[1],
-            KIND=kind[0],
-            LOOPS=columns > tile[1],
-        )
+        more = {**of(kind), "LOOPS": columns > tile[1]}
+        kernel = build(kernels.cross_entropy_kernel, dtype, columns, architecture, tile, **more)
         assert "__assertfail" in kernel.assembly or kind[0] == 2
         check(kernel, dtype, tile[2])
 
@@ -109,13 +108,8 @@ def test_cross_entropy_backward(
     architecture: int | str, dtype: torch.dtype, kind: tuple[int, bool]
 ) -> None:
     tile = loss.tile_of(1000, loss.tile_for(torch.empty(0, dtype=dtype), kind[0] == 0))
-    kernel = build(
-        *(kernels.cross_entropy_backward_kernel, "logits", dtype, 1000, architecture, tile),
-        target="*i64" if kind[0] != 2 else "",
-        weighted=kind[1],
-        KIND=kind[0],
-    )
-    check(kernel, dtype, tile[2], 16)
+    kernel = kernels.cross_entropy_backward_kernel
+    check(build(kernel, dtype, 1000, architecture, tile, **of(kind)), dtype, tile[2], 16)
 
 
 @pytest.mark.parametrize("kind", TARGETS, ids=str)
@@ -129,14 +123,8 @@ def test_planes(architecture: int | str, dtype: torch.dtype, kind: tuple[int, bo
             (kernels.cross_entropy_kernel, {"LOOPS": columns > tiles[1]}, None),
             (kernels.cross_entropy_backward_kernel, {}, 16),
         ):
-            result = build(
-                *(kernel, "logits", dtype, columns, architecture, tiles),
-                target="*i64" if kind[0] != 2 else "",
-                weighted=kind[1],
-                group=group,
-                KIND=kind[0],
-                **more,
-            )
+            options = {"group": group, **of(kind), **more}
+            result = build(kernel, dtype, columns, architecture, tiles, **options)
             # For sm_80 ptxas has the last weighted ones one pair of registers below a step of 32.
             check(result, dtype, tiles[2], stores, 8 if architecture == 80 and kind[1] else 0)
 
@@ -151,31 +139,24 @@ def test_means(architecture: int | str, dtype: torch.dtype, binary: bool) -> Non
         ):
             size = loss.tile_for(torch.empty(0, dtype=dtype), not binary)
             tile = loss.tile_of(size if stores else 32000, size)
-            result = build(
-                *(kernel, "input", dtype, 32000, architecture, tile),
-                weighted=weighted,
-                BINARY=binary,
-            )
+            options = {"weighted": weighted, "BINARY": binary}
+            result = build(kernel, dtype, 32000, architecture, tile, **options)
             check(result, dtype, tile[2], stores)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_without_alignment(architecture: int | str) -> None:
     """Of an odd number of columns: element by element."""
-    tile = loss.tile_of(50257, loss.TILE)
-    kernel = build(
-        *(kernels.cross_entropy_kernel, "logits", torch.float32, 50257, architecture, tile),
-        target="*i64",
-        KIND=0,
-        LOOPS=True,
-    )
+    columns, tile = 50257, loss.tile_of(50257, loss.TILE)
+    more = {**of((0, False)), "LOOPS": True}
+    kernel = build(kernels.cross_entropy_kernel, torch.float32, columns, architecture, tile, **more)
     assert kernel.spill_bytes <= SPILL_BYTES
     assert kernel.widest("ld") == 8  # the class
 
 
 KERNELS = [
-    (kernels.cross_entropy_kernel, {"KIND": 1, "LOOPS": True}),
-    (kernels.cross_entropy_backward_kernel, {"KIND": 1}),
+    (kernels.cross_entropy_kernel, {**of((1, True)), "LOOPS": True}),
+    (kernels.cross_entropy_backward_kernel, of((1, True))),
     (elementwise.mean_kernel, {"BINARY": True}),
     (elementwise.mean_backward_kernel, {"BINARY": True}),
 ]
@@ -186,12 +167,9 @@ KERNELS = [
     ("kernel", "more"), KERNELS, ids=lambda case: getattr(case, "__name__", "")
 )
 def test_an_index_of_64_bits(kernel: Any, more: dict[str, Any], dtype: torch.dtype) -> None:
-    name = kernel.arg_names[0] if kernel.arg_names[0] != "grad" else kernel.arg_names[2]
     tile = loss.tile_of(loss.SMALL_TILE, loss.SMALL_TILE)
-    target = "*i64" if name == "logits" else ""
-    options: dict[str, Any] = {"target": target, "weighted": True, **more, "INDEX": tl.int64}
-    result = build(kernel, name, dtype, 32000, 90, tile, **options)
-    check(result, dtype, tile[2])
+    options: dict[str, Any] = {"weighted": True, **more, "INDEX": tl.int64}
+    check(build(kernel, dtype, 32000, 90, tile, **options), dtype, tile[2])
 
 
 def test_32_bits_count_a_loop_to_its_end() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ksam_kernels.perturb import triton as launches
 from ksam_kernels.perturb import triton_table
+from ksam_kernels.perturb.scalars import DeviceScalars
 from ksam_kernels.perturb.triton_table import Table
 from ksam_kernels.triton_support import most_warps
 
@@ -97,23 +98,26 @@ def test_weights_come_back_where_the_kernel_cannot_be_loaded(
 
 
 @pytest.mark.parametrize("operator", ["restore_sgd_", "restore_adam_"])
-@pytest.mark.parametrize("taken_for", ["device_ints", "_scalar_at"])
+@pytest.mark.parametrize(
+    ("place", "taken_for"),
+    [(launches, "device_ints"), (DeviceScalars, "to")],
+    ids=["table", "scalar"],
+)
 def test_an_update_takes_all_its_memory_before_its_first_launch(
-    monkeypatch: pytest.MonkeyPatch, operator: str, taken_for: str
+    monkeypatch: pytest.MonkeyPatch, operator: str, place: Any, taken_for: str
 ) -> None:
     """Nothing undoes momentum that has moved beside a count of steps that has not."""
     scalars = (None, torch.ones(()), None)
     lists = [[torch.ones(3)] for _ in range(5 if operator == "restore_adam_" else 4)]
     numbers = [0.1] * (5 if operator == "restore_adam_" else 4)
 
-    def no_memory(what: Any, *args: Any) -> None:
-        if what is not None:
-            raise torch.OutOfMemoryError("for a test")
+    def no_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError("for a test")
 
     def launch(*args: Any, **constants: Any) -> None:
         raise AssertionError("launched")
 
-    monkeypatch.setattr(launches, taken_for, no_memory)
+    monkeypatch.setattr(place, taken_for, no_memory)
     monkeypatch.setattr(launches, "_launch", launch)
     with pytest.raises(torch.OutOfMemoryError, match="for a test"):
         getattr(launches, operator)(*lists, [torch.ones(())], *numbers, False, True, *scalars)
