@@ -127,9 +127,7 @@ class AutoKSAM(KSAM):
         budget: float | None = 1.0,
         **options: Any,
     ) -> None:
-        otherwise = None
-        if momentum_rho is not None:
-            otherwise = Momentum(momentum_radius(momentum_rho, base, "momentum_rho"))
+        otherwise = self._along_momentum(momentum_rho, base)
         statistics = "matched" if options.get("micro_batch_size") is None else "subset"
         parts = {"when": Representative(threshold, every, budget), "otherwise": otherwise}
         options = {"scale": "batch", "statistics": statistics, **options}
@@ -142,8 +140,11 @@ class AutoKSAM(KSAM):
 
     @momentum_rho.setter
     def momentum_rho(self, rho: Rho | Literal["auto"] | None) -> None:
-        radius = None if rho is None else momentum_radius(rho, self.base, "momentum_rho")
-        self.otherwise = None if radius is None else Momentum(radius)
+        self.otherwise = self._along_momentum(rho, self.base)
+
+    @staticmethod
+    def _along_momentum(rho: Rho | Literal["auto"] | None, base: Base) -> Momentum | None:
+        return None if rho is None else Momentum(momentum_radius(rho, base, "momentum_rho"))
 
 
 class ImportanceKSAM(SharpnessAware):

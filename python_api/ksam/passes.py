@@ -242,7 +242,7 @@ class Passes:
         self.taken += 1
         with context, batchnorm.detector(self._watches()) as seen:
             losses = self._in_micro_batches(subset, reports, backward)
-            if not set(self._norms.modules).issuperset(seen):
+            if any(norm not in self._norms.modules for norm in seen):
                 _warn_of_batchnorm()
         return losses
 
