@@ -11,6 +11,7 @@ from benchmarks.gpu.step import parameter_shapes
 from benchmarks.kernels import compact, perturb, topk
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.cross_entropy import CrossEntropy
+from benchmarks.kernels.elementwise import Elementwise
 from benchmarks.kernels.parameters import MODELS, Shape
 from benchmarks.kernels.segmentation import Segmentation
 
@@ -128,6 +129,8 @@ def kernel_cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
         yield topk.case("normal", size, device)
     yield topk.case("all equal", 60 if tiny else 65536, device)
     yield from (case for case in losses if case not in plain)
+    for operator in ("mse", "binary_cross_entropy_with_logits"):
+        yield _quickly(Elementwise(operator, 8 if tiny else 65536, 512).case(device))
     for images, classes, size in ((1, 3, 4),) if tiny else ((64, 2, 768), (8, 21, 640)):
         for backward in (False, True):
             yield _quickly(Segmentation(images, classes, size, backward).case(device))

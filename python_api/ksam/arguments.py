@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -161,7 +162,7 @@ def check_group(
         momentum: whether the method perturbs along the base optimizer's momentum.
 
     Raises:
-        TypeError: complex parameters that are trained, or shards that are no DTensors.
+        TypeError: complex parameters that are trained, sparse ones, or shards that are no DTensors.
         ValueError: ``maximize``, no momentum where one is needed, or DTensors without their model.
     """
     named = entries(group)
@@ -175,6 +176,10 @@ def check_group(
             raise TypeError(
                 f"params must be real, got {p.dtype} for {_which(position, name, p)}: train what "
                 f"torch.view_as_real makes of it"
+            )
+        if isinstance(p, Tensor) and p.layout is not torch.strided:
+            raise TypeError(
+                f"params must be dense, got layout {p.layout} for {_which(position, name, p)}"
             )
         if hasattr(p, "_st_info"):  # where DistributedDataParallel notes what the tensor was
             raise TypeError(

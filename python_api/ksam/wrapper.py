@@ -131,14 +131,15 @@ class OptimizerWrapper(Optimizer):
                 known.last = group["rho"]
             else:
                 new.append(group)
+        # All are checked before any is taken.
+        radii_of_new = [self._radius_of_new(group) for group in new]
         if new:
             params = parameters(self.param_groups)
             check_no_overlap(params)
             self._radii = {p: self._radii[p] for p in params if p in self._radii}
             present = set(map(id, self.param_groups))
             self._groups = [entry for entry in self._groups if id(entry[0]) in present]
-        # All are checked before any is taken.
-        for group, rho in [(group, self._radius_of_new(group)) for group in new]:
+        for group, rho in zip(new, radii_of_new, strict=True):
             given = group.get("rho", self._rho)
             radius = _Radius(None if is_number(given) else given, rho)
             self._radii.update(dict.fromkeys(group["params"], radius))

@@ -204,6 +204,19 @@ def test_maximizing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_sparse_parameters_are_refused(name: str) -> None:
+    model = network()
+    optimizer = build(name, model)
+    late = nn.Parameter(torch.eye(3).to_sparse())
+    with pytest.raises(TypeError, match=r"dense, got layout torch.sparse_coo for .*'late'"):
+        optimizer.add_param_group({"params": [("late", late)]})
+    model.register_parameter("z", late)
+    message = r"params must be dense, got layout torch.sparse_coo for number 0 .*'z', .* \(3, 3\)"
+    with pytest.raises(TypeError, match=message):
+        build(name, model)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_complex_parameters_are_refused_unless_they_are_frozen(name: str) -> None:
     model = network()
     model.register_parameter("z", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
