@@ -99,16 +99,30 @@ def batched_tensors(batch: Any) -> list[Tensor]:
     return found
 
 
+_ADVICE = (
+    "samples of different sizes are no rows of a tensor: let their indices, torch.arange(B), be "
+    "the batch"
+)
+
+
 def _paths(batch: Any, tensors: list[Tensor]) -> list[str]:
     """Where each tensor stands in the batch, if the tree knows it: ``batch['x']``."""
     paths = {id(leaf): f"batch{keystr(path)}" for path, leaf in tree_flatten_with_path(batch)[0]}
     return [paths.get(id(tensor), "a nested tensor") for tensor in tensors]
 
 
-def _describe(batch: Any, tensors: list[Tensor]) -> str:
-    """The sizes of dimension 0 in words: ``batch['x']: 8, batch['y']: 7``."""
+def _describe(batch: Any, tensors: list[Tensor], most: int = 6) -> str:
+    """The sizes of dimension 0 in words: ``batch['x']: 8, batch['y']: 7``.
+
+    Of many tensors the first ones, and the first of another size.
+    """
     paths = _paths(batch, tensors)
-    return ", ".join(f"{path}: {t.size(0)}" for path, t in zip(paths, tensors, strict=True))
+    named = [f"{path}: {t.size(0)}" for path, t in zip(paths, tensors, strict=True)]
+    if len(named) <= most:
+        return ", ".join(named)
+    other = next(i for i, t in enumerate(tensors) if t.size(0) != tensors[0].size(0))
+    shown = [*named[: most - 1], named[max(other, most - 1)]]
+    return f"{', '.join(shown)}, ... of {len(named)} tensors"
 
 
 def check_dense(batch: Any, tensors: list[Tensor]) -> None:
@@ -118,7 +132,8 @@ def check_dense(batch: Any, tensors: list[Tensor]) -> None:
             kind: object = tensor.dtype if tensor.is_quantized else tensor.layout
             kind = "a nested one" if tensor.is_nested else kind
             raise TypeError(
-                f"batch must hold dense tensors, got {kind} at {_paths(batch, tensors)[i]}"
+                f"batch must hold dense tensors, got {kind} at {_paths(batch, tensors)[i]}; "
+                f"{_ADVICE}"
             )
 
 
@@ -140,7 +155,7 @@ def check_same_rows(batch: Any, tensors: list[Tensor]) -> None:
     # size of dimension 0 and may have no shape.
     if any(tensor.size(0) != tensors[0].size(0) for tensor in tensors):
         raise ValueError(
-            f"batch must have one size in dimension 0, got {_describe(batch, tensors)}"
+            f"batch must have one size in dimension 0, got {_describe(batch, tensors)}; {_ADVICE}"
         )
 
 

@@ -21,6 +21,14 @@ def build_base(
     if isinstance(base, type) and issubclass(base, Optimizer):
         if params is None:
             raise ValueError("params must be given when base is a class, got None")
+        taken = inspect.signature(base).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+        for name, value in {} if takes_any else base_kwargs.items():
+            if name not in taken:
+                raise TypeError(
+                    f"{name} must be an argument of the method or of its base, {base.__name__}, "
+                    f"got {value!r}"
+                )
         return base(params, **base_kwargs)
     if not isinstance(base, Optimizer):
         raise TypeError(f"base must be an optimizer or the class of one, got {base!r}")

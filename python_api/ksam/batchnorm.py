@@ -25,6 +25,12 @@ def _updating(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
     return [norm for norm in norms if norm.training and norm.track_running_stats]
 
 
+def _is_made(norm: _BatchNorm) -> bool:
+    """Not so for a LazyBatchNorm that no forward has made yet."""
+    mean = norm._buffers["running_mean"]
+    return mean is None or not is_lazy(mean)
+
+
 def _settings(norm: _BatchNorm) -> dict[str, Any]:
     """What :data:`SETTINGS` are now, among others."""
     settings = vars(norm).copy()
@@ -120,7 +126,8 @@ class Norms:
         """The pass that updates the running statistics, over the whole batch or a subset."""
         norms: list[_BatchNorm] = []
         if self._statistics == "full" or (self._statistics == "matched" and whole):
-            norms = [norm for norm in self.modules if norm.running_mean is not None]
+            has_statistics = (norm for norm in self.modules if norm.running_mean is not None)
+            norms = list(filter(_is_made, has_statistics))
         if self._statistics == "matched":
             norms = list(filter(_can_match, norms))
         if not norms:
@@ -195,8 +202,9 @@ class Norms:
             # Not a variable of this frame: Ctrl-C just before the block is left would keep it.
             interrupts.undone(lambda: self.put_back("track_running_stats")),
         ):
-            # As plain attributes, without nn.Module's search for a parameter of that name.
-            for norm in self.modules:
+            # As plain attributes, without nn.Module's search for a parameter of that name. A lazy
+            # module's first pass, which makes its statistics, counts: it makes none without.
+            for norm in filter(_is_made, self.modules):
                 vars(norm)["track_running_stats"] = False
             yield
 
@@ -348,7 +356,10 @@ def _with_copies(buffers: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]
 def anything_is_compiled() -> bool:
     """Whether ``torch.compile`` has looked at a frame in this process."""
     utils = sys.modules.get("torch._dynamo.utils")
-    return utils is not None and utils.counters["frames"]["total"] > 0
+    if utils is None:
+        return False
+    counters = utils.counters  # with fullgraph=True no frames are counted
+    return bool(counters["frames"]["total"] or counters["stats"]["unique_graphs"])
 
 
 @contextmanager

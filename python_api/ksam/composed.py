@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from ksam.arguments import Scale, Statistics, check_arguments, check_batch, check_group, check_names
-from ksam.distributed import check_synchronizes, mean_over_ranks
+from ksam.distributed import check_synchronizes, has_other_ranks, mean_over_ranks
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.parts import Part, Sampler, Subset
@@ -42,7 +42,7 @@ class Composed(OptimizerWrapper):
     seed: int
     report_share: bool
     _update: Update
-    _told_of_no_gradient: bool
+    _told: set[str]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; an option is checked as the constructor checks it, also later on."""
@@ -174,7 +174,13 @@ class Composed(OptimizerWrapper):
         """What a policy that asked for the share is told, on all ranks the same."""
         if share is None or not self._probes():
             return None
-        return mean_over_ranks(share, self.model, self._parameters())
+        params = self._parameters()
+        if has_other_ranks(self.model, params):
+            self._tell(
+                "the policy decides by this rank's samples alone: pass the DistributedDataParallel "
+                "as model=, or ranks that train one model take different steps"
+            )
+        return mean_over_ranks(share, self.model, params)
 
     def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
         """The step can fail no more: now what the parts learn from it is final too."""
@@ -188,14 +194,29 @@ class Composed(OptimizerWrapper):
     def _look_for_gradients(self) -> None:
         """Warn, once, of a step that trains nothing, after its descent pass."""
         params = (p for group in self.param_groups for p in group["params"])
-        if self._told_of_no_gradient or any(p.grad is not None for p in params):
-            return  # mostly at the first one
-        warn(
-            "the step trains nothing: the function used none of the optimizer's parameters that "
-            "require grad; if it should, build the optimizer after the model is copied, its layers "
-            "replaced or adapters added to it"
-        )
-        self._told_of_no_gradient = True
+        if not any(p.grad is not None for p in params):  # mostly the first one has
+            self._tell(
+                "the step trains nothing: the function used none of the optimizer's parameters "
+                "that require grad; if it should, build the optimizer after the model is copied, "
+                "its layers replaced or adapters added to it"
+            )
+
+    def _look_for_momentum(self) -> None:
+        """Warn, once, of weights that do not move as their momentum is not where it is looked for.
+
+        No state at all is no error by itself: there is none before the base's first update.
+        """
+        if self._update.left_no_state:
+            self._tell(
+                f"weights are not perturbed: there is no momentum of them in the state of the "
+                f"base, {type(self.base).__name__}, after its step; if it wraps an optimizer "
+                f"that has one, give that as base"
+            )
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            warn(message)
+            self._told.add(message)
 
     def _parameters(self) -> list[Tensor]:
         """All parameters; in every step, so without the checks of :func:`ksam.base.parameters`."""

@@ -55,6 +55,13 @@ def _groups(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
     return list(dict.fromkeys(groups))
 
 
+def has_other_ranks(model: nn.Module | None, params: list[Tensor]) -> bool:
+    """Whether there are ranks, and neither the model nor the parameters say which."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return torch.distributed.get_world_size() > 1 and not _groups(model, params)
+
+
 def mean_over_ranks(value: Tensor, model: nn.Module | None, params: list[Tensor]) -> Tensor:
     """The mean over the ranks of a DistributedDataParallel model, or of parameters that are
     DTensors; else the value itself.

@@ -182,13 +182,21 @@ class SAM(SharpnessAware):
     base optimizer's and not part of g (in the authors' JAX code it is).
 
     Args:
-        rho: as in :class:`KSAM`.
+        rho, adaptive, eta: as in :class:`KSAM`.
     """
 
     def __init__(
-        self, params: Params, base: Base, *, rho: Rho = DEFAULT_RHO, **options: Any
+        self,
+        params: Params,
+        base: Base,
+        *,
+        rho: Rho = DEFAULT_RHO,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(params, base, rho=rho, **_with_parts(self, options, ascent=All()))
+        parts = {"ascent": All(), "geometry": Geometry(adaptive, eta)}
+        super().__init__(params, base, rho=rho, **_with_parts(self, options, **parts))
 
 
 class ASAM(SharpnessAware):

@@ -137,7 +137,7 @@ class SharpnessAware(Composed):
         self._snapshot = batchnorm.Snapshot()
         self._kept = batchnorm.Forwards()
         self._has_grad = False  # that of backward(), for a step() to come
-        self._told_of_no_gradient = False
+        self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
@@ -381,6 +381,8 @@ class SharpnessAware(Composed):
             radii = [group["rho"] for group in self.param_groups]
         moving = Moving.along(params, along, self._of_parameters(radii))
         if not moving.params:
+            if isinstance(ascent, Momentum):
+                self._look_for_momentum()
             return None
         moving.backup = self._backups.of(moving.params, self._parameters)
         if self.geometry.needs_names:

@@ -40,7 +40,10 @@ def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
                 ".flatten(1).mean(1) does"
             )
         else:
-            advice = "they must be those of the batch that the function is given"
+            advice = (
+                "they must be those of the batch that the function is given, whose samples are in "
+                "dimension 0 of every tensor"
+            )
         raise ValueError(
             f"per_sample_loss must return one loss per sample, shape ({samples},), got {shape}; "
             f"{advice}"

@@ -143,6 +143,10 @@ class Update:
         base: the base optimizer.
         scaler: None: the gradients are as they are.
 
+    Attributes:
+        left_no_state: the base has taken a step with gradients, and none of their parameters has
+            an entry in ``base.state`` since.
+
     Raises:
         TypeError: a scaler of another type.
     """
@@ -152,6 +156,7 @@ class Update:
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
         self.base = base
         self.scaler = scaler
+        self.left_no_state = False
         self._in_kernels = _InKernels(base)
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -177,6 +182,7 @@ class Update:
             optimizer, arguments = self.base, ()
         if self.scaler is None:
             optimizer.step(*arguments)
+            self._look_for_state()
         else:
             self.scaler.unscale_(optimizer)
             try:
@@ -194,6 +200,14 @@ class Update:
             self._in_kernels.step({})
         else:
             self.base.step()
+            self._look_for_state()
+
+    def _look_for_state(self) -> None:
+        params = (p for group in self.base.param_groups for p in group["params"])
+        stepped = (p for p in params if p.grad is not None)
+        first = next(stepped, None)
+        known = (p in self.base.state for p in (first, *stepped))
+        self.left_no_state = first is not None and not any(known)
 
     def check_unscaled(self, optimizer: Optimizer) -> None:
         """Gradients of scaled losses are for ``scaler.step(optimizer)``, which calls the optimizer.

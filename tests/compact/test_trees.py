@@ -319,8 +319,12 @@ def test_rows_are_copies_without_gradient(backend: str) -> None:
         ((torch.zeros(4), [torch.zeros(3)]), r"batch\[0\]: 4, batch\[1\]\[0\]: 3"),
         (Sample(torch.zeros(4), torch.zeros(1)), "4, .*1"),
         (Encoding(x=torch.zeros(4), y=torch.zeros(2)), "4, .*2"),
+        (
+            [torch.zeros(3 + (i == 40)) for i in range(64)],
+            r"batch\[4\]: 3, batch\[40\]: 4, ... of 64 tensors; .* torch.arange\(B\)",
+        ),
     ],
-    ids=["dict", "tuple", "dataclass", "UserDict"],
+    ids=["dict", "tuple", "dataclass", "UserDict", "many"],
 )
 def test_tensors_that_disagree_on_the_batch_size_raise(
     backend: str, batch: Any, message: str

@@ -204,6 +204,13 @@ def test_maximizing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_options_that_nobody_takes_are_named(name: str) -> None:
+    message = "momntum must be an argument of the method or of its base, (SGD|Adam), got 0.9"
+    with pytest.raises(TypeError, match=message):
+        build(name, network(), momntum=0.9)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_sparse_parameters_are_refused(name: str) -> None:
     model = network()
     optimizer = build(name, model)
@@ -289,7 +296,7 @@ DEFAULTS: dict[Callable[..., Any], dict[str, Any]] = {
     KSAM: {"rho": 0.05, "k": 1 / 3, "adaptive": False, "eta": 0.0, "random": 0.0},
     AutoKSAM: {"momentum_rho": "auto", "threshold": 0.9, "every": 10, "budget": 1.0},
     ImportanceKSAM: {"rho": 0.05, "k": 1 / 3, "uniform": 0.1},
-    SAM: {"rho": 0.05},
+    SAM: {"rho": 0.05, "adaptive": False, "eta": 0.0},
     ASAM: {"rho": 0.5, "eta": 0.01, "scaled": named_weight},
     ESAM: {"rho": 0.05, "beta": 0.5, "gamma": 0.5, "adaptive": False, "eta": 0.0},
     RandomSubsetSAM: {"rho": 0.05, "share": 0.25},

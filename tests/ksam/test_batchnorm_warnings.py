@@ -26,13 +26,15 @@ def test_batchnorm_without_its_model_is_left_alone_and_told_once(backend: str) -
     assert int(model[1].num_batches_tracked) == 6
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @torch._dynamo.config.patch(issue_3_13_0_warning=False)  # of that Python, not of ours
-def test_a_compiled_model_that_is_given_is_not_watched(training: bool) -> None:
+def test_a_compiled_model_that_is_given_is_not_watched(training: bool, fullgraph: bool) -> None:
     """torch.compile would warn of the hook, and compile the model once more for it."""
     model = network(batchnorm=not training).train(training)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    torch._dynamo.utils.counters.clear()  # which a reset leaves
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
     optimizer = KSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -72,7 +74,9 @@ def test_one_pass_a_step_is_no_reason_to_warn(backend: str) -> None:
 
 def told_by(optimizer: KSAM, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Which warnings of two steps ask for the model, where nothing has been compiled."""
-    monkeypatch.setattr(torch._dynamo.utils, "counters", {"frames": {"total": 0}})
+    monkeypatch.setattr(
+        torch._dynamo.utils, "counters", {"frames": {"total": 0}, "stats": {"unique_graphs": 0}}
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(2):

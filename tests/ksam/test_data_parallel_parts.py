@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,6 +59,24 @@ def check_what_is_refused(rank: int) -> None:
         KSAM(model.parameters(), torch.optim.SGD, model=model, lr=0.1)
 
 
+def check_what_is_told(rank: int) -> None:
+    net = network()
+    wrapped = DistributedDataParallel(net)
+
+    def told(method: type[Any], model: nn.Module | None) -> list[str]:
+        optimizer = method(wrapped.parameters(), torch.optim.SGD, model=model, **OPTIONS)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(11):
+                optimizer.step(loss_of(wrapped), batch(step))
+        return [str(warning.message) for warning in caught]
+
+    assert told(AutoKSAM, wrapped) == told(KSAM, None) == []
+    for model in (None, net):
+        (message,) = told(AutoKSAM, model)
+        assert "pass the DistributedDataParallel as model=" in message
+
+
 def check_measurements(rank: int) -> None:
     """They are those of a rank's own batches, also where that rank alone takes them."""
     nets = [network(batchnorm=True) for _ in range(3)]
@@ -100,6 +119,8 @@ def check_training(rank: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("check", [check_what_is_refused, check_measurements, check_training])
+@pytest.mark.parametrize(
+    "check", [check_what_is_refused, check_what_is_told, check_measurements, check_training]
+)
 def test_in_two_processes(check: Callable[[int], None], tmp_path: Path) -> None:
     ranks.run(check, RANKS, tmp_path)

@@ -103,7 +103,7 @@ def test_other_steps_may_climb_along_the_momentum(backend: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["ESAM", "MSAM"])
+@pytest.mark.parametrize("name", ["SAM", "ESAM", "MSAM"])
 def test_other_methods_may_be_adaptive(backend: str, name: str) -> None:
     model = network(dtype=torch.float64)
     other = copy.deepcopy(model)
@@ -115,6 +115,8 @@ def test_other_methods_may_be_adaptive(backend: str, name: str) -> None:
         result = optimizer.step(losses(model), data)
         if name == "ESAM":
             esam(other, base, data, result)
+        elif name == "SAM":
+            plain.asam(other, data, 0.05, 0.03, [True] * 4)
         else:
             plain.msam(other, base, data, 0.2, "momentum_buffer", 0.03)
         base.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,48 @@ def test_the_radius_along_the_momentum(method: type[Any], name: str) -> None:
     for bad, error in (("Auto", TypeError), (-1, ValueError), (float("nan"), ValueError)):
         with pytest.raises(error, match=rf"^{name} must be .*{bad}"):
             radius(torch.optim.SGD, momentum=0.9, **{name: bad})
+
+
+class Around(torch.optim.Optimizer):
+    """Keeps all state in an optimizer within, as timm's Lookahead does."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {"momentum": 0.9})
+        self.within = torch.optim.SGD(self.param_groups, lr=0.1, **options)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.within.step()
+
+
+@pytest.mark.parametrize("two_calls", [False, True])
+@pytest.mark.parametrize("method", [MSAM, AutoKSAM])
+def test_a_momentum_that_is_nowhere_to_be_found_is_told_of_once(
+    backend: str, method: type[Any], two_calls: bool
+) -> None:
+    def train(base: Any, model: nn.Module, clears: bool = False) -> tuple[list[str], float]:
+        optimizer = method(model.parameters(), base, momentum=0.9)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(5):
+                if two_calls:
+                    optimizer.zero_grad()
+                    optimizer.backward(loss_of(model), batch(step), weight=0.5)
+                    result = optimizer.backward(loss_of(model), batch(step), weight=0.5)
+                    optimizer.step()
+                else:
+                    result = optimizer.step(loss_of(model), batch(step))
+                if clears:
+                    optimizer.state.clear()
+        return [str(warning.message) for warning in caught], float(result.grad_norm)
+
+    (message,), norm = train(Around, network())
+    assert "weights are not perturbed" in message
+    assert "the base, Around," in message
+    assert norm == 0
+    # Not of state that is still to come, or that somebody clears.
+    for base in (torch.optim.SGD, torch.optim.RMSprop):
+        for clears in (False, True):
+            assert train(base, network(), clears)[0] == []
 
 
 def test_a_momentum_that_is_still_to_come_is_none(backend: str) -> None:

@@ -298,7 +298,8 @@ LOSSES_OF_WRONG_SHAPE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "of another batch": (
         lambda losses: losses[:-1],
-        r"\(23,\); they must be those of the batch that the function is given",
+        r"\(23,\); they must be those of the batch that the function is given, whose samples are "
+        r"in dimension 0 of every tensor",
     ),
 }
 
