@@ -14,6 +14,7 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor
 
+from tests import forks
 from tests.device import DEVICE
 
 needs_ranks = pytest.mark.skipif(
@@ -44,7 +45,10 @@ def run(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any
     Args:
         folder: an empty one.
     """
-    torch.multiprocessing.spawn(_start, (ranks, folder, function, arguments), nprocs=ranks)
+    forks.context()
+    torch.multiprocessing.start_processes(
+        _start, (ranks, folder, function, arguments), nprocs=ranks, start_method="forkserver"
+    )
 
 
 def put_together(tensors: Iterable[Tensor]) -> list[Tensor]:
