@@ -9,12 +9,21 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.train import study
+from tests import forks
 from tests.helpers import ROOT, read_rows, wait_for
+
+
+@pytest.fixture(autouse=True)
+def _forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that start at once; those of the command that is killed below are spawned."""
+    patched = SimpleNamespace(get_context=lambda _: forks.context())
+    monkeypatch.setattr(study, "multiprocessing", patched)
 
 
 def test_the_study_goes_on_where_it_stopped(cli: Callable[..., Any], tmp_path: Path) -> None:
