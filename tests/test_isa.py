@@ -22,6 +22,7 @@ SETS = ("baseline", "avx2", "avx512")
 # Sizes around a vector and a chunk; what every room computes, by name.
 RESULTS = """
 import sys, torch, ksam_kernels as kk
+from ksam_kernels import _C
 
 found = {}
 
@@ -57,8 +58,11 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         losses(f"mse {dtype} {n}", kk.mse, x, p)
         found[f"topk {dtype} {n}"] = kk.topk_indices(x.detach()[0], (n + 2) // 3)
     optimizer(f"optimizer {dtype}", dtype)
-torch.save(found, sys.argv[1])
+torch.save((_C.cpu_isa, found), sys.argv[1])
 """
+
+#: The instruction set that ran, and what it computed.
+Run = tuple[str, dict[str, Tensor]]
 
 
 def run(isa: str | None, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -70,50 +74,49 @@ def run(isa: str | None, code: str, *arguments: object) -> subprocess.CompletedP
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def chosen(isa: str | None) -> str:
-    """The instruction set that runs where this one is asked for, or why none does."""
-    result = run(isa, "import torch; from ksam_kernels import _C; print(_C.cpu_isa)")
-    return result.stdout.strip() or result.stderr.splitlines()[-1]
-
-
-@cache
-def best() -> str:
-    return chosen(None)
-
-
-@pytest.mark.parametrize("isa", SETS)
-def test_the_variable_names_one(isa: str) -> None:
-    if SETS.index(isa) <= SETS.index(best()):
-        assert chosen(isa) == isa
-    else:
-        message = f"KSAM_CPU_ISA asks for {isa}, but this processor has {best()}"
-        assert chosen(isa) == f"ImportError: {message}"
-
-
-def test_another_name_is_a_mistake() -> None:
-    message = "KSAM_CPU_ISA must be baseline, avx2 or avx512, got AVX2"
-    assert chosen("AVX2") == f"ImportError: {message}"
+def refusal(isa: str) -> str:
+    """Why no instruction set runs where this one is asked for."""
+    result = run(isa, "import torch; from ksam_kernels import _C")
+    return result.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Tensor]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Run]:
+    """What one that is asked for gives, or that of a processor for which none is."""
+
     @cache
-    def of(isa: str) -> dict[str, Tensor]:
-        path = tmp_path_factory.mktemp("isa") / isa
+    def of(isa: str | None) -> Run:
+        path = tmp_path_factory.mktemp("isa") / "found"
         result = run(isa, RESULTS, path)
         assert result.returncode == 0, result.stderr
-        found: dict[str, Tensor] = torch.load(path)
+        found: Run = torch.load(path)
         return found
 
     return of
 
 
+@pytest.mark.parametrize("isa", SETS)
+def test_the_variable_names_one(isa: str, results: Callable[[str | None], Run]) -> None:
+    best, _ = results(None)
+    if SETS.index(isa) <= SETS.index(best):
+        assert results(isa)[0] == isa
+    else:
+        message = f"KSAM_CPU_ISA asks for {isa}, but this processor has {best}"
+        assert refusal(isa) == f"ImportError: {message}"
+
+
+def test_another_name_is_a_mistake() -> None:
+    message = "KSAM_CPU_ISA must be baseline, avx2 or avx512, got AVX2"
+    assert refusal("AVX2") == f"ImportError: {message}"
+
+
 @pytest.mark.parametrize("isa", SETS[:2])
-def test_the_best_has_the_bits_of(isa: str, results: Callable[[str], dict[str, Tensor]]) -> None:
+def test_the_best_has_the_bits_of(isa: str, results: Callable[[str | None], Run]) -> None:
     """A checkpoint goes on alike on another machine; but baseline has no FMA for exponentials."""
-    if SETS.index(isa) >= SETS.index(best()):
-        pytest.skip(f"this processor's best is {best()}")
-    one, other = results(isa), results(best())
+    best, other = results(None)
+    if SETS.index(isa) >= SETS.index(best):
+        pytest.skip(f"this processor's best is {best}")
+    _, one = results(isa)
     without_exponentials = ("mse", "topk", "optimizer")
     compared = [name for name in one if isa != "baseline" or name.startswith(without_exponentials)]
     assert len(compared) > 80
