@@ -89,9 +89,11 @@ def test_every_gpu_is_asked_for_itself(use: Any, monkeypatch: pytest.MonkeyPatch
     assert entered == [1, 2]
 
 
-def test_tensors_on_the_cpu_neither_compile_nor_wake_a_gpu() -> None:
+def test_neither_the_import_nor_tensors_on_the_cpu_compile_or_wake_a_gpu() -> None:
     code = """
-import sys, torch, ksam_kernels as kk
+import sys, ksam_kernels as kk
+assert "triton" not in sys.modules
+import torch
 kk.mse(torch.zeros(2), torch.zeros(2))
 torch.ops.ksam.topk_indices(torch.zeros(3), 1)
 kk.restore_([], [])
