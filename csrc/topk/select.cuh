@@ -65,7 +65,7 @@ class Stretch {
         rounds_(static_cast<int>((slice.end - slice.begin + blockDim.x - 1) / blockDim.x)),
         first_(slice.begin + int64_t{warp_of_thread()} * rounds_ * kWarp + lane_of_thread()) {
 #pragma unroll
-    for (int r = 0; r < kHeld; ++r) held_[r] = r < rounds_ ? key(r) : Key(0);
+    for (int r = 0; r < kHeld; r += kAhead) load(r, held_ + r);
   }
 
   // visit(i, real, key) for the thread's key of every round: that of loss i, or, where real is
@@ -78,8 +78,7 @@ class Stretch {
     }
     for (int first = kHeld; first < rounds_; first += kAhead) {
       Key ahead[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) ahead[u] = key(first + u);
+      load(first, ahead);
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         const int r = first + u;
@@ -90,11 +89,22 @@ class Stretch {
 
  private:
   static constexpr int kAhead = kHeld / 2;
+  static_assert(kHeld == 2 * kAhead, "the held rounds are loaded in two goes");
 
   __device__ __forceinline__ int64_t index(int r) const { return first_ + r * kWarp; }
   __device__ __forceinline__ bool is_real(int r) const { return index(r) < end_; }
-  __device__ __forceinline__ Key key(int r) const {
-    return r < rounds_ && is_real(r) ? key_of(__ldcg(losses_ + index(r))) : Key(0);
+  // keys <- those of kAhead rounds from `first` on, all loaded before the first key is made. Under
+  // a condition a load would be waited for before the next begins, so each has an address: behind
+  // the slice that of its last loss, which visit() is told is none.
+  __device__ __forceinline__ void load(int first, Key* keys) const {
+    T losses[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t i = index(first + u);
+      losses[u] = __ldcg(losses_ + (i < end_ ? i : end_ - 1));
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) keys[u] = key_of(losses[u]);
   }
 
   const T* losses_;

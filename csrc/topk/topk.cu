@@ -2,6 +2,8 @@
 //
 // Launches: 1. Bytes moved: the losses are read once and 8 k are written. Losses beyond those that
 // threads hold in registers are read 5 times more (double: 9), from the cache.
+#include <algorithm>
+
 #include "topk/select.cuh"
 #include "topk/topk.h"
 
@@ -18,6 +20,10 @@ constexpr int64_t kPerGridBlock = gpu_or_simt(4 * kGridThreads, 700);
 // Keys that a thread holds in registers: 64 bytes of them.
 template <class T>
 constexpr int kHeld = gpu_or_simt(64 / static_cast<int>(sizeof(KeyOf<T>)), 2);
+// A block alone has no more of them, and no registers to spare.
+template <class T>
+constexpr int kHeldByBlock =
+    std::min(kHeld<T>, gpu_or_simt(static_cast<int>(kOneBlock / kBlockThreads), 2));
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -25,7 +31,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                   int64_t n, int64_t k,
                   int64_t* __restrict__ out) {  // [k]
   __shared__ SelectShared shared;
-  select_by_block<kHeld<T>>(losses, n, k, shared, out);
+  select_by_block<kHeldByBlock<T>>(losses, n, k, shared, out);
 }
 
 // Scratch of select_grid_kernel.

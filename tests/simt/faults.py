@@ -59,8 +59,8 @@ _TOPK = (
     Mutation(
         "an element too many",
         "topk/select.cuh",
-        "return index(r) < end_;",
-        "return index(r) <= end_;",
+        "(i < end_ ? i : end_ - 1)",
+        "(i <= end_ ? i : end_ - 1)",
         sanitize="address,undefined",
     ),
     Mutation(
