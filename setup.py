@@ -30,11 +30,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
@@ -77,6 +79,14 @@ ROOM_NVCC_FLAGS = {"perturb": ["-fmad=false"]}
 DEFAULT_ARCHITECTURES = ("80", "90", "100", "120")
 OLDEST_NVCC = (12, 0)
 OLDEST_ARCHITECTURE = 70  # the first that takes structs as __grid_constant__
+
+
+def switch(name: str) -> str | None:
+    """A variable's "0" or "1", None where it is not set; exits where it is anything else."""
+    value = os.environ.get(name) or None
+    if value not in ("0", "1", None):
+        sys.exit(f"ksam: {name} must be 0 or 1, got {value!r}.")
+    return value
 
 
 def compiler() -> list[str]:
@@ -135,9 +145,12 @@ def find_nvcc() -> Path | None:
 
 def output_of(*command: str) -> str:
     """What a command prints, or nothing if it fails."""
-    result = subprocess.run(
-        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    try:
+        result = subprocess.run(
+            command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    except OSError:  # no program
+        return ""
     return result.stdout if result.returncode == 0 else ""
 
 
@@ -216,12 +229,10 @@ def look_for_cuda() -> Cuda | str:
 
 def choose_cuda() -> Cuda | str:
     """The toolkit to build with, or why there are no CUDA kernels in this build."""
-    wanted = os.environ.get("KSAM_CUDA") or "auto"
-    if wanted not in ("0", "1", "auto"):
-        sys.exit(f"ksam: KSAM_CUDA must be 0 or 1, got {wanted!r}.")
+    wanted = switch("KSAM_CUDA")
     if wanted == "0":
         return "KSAM_CUDA=0"
-    if wanted == "auto" and os.environ.get("KSAM_SANITIZE"):
+    if wanted is None and os.environ.get("KSAM_SANITIZE"):
         return "KSAM_SANITIZE is for the CPU kernels"
     cuda = look_for_cuda()
     if wanted == "1" and isinstance(cuda, str):
@@ -241,6 +252,15 @@ def summary(cuda: Cuda | str) -> str:
     return f"{cpu} and CUDA kernels ({', '.join(f'sm_{name}' for name in names)})"
 
 
+def find_ninja() -> str:
+    """The program, of its wheel or on the path; exits with one sentence where there is none."""
+    try:
+        return str(Path(import_module("ninja").BIN_DIR) / "ninja")
+    except ModuleNotFoundError:
+        found = shutil.which("ninja") or shutil.which("ninja-build")
+        return found or sys.exit("ksam: building the kernels needs ninja and none was found.")
+
+
 class NinjaBuildExt(build_ext):
     """Compiles with ninja, which rebuilds only what changed, headers included.
 
@@ -249,7 +269,6 @@ class NinjaBuildExt(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        import ninja
         import pybind11
 
         cxx, cuda = compiler(), choose_cuda()
@@ -265,7 +284,7 @@ class NinjaBuildExt(build_ext):
         headers.symlink_to(pybind11.get_include())
         library = folder / target.name
         (folder / "build.ninja").write_text(_ninja_file(cxx, cuda, headers, library))
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+        command = [find_ninja(), "-C", str(folder)]
         environment = dict(os.environ)
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
@@ -322,6 +341,7 @@ def _ninja_file(cxx: list[str], cuda: Cuda | str, pybind11: Path, library: Path)
     system = (sysconfig.get_paths()["include"], pybind11)
     flags = [*CXX_FLAGS, *mode_flags(), *defines, f"-I{CSRC}"]
     flags += [f"-isystem{path}" for path in system]
+    flags.append(f"-ffile-prefix-map={ROOT}=.")  # the same library, wherever it is built
     lines = [
         f"cxx = {' '.join(map(_escape, cxx))}",
         f"cxx_flags = {' '.join(map(_escape, flags))}",
@@ -358,18 +378,25 @@ def _ninja_file(cxx: list[str], cuda: Cuda | str, pybind11: Path, library: Path)
 
 def extensions() -> list[Extension]:
     """The extension, or none if KSAM_NATIVE=0."""
-    if os.environ.get("KSAM_NATIVE", "1") == "0":
+    if switch("KSAM_NATIVE") == "0":
         if os.environ.get("KSAM_CUDA") == "1":
             sys.exit("ksam: KSAM_CUDA=1 demands kernels, KSAM_NATIVE=0 leaves them out.")
         if "editable_wheel" in sys.argv:  # it would be imported from the source tree
-            for built in (ROOT / "ksam_kernels").glob("_C.*.so"):
-                built.unlink()
+            suffix = sysconfig.get_config_var("EXT_SUFFIX")  # other Pythons' are left to them
+            (ROOT / "ksam_kernels" / f"_C{suffix}").unlink(missing_ok=True)
         return []
-    sources, others = (
-        [str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.suffix in suffixes]
-        for suffixes in ((".cpp",), (".h", ".cu", ".cuh"))
-    )
-    return [Extension("ksam_kernels._C", sources=sources, depends=others)]
+    if not (CSRC / "module.cpp").is_file():
+        sys.exit(f"ksam: the sources of the kernels are not in {CSRC}; KSAM_NATIVE=0 needs none.")
+    return [Extension("ksam_kernels._C", sources=["csrc/module.cpp"])]  # and what ninja is told of
+
+
+class BuildPy(build_py):
+    """Into an empty folder: build/ stays for the objects, and would keep modules that are gone."""
+
+    def run(self) -> None:
+        for package in () if self.editable_mode else ("ksam", "ksam_kernels"):
+            shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
 
 
 class EditableWheel(editable_wheel):
@@ -384,5 +411,5 @@ class EditableWheel(editable_wheel):
 
 
 if __name__ == "__main__":
-    commands = {"build_ext": NinjaBuildExt, "editable_wheel": EditableWheel}
+    commands = {"build_py": BuildPy, "build_ext": NinjaBuildExt, "editable_wheel": EditableWheel}
     setup(ext_modules=extensions(), cmdclass=commands)

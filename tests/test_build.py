@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -151,10 +153,40 @@ def test_ksam_cuda_1_without_nvcc_exits_with_one_sentence(
         build.extensions()
 
 
-def test_ksam_cuda_takes_nothing_else(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KSAM_CUDA", "yes")
-    with pytest.raises(SystemExit, match="KSAM_CUDA must be 0 or 1, got 'yes'"):
-        build.choose_cuda()
+def test_switches_take_nothing_else(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, read in (("KSAM_CUDA", build.choose_cuda), ("KSAM_NATIVE", build.extensions)):
+        monkeypatch.setenv(name, "yes")
+        with pytest.raises(SystemExit, match=f"{name} must be 0 or 1, got 'yes'"):
+            read()
+        monkeypatch.setenv(name, "")
+        read()
+
+
+def test_a_folder_without_sources_exits_with_one_sentence(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "CSRC", tmp_path)
+    with pytest.raises(SystemExit, match=r"the sources of the kernels are not in .*KSAM_NATIVE=0"):
+        build.extensions()
+
+
+def test_ninja_is_that_of_its_package_or_a_program(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = {"ninja": SimpleNamespace(BIN_DIR="/bin of")}
+
+    def imported(name: str) -> SimpleNamespace:
+        if name in packages:
+            return packages[name]
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(build, "import_module", imported)
+    assert build.find_ninja() == "/bin of/ninja"
+    packages.clear()
+    with pytest.raises(SystemExit, match="needs ninja and none was found"):
+        build.find_ninja()
+    monkeypatch.setattr(build.shutil, "which", {"ninja-build": "/usr/bin/ninja-build"}.get)
+    assert build.find_ninja() == "/usr/bin/ninja-build"
 
 
 def test_a_toolkit_that_will_not_do_is_named_with_the_reason(
@@ -164,8 +196,10 @@ def test_a_toolkit_that_will_not_do_is_named_with_the_reason(
     assert build.choose_cuda() == f"{nvcc} is older than CUDA 12.0"
     nvcc.write_text(NVCC.format(release="12.4", known=":", home=tmp_path / "elsewhere"))
     assert build.choose_cuda() == f"the toolkit of {nvcc} has no libcudart_static.a"
-    nvcc.write_text("#!/bin/sh\nexit 1\n")
-    assert build.choose_cuda() == f"{nvcc} does not run"
+    for text, mode in (("#!/bin/sh\nexit 1\n", 0o755), ("no program", 0o755), ("#!/bin/sh", 0o644)):
+        nvcc.write_text(text)
+        nvcc.chmod(mode)
+        assert build.choose_cuda() == f"{nvcc} does not run"
 
 
 def test_cuda_home_is_the_only_place_where_it_is_set(
@@ -292,25 +326,58 @@ def test_max_jobs_is_how_many_compilers_run_at_once(
     assert target.is_file()
 
 
-def test_source_distributions_have_every_source(build: ModuleType) -> None:
-    (extension,) = build.extensions()
-    listed = {*extension.sources, *extension.depends}
-    wanted = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".md"]
-    assert listed == {str(path.relative_to(ROOT)) for path in wanted}
-
-
-def test_an_editable_install_is_found_beside_a_clone_of_its_name(tmp_path: Path) -> None:
-    """There the path has a folder called ksam, without code."""
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of the sources in a folder called ksam."""
     clone = tmp_path / "ksam"
     clone.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
     for name in ("csrc", "ksam_kernels", "python_api"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / name, clone / name, ignore=ignored)
-    build = [sys.executable, "setup.py", "-q", "editable_wheel", "--dist-dir", str(tmp_path)]
+    return clone
+
+
+def run_setup(clone: Path, *arguments: str) -> None:
+    """setup.py without the extension."""
     environment = {**os.environ, "KSAM_NATIVE": "0", "KSAM_CUDA": "0"}
-    subprocess.run(build, cwd=clone, env=environment, check=True, capture_output=True)
+    command = [sys.executable, "setup.py", "-q", *arguments]
+    subprocess.run(command, cwd=clone, env=environment, check=True, capture_output=True)
+
+
+def test_a_build_has_the_modules_that_there_are(clone: Path) -> None:
+    """Not those that a build before found."""
+    module = clone / "ksam_kernels" / "gone.py"
+    module.touch()
+    run_setup(clone, "build")
+    assert [*(clone / "build").rglob("gone.py")]
+    module.unlink()
+    run_setup(clone, "build")
+    assert not [*(clone / "build").rglob("gone.py")]
+    assert len([*(clone / "build").rglob("optimizer.py")]) == 1
+
+
+def test_a_source_distribution_has_every_source_whatever_is_built(clone: Path) -> None:
+    run_setup(clone, "sdist")
+    (archive,) = (clone / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert {str(p.relative_to(clone)) for p in (clone / "csrc").rglob("*.*")} <= names
+
+
+def test_an_editable_install_is_found_beside_a_clone_of_its_name(
+    clone: Path, tmp_path: Path
+) -> None:
+    """There the path has a folder called ksam, without code. Without kernels it has none of this
+    Python, and those of others stay."""
+    own = clone / "ksam_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    other = clone / "ksam_kernels" / "_C.cpython-27-other.so"
+    own.touch()
+    other.touch()
+    run_setup(clone, "editable_wheel", "--dist-dir", str(tmp_path))
+    assert not own.exists()
+    assert other.exists()
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site-packages"
     zipfile.ZipFile(wheel).extractall(site)
