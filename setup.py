@@ -7,17 +7,8 @@ serves every torch of the supported range.
 CUDA kernels are built where nvcc 12 or later is found, which needs no GPU. CUDA's runtime is linked
 in, so that the extension also loads where there is none.
 
-Environment:
-    KSAM_NATIVE=0      leaves the extension out: Triton's kernels on GPUs, pure PyTorch elsewhere.
-    KSAM_CUDA          1 demands the CUDA kernels, 0 leaves them out.
-    CUDA_HOME          the CUDA toolkit, before an nvcc on the PATH and /usr/local/cuda.
-    TORCH_CUDA_ARCH_LIST
-                       GPU architectures, "8.0;9.0+PTX". By default 8.0, 9.0, 10.0 and 12.0, as far
-                       as the toolkit knows them, with PTX of the last, which later GPUs compile.
-    KSAM_SANITIZE      "address,undefined": instruments the extension for the sanitizers' CI run.
-    CXX, MAX_JOBS      the C++17 compiler, and how many compilers run at once.
-    NVCC_THREADS       how many architectures of one file nvcc compiles at once: by default as many
-                       as there are processors, with MAX_JOBS one.
+docs/install.md has the environment variables. One more is for CI: KSAM_SANITIZE, such as
+"address,undefined", instruments the extension for the sanitizers.
 """
 
 from __future__ import annotations
@@ -379,7 +370,7 @@ def _ninja_file(cxx: list[str], cuda: Cuda | str, pybind11: Path, library: Path)
 def extensions() -> list[Extension]:
     """The extension, or none if KSAM_NATIVE=0."""
     if switch("KSAM_NATIVE") == "0":
-        if os.environ.get("KSAM_CUDA") == "1":
+        if switch("KSAM_CUDA") == "1":
             sys.exit("ksam: KSAM_CUDA=1 demands kernels, KSAM_NATIVE=0 leaves them out.")
         if "editable_wheel" in sys.argv:  # it would be imported from the source tree
             suffix = sysconfig.get_config_var("EXT_SUFFIX")  # other Pythons' are left to them

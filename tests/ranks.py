@@ -45,7 +45,7 @@ def run(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any
     Args:
         folder: an empty one.
     """
-    forks.context()
+    forks.context()  # tells the server what to import
     torch.multiprocessing.start_processes(
         _start, (ranks, folder, function, arguments), nprocs=ranks, start_method="forkserver"
     )

@@ -99,10 +99,9 @@ def batched_tensors(batch: Any) -> list[Tensor]:
     return found
 
 
-_ADVICE = (
-    "samples of different sizes are no rows of a tensor: let their indices, torch.arange(B), be "
-    "the batch"
-)
+_ADVICE = "let the samples' indices, torch.arange(B), be the batch"
+#: Of how many tensors an error tells.
+_DESCRIBED = 6
 
 
 def _paths(batch: Any, tensors: list[Tensor]) -> list[str]:
@@ -111,17 +110,17 @@ def _paths(batch: Any, tensors: list[Tensor]) -> list[str]:
     return [paths.get(id(tensor), "a nested tensor") for tensor in tensors]
 
 
-def _describe(batch: Any, tensors: list[Tensor], most: int = 6) -> str:
+def _describe(batch: Any, tensors: list[Tensor]) -> str:
     """The sizes of dimension 0 in words: ``batch['x']: 8, batch['y']: 7``.
 
     Of many tensors the first ones, and the first of another size.
     """
     paths = _paths(batch, tensors)
     named = [f"{path}: {t.size(0)}" for path, t in zip(paths, tensors, strict=True)]
-    if len(named) <= most:
+    if len(named) <= _DESCRIBED:
         return ", ".join(named)
     other = next(i for i, t in enumerate(tensors) if t.size(0) != tensors[0].size(0))
-    shown = [*named[: most - 1], named[max(other, most - 1)]]
+    shown = [*named[: _DESCRIBED - 1], named[max(other, _DESCRIBED - 1)]]
     return f"{', '.join(shown)}, ... of {len(named)} tensors"
 
 
@@ -155,7 +154,8 @@ def check_same_rows(batch: Any, tensors: list[Tensor]) -> None:
     # size of dimension 0 and may have no shape.
     if any(tensor.size(0) != tensors[0].size(0) for tensor in tensors):
         raise ValueError(
-            f"batch must have one size in dimension 0, got {_describe(batch, tensors)}; {_ADVICE}"
+            f"batch must have one size in dimension 0, got {_describe(batch, tensors)}; where "
+            f"samples differ in size, {_ADVICE}"
         )
 
 

@@ -21,14 +21,7 @@ def build_base(
     if isinstance(base, type) and issubclass(base, Optimizer):
         if params is None:
             raise ValueError("params must be given when base is a class, got None")
-        taken = inspect.signature(base).parameters
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
-        for name, value in {} if takes_any else base_kwargs.items():
-            if name not in taken:
-                raise TypeError(
-                    f"{name} must be an argument of the method or of its base, {base.__name__}, "
-                    f"got {value!r}"
-                )
+        _check_taken(base, base_kwargs)
         return base(params, **base_kwargs)
     if not isinstance(base, Optimizer):
         raise TypeError(f"base must be an optimizer or the class of one, got {base!r}")
@@ -45,6 +38,19 @@ def build_base(
             f"got {len(ours)}, {len(ours & theirs)} of them its own"
         )
     return base
+
+
+def _check_taken(base: type[Optimizer], base_kwargs: dict[str, Any]) -> None:
+    """Check that the class has arguments of these names; Python's own message knows no method."""
+    taken = inspect.signature(base).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        return
+    for name, value in base_kwargs.items():
+        if name not in taken:
+            raise TypeError(
+                f"{name} must be an argument of the method or of its base, {base.__name__}, "
+                f"got {value!r}"
+            )
 
 
 def parameters(entries: Iterable[Any]) -> list[Tensor]:

@@ -126,8 +126,7 @@ class Norms:
         """The pass that updates the running statistics, over the whole batch or a subset."""
         norms: list[_BatchNorm] = []
         if self._statistics == "full" or (self._statistics == "matched" and whole):
-            has_statistics = (norm for norm in self.modules if norm.running_mean is not None)
-            norms = list(filter(_is_made, has_statistics))
+            norms = [n for n in self.modules if n.running_mean is not None and _is_made(n)]
         if self._statistics == "matched":
             norms = list(filter(_can_match, norms))
         if not norms:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from ksam.arguments import Scale, Statistics, check_arguments, check_batch, check_group, check_names
-from ksam.distributed import check_synchronizes, has_other_ranks, mean_over_ranks
+from ksam.distributed import check_synchronizes, has_ranks, mean_over_ranks
 from ksam.geometry import Geometry
 from ksam.momentum import Momentum
 from ksam.parts import Part, Sampler, Subset
@@ -174,13 +174,13 @@ class Composed(OptimizerWrapper):
         """What a policy that asked for the share is told, on all ranks the same."""
         if share is None or not self._probes():
             return None
-        params = self._parameters()
-        if has_other_ranks(self.model, params):
+        mean = mean_over_ranks(share, self.model, self._parameters())
+        if mean is share and has_ranks():  # of which neither the model nor the parameters tell
             self._tell(
                 "the policy decides by this rank's samples alone: pass the DistributedDataParallel "
                 "as model=, or ranks that train one model take different steps"
             )
-        return mean_over_ranks(share, self.model, params)
+        return mean
 
     def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
         """The step can fail no more: now what the parts learn from it is final too."""

@@ -55,11 +55,11 @@ def _groups(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
     return list(dict.fromkeys(groups))
 
 
-def has_other_ranks(model: nn.Module | None, params: list[Tensor]) -> bool:
-    """Whether there are ranks, and neither the model nor the parameters say which."""
+def has_ranks() -> bool:
+    """Whether this process is one of several."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    return torch.distributed.get_world_size() > 1 and not _groups(model, params)
+    return torch.distributed.get_world_size() > 1
 
 
 def mean_over_ranks(value: Tensor, model: nn.Module | None, params: list[Tensor]) -> Tensor:

@@ -182,7 +182,8 @@ class Update:
             optimizer, arguments = self.base, ()
         if self.scaler is None:
             optimizer.step(*arguments)
-            self._look_for_state()
+            if optimizer is self.base:
+                self._look_for_state()
         else:
             self.scaler.unscale_(optimizer)
             try:
@@ -204,10 +205,9 @@ class Update:
 
     def _look_for_state(self) -> None:
         params = (p for group in self.base.param_groups for p in group["params"])
-        stepped = (p for p in params if p.grad is not None)
-        first = next(stepped, None)
-        known = (p in self.base.state for p in (first, *stepped))
-        self.left_no_state = first is not None and not any(known)
+        has_state = (p in self.base.state for p in params if p.grad is not None)
+        # Mostly the first has. Without any gradient nothing is known.
+        self.left_no_state = not (next(has_state, True) or any(has_state))
 
     def check_unscaled(self, optimizer: Optimizer) -> None:
         """Gradients of scaled losses are for ``scaler.step(optimizer)``, which calls the optimizer.

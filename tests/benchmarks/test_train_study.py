@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,12 @@ from tests.helpers import ROOT, read_rows, wait_for
 @pytest.fixture(autouse=True)
 def _forks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that start at once; those of the command that is killed below are spawned."""
-    patched = SimpleNamespace(get_context=lambda _: forks.context())
-    monkeypatch.setattr(study, "multiprocessing", patched)
+
+    def get_context(method: str) -> ForkServerContext:
+        assert method == "spawn"  # as CUDA cannot be used in a fork
+        return forks.context()
+
+    monkeypatch.setattr(study, "multiprocessing", SimpleNamespace(get_context=get_context))
 
 
 def test_the_study_goes_on_where_it_stopped(cli: Callable[..., Any], tmp_path: Path) -> None:

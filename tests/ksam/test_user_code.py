@@ -112,8 +112,6 @@ def test_a_function_that_takes_a_derivative_is_told_of_the_pass_without_gradient
 def test_lazy_modules_get_their_parameters_in_the_first_step(
     backend: str, method: str, options: dict[str, Any], with_model: bool
 ) -> None:
-    if not with_model:
-        options = {}
     torch.manual_seed(0)
     model = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(5))
     optimizer = {**METHODS, "RandomSubsetSAM": RandomSubsetSAM}[method](
