@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 
 from tests import forks
 from tests.device import DEVICE
@@ -23,8 +27,19 @@ needs_ranks = pytest.mark.skipif(
 )
 
 
+_STACKS = "stacks of rank "  # a file's name
+
+#: Seconds after which ranks wait in vain for each other: many times what the slowest test takes.
+PATIENCE = 300
+
+
 def _start(
-    rank: int, ranks: int, folder: Path, function: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    folder: Path,
+    patience: float,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine without a network may not know its own name
@@ -33,22 +48,45 @@ def _start(
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=ranks,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=60),  # of this group; a mesh makes others
     )
-    function(rank, *arguments)
+    with open(folder / f"{_STACKS}{rank}", "w") as stacks:
+        faulthandler.register(signal.SIGTERM, stacks, chain=True)  # where another rank has failed
+        faulthandler.dump_traceback_later(patience, exit=True, file=stacks)
+        try:
+            function(rank, *arguments)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(signal.SIGTERM)
     torch.distributed.destroy_process_group()
 
 
-def run(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> None:
-    """``function(rank, *arguments)`` in as many processes; raises what one of them raises.
+def run(
+    function: Callable[..., None],
+    ranks: int,
+    folder: Path,
+    *arguments: Any,
+    patience: float = PATIENCE,
+) -> None:
+    """``function(rank, *arguments)`` in as many processes; raises what one of them raises, and says
+    what the others did then.
 
     Args:
         folder: an empty one.
+        patience: seconds that the function may take.
     """
     forks.context()  # tells the server what to import
-    torch.multiprocessing.start_processes(
-        _start, (ranks, folder, function, arguments), nprocs=ranks, start_method="forkserver"
-    )
+    try:
+        torch.multiprocessing.start_processes(
+            _start,
+            (ranks, folder, patience, function, arguments),
+            nprocs=ranks,
+            start_method="forkserver",
+        )
+    except ProcessException:
+        for path in sorted(folder.glob(f"{_STACKS}*")):
+            print(path.name, path.read_text(), sep="\n", file=sys.stderr)
+        raise
 
 
 def put_together(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -40,8 +40,15 @@ def whole(scale: float = 1.0) -> list[Tensor]:
     return [(torch.randn(shape) * scale).to(dtype) for shape, dtype, _ in TENSORS]
 
 
+def cut(tensor: Tensor, mesh: Any, placements: list[Any]) -> Any:
+    """The DTensor of what all ranks have: each takes its part, and tells the others nothing."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.clone(), mesh, placements, src_data_rank=None)
+
+
 def placed(tensors: list[Tensor], mesh: Any) -> list[Tensor]:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
 
     found = []
     for tensor, (_, _, how) in zip(tensors, TENSORS, strict=True):
@@ -49,7 +56,7 @@ def placed(tensors: list[Tensor], mesh: Any) -> list[Tensor]:
             found.append(tensor.clone())
             continue
         placements = [Replicate() if letter == "R" else Shard(int(letter)) for letter in how]
-        found.append(distribute_tensor(tensor.clone(), mesh, placements))
+        found.append(cut(tensor, mesh, placements))
     return found
 
 
@@ -131,10 +138,10 @@ def check_updates(mesh: Any) -> None:
 
 
 def check_placements(mesh: Any) -> None:
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     w, g = torch.randn(4, 4), torch.randn(4, 4)
-    param = distribute_tensor(w.clone(), mesh, [Shard(0), Replicate()])
+    param = cut(w, mesh, [Shard(0), Replicate()])
     # Half of the sum on each rank along the first dimension.
     partial = DTensor.from_local(g / 2, mesh, [Partial(), Replicate()])
     torch.testing.assert_close(kk.grad_norm([partial]), kk.grad_norm([g]), rtol=1e-6, atol=0)
@@ -142,7 +149,7 @@ def check_placements(mesh: Any) -> None:
     kk.perturb_([expected], [g], [w.clone()], rho=0.1)
     kk.perturb_([param], [partial], [torch.empty_like(param)], rho=0.1)
     torch.testing.assert_close(param.full_tensor(), expected, rtol=1e-6, atol=1e-7)
-    other = distribute_tensor(w, mesh, [Shard(1), Replicate()])
+    other = cut(w, mesh, [Shard(1), Replicate()])
     with pytest.raises(ValueError, match=r"backup\[0\] must be placed as the parameter is"):
         kk.restore_([param], [other])
     with pytest.raises(ValueError, match=r"backup\[0\] must be placed .* this rank alone"):
@@ -152,11 +159,11 @@ def check_placements(mesh: Any) -> None:
 def check_other_meshes(mesh: Any) -> None:
     """The same placements on a mesh that has the ranks in another order are other parts."""
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
 
     twisted = DeviceMesh("cpu", torch.arange(RANKS).reshape(2, 2).T)
     w, how = torch.randn(4, 4), [Shard(0), Replicate()]
-    param, other = (distribute_tensor(w.clone(), m, how) for m in (mesh, twisted))
+    param, other = (cut(w, m, how) for m in (mesh, twisted))
     with pytest.raises(ValueError, match=r"backup\[0\] must be placed as the parameter is"):
         kk.restore_([param], [other])
     with pytest.raises(ValueError, match=r"grads\[0\] must be placed as the parameter is"):
