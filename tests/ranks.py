@@ -55,10 +55,10 @@ def _start(
         faulthandler.dump_traceback_later(patience, exit=True, file=stacks)
         try:
             function(rank, *arguments)
+            torch.distributed.destroy_process_group()
         finally:
             faulthandler.cancel_dump_traceback_later()
             faulthandler.unregister(signal.SIGTERM)
-    torch.distributed.destroy_process_group()
 
 
 def run(
