@@ -66,7 +66,8 @@ class Share:
     def command(self) -> list[str]:
         """The command: pytest prints a line for every test, and short tracebacks of failures."""
         options = ["-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "--maxfail=25"]
-        share = ["-p", "benchmarks.gpu.share", "--share", str(self.selection)]
+        # In an order that pytest-randomly draws anew, the shares of a file would not add up to it.
+        share = ["-p", "no:randomly", "-p", "benchmarks.gpu.share", "--share", str(self.selection)]
         return [sys.executable, "-m", "pytest", *options, *share, *self.arguments]
 
 
