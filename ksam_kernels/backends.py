@@ -52,7 +52,7 @@ _NOT_INSTALLED = {
 
 
 def set_missing_reason(backend: str, reason: str) -> None:
-    """Set what :func:`why_not` says of a backend of which this installation has no kernels."""
+    """Set what :func:`why_not` says of a backend that has no kernels in this installation."""
     _NOT_INSTALLED[backend] = reason
 
 
@@ -94,8 +94,8 @@ def requested_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator in the ``with`` block on one backend, in all threads of the process.
 
-    Its kernels may leave single tensors in layouts that they do not read to PyTorch's operators:
-    a copy in order, or for a leaf of a batch the gather itself.
+    A tensor whose layout its kernels do not read may be left to PyTorch's operators: they copy it
+    into order, or if it is a leaf of a batch, gather its rows.
 
     Args:
         name: ``"auto"``, ``"native"``, ``"triton"``, ``"reference"`` or any that was registered.

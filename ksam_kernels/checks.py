@@ -40,8 +40,8 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> 
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    """Raise ValueError naming argument and shape unless the tensor has the expected shape, of which
-    ``meaning`` says in words what it is."""
+    """Raise ValueError naming argument and shape unless the tensor has the expected shape, which
+    ``meaning`` puts into words."""
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(
             f"{name} must have {meaning}, {tuple(expected)}, got shape {tuple(tensor.shape)}"
@@ -57,14 +57,14 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a real number of Python or NumPy: no bool, and no tensor, which may have to be
-    waited for."""
+    """Whether it is a real number of Python or NumPy: not a bool, and not a tensor, which one may
+    have to wait for."""
     return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
 
 
 def plain_number(value: float) -> float:
-    """A number as kernels take it, of Python: NumPy's bring those that they are compared with to
-    their own type, which may be narrower."""
+    """The number as one of Python, as kernels take it: NumPy's convert what they are compared with
+    to their own type, which may be narrower."""
     kinds = (float, int, torch.SymFloat, torch.SymInt)
     return value if type(value) in kinds else float(value)
 
@@ -110,7 +110,7 @@ def check_index_range(name: str, indices: Tensor, size: int, of: str) -> None:
 
 
 # No function of ``math`` below: torch.compile traces comparisons of a number that changes, such as
-# a learning rate, but no call of these.
+# a learning rate, but not calls of such a function.
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raise TypeError or ValueError naming argument and value unless it is a number, finite, with
     ``low <= value <= high``."""
@@ -132,6 +132,6 @@ def check_finite(name: str, value: float) -> None:
 
 def check_constant(name: str, tensor: Tensor | None) -> None:
     """Raise ValueError naming the argument if it requires grad: no gradient flows to it, so one
-    that it asks for would be lost in silence."""
+    that it asks for would be silently lost."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, but gradients flow to the first argument only")

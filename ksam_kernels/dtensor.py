@@ -15,7 +15,7 @@ from torch import Tensor
 def first_dtensor(tensors: Collection[Tensor]) -> Any:
     """A ``torch.distributed.tensor.DTensor``, or None where there is none among the tensors."""
     package = sys.modules.get("torch.distributed.tensor")
-    # In every step, of all parameters: most have a kind or two.
+    # Asked in every step, of all parameters: these are mostly of one or two types.
     if package is None or not any(issubclass(t, package.DTensor) for t in set(map(type, tensors))):
         return None
     return next(tensor for tensor in tensors if isinstance(tensor, package.DTensor))

@@ -30,8 +30,8 @@ _functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _device(args: tuple[Any, ...]) -> torch.device | None:
-    """The device of the first tensor, of an operator on lists the device of the first one in them;
-    None where the lists are empty. The others may lie elsewhere."""
+    """The device of the first tensor, or for an operator on lists, of the first tensor in them;
+    None if the lists are empty. Other tensors may lie elsewhere."""
     of_lists = bool(args) and isinstance(args[0], (list, tuple))
     for arg in args:
         first = arg
@@ -51,7 +51,7 @@ def operator(
         schema: arguments and returns as in ``(Tensor(a!) x, int n) -> Tensor``; what it marks with
             ``!`` is mutated.
         setup: ``setup(ctx, inputs, output)`` keeps what ``grad`` needs.
-        grad: ``grad(ctx, *upstream)``, a gradient per input. Of several outputs the first alone has
+        grad: ``grad(ctx, *upstream)``, a gradient per input. Of several outputs only the first has
             a derivative.
     """
     mutated = re.findall(r"Tensor\(\w+!\)(?:\[\])? (\w+)", schema)
@@ -92,8 +92,8 @@ def _function(
 
 
 def attach(name: str, outputs: tuple[Tensor, ...], *inputs: Any) -> Tensor:
-    """The first of the outputs of ``torch.ops.ksam.<name>``, computed without it, with the gradient
-    that it would have. The tuple hides the outputs from autograd, which would take them for inputs.
+    """The first of the outputs, which were computed without ``torch.ops.ksam.<name>``, with the
+    gradient of that operator. The tuple hides them from autograd, which would take them for inputs.
 
     A third of ``Function.apply`` is asking whether a transform is active, which :func:`is_eager`
     has ruled out. So its base method is called directly, except on tensors that a finished
@@ -120,7 +120,7 @@ def is_eager() -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is active. PyTorch
-    would loop over custom operators, refuse them, or take their tangent for zero without a word."""
+    would loop over custom operators, refuse them, or silently take their tangent for zero."""
     # Not _are_functorch_transforms_active(): torch.compile notes that in its graphs, and keeps no
     # program that has it for the next process.
     return isinstance(peek_interpreter_stack(), CInterpreter) or forward_ad._current_level >= 0
@@ -192,7 +192,7 @@ def call_in_place(name: str, written: Iterable[list[Tensor]], *args: Any) -> Any
 
 def call_backward(name: str, grad: Tensor, *args: Any) -> Any:
     """:func:`call` in a backward pass. Under vmap, functorch's or that of ``is_grads_batched``, the
-    operator runs, over which PyTorch loops."""
+    operator itself is called, over which PyTorch loops."""
     if not is_eager() or is_legacy_batchedtensor(grad):
         return getattr(torch.ops.ksam, name)(grad, *args)
     return call(name, grad, *args)

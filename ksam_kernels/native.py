@@ -48,7 +48,7 @@ backends.register_obstacle("native", _has_no_code)
 
 def direct(name: str) -> Any:
     """The kernel for a public function to try before its own checks, which take longer than a
-    small kernel; None where anything but a call of it would happen."""
+    small kernel; None where calling the kernel would not be all that happens."""
     if (
         extension is None
         or not library.is_eager()
@@ -69,14 +69,14 @@ def can_inspect() -> bool:
 
 
 def direct_in_place(name: str) -> Any:
-    """:func:`direct` for a kernel that writes its arguments, whose version counters are to be
-    raised: the tensors of inference mode have none."""
-    kernel = direct(name)  # first: the compiler, for which it is None, cannot trace the question
+    """:func:`direct` for a kernel that writes its arguments and whose caller raises their version
+    counters: tensors of inference mode have none."""
+    kernel = direct(name)  # first: it is None for the compiler, which cannot trace the question
     return None if kernel is None or torch.is_inference_mode_enabled() else kernel
 
 
 def _plain(arg: Any) -> Any:
-    """The same memory without what a subclass makes of it, which its own dispatch has done."""
+    """The same memory as a plain tensor: what its subclass does, its own dispatch has done."""
     if isinstance(arg, Tensor):
         return arg.as_subclass(Tensor)
     return [_plain(item) for item in arg] if isinstance(arg, (list, tuple)) else arg

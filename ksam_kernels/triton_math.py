@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def double_of(bits):
-    """The double that came as its bits, of :func:`ksam_kernels.triton_support.double_bits`."""
+    """The double that was passed as :func:`ksam_kernels.triton_support.double_bits`."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def divide(a, b):
-    """IEEE's quotient, which that of floats is by this name only."""
+    """The IEEE quotient; of floats, Triton gives it by this name only."""
     if b.dtype == tl.float64:
         return a / b
     else:

@@ -1,7 +1,7 @@
 """Whether Triton can compile here, found out by compiling.
 
-It needs a C compiler, the driver's library and an architecture that it knows, and says that it has
-none when a kernel is to be launched.
+It needs a C compiler, the driver's library and an architecture that it knows, and says that one is
+missing only when a kernel is to be launched.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ def _zero_kernel(out):
 
 
 def compile_for_current_device() -> None:
-    """Raise what a launch would. Nothing is launched or loaded, and no memory of the device's is
-    taken, so a CUDA graph may be captured meanwhile."""
+    """Raise what a launch would. Nothing is launched or loaded and no device memory is taken, so a
+    CUDA graph may be captured meanwhile."""
     _zero_kernel.warmup(torch.int32, grid=(1,), **EXACT)

@@ -1,9 +1,9 @@
 """Triton, where this installation has it, and what the rooms' Triton kernels share.
 
-``<room>/triton.py`` holds functions named as a room's operators, which launch its kernels; these
-are there too, or in the ``triton_*.py`` beside it. It is imported by the first call of one of these
-functions: Triton takes a third of a second to import, which those who stay on the CPU need not wait
-for.
+``<room>/triton.py`` holds functions that are named like the room's operators and launch its
+kernels; the kernels are there too, or in the ``triton_*.py`` beside it. The file is imported by the
+first call of one of these functions: Triton takes a third of a second to import, which those who
+stay on the CPU need not wait for.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _cannot_compile(device: torch.device) -> str | None:
 backends.register_obstacle("triton", _cannot_compile)
 
 #: Launch options of kernels whose contract is exact: a product and a sum are two roundings. Triton
-#: 3.6 to 3.9 would contract them, later versions not, and 3.9 warns of it: say it in every launch.
+#: 3.6 to 3.9 would contract them, later versions not, and 3.9 warns of it: so every launch says it.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
@@ -104,7 +104,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def is_amd(device: torch.device) -> bool:
-    """Whether kernels for the device are compiled for AMD: not those that are interpreted."""
+    """Whether kernels for the device are compiled for AMD; interpreted ones are not."""
     return device.type == "cuda" and torch.version.hip is not None
 
 
@@ -129,7 +129,7 @@ def doubles_bits(values: Sequence[float]) -> list[int]:
 
 @lru_cache(maxsize=64)  # devices
 def most_warps(device: torch.device) -> int:
-    """Most warps of a program, which has up to 1,024 threads: 32 a warp, on some AMD GPUs 64."""
+    """The most warps of a program: it has up to 1,024 threads, a warp 32, on some AMD GPUs 64."""
     if device.type != "cuda":
         return 32  # the interpreter
     return 1024 // torch.cuda.get_device_properties(device).warp_size
@@ -154,18 +154,18 @@ def stream_of(device: torch.device) -> int:
 def upload(values: array[int], device: torch.device) -> Tensor:
     """int64 [len(values)] in new memory of the device, without waiting for it.
 
-    While a graph is captured the values go by the arguments of kernels, which are part of the
-    graph, and so does the memory: a replay of a copy would read host memory that is long freed.
+    While a graph is captured, the values are passed as arguments of kernels, which are part of the
+    graph, and so is the memory: a replay of a copy would read host memory that is long freed.
     """
     if is_capturing(device):
         return _by_value(values, device)
     if not values:  # of which frombuffer makes no tensor
         return torch.empty(0, dtype=torch.int64, device=device)
-    # From the array's memory: from a list of ints it would take torch a hundred times as long.
+    # From the array's memory: a list of ints would take torch a hundred times as long.
     host = torch.frombuffer(values, dtype=torch.int64)
     if device.type != "cuda":
         return host.clone()
-    # The allocator of pinned memory knows of the copy: it reuses none before it is done.
+    # The allocator of pinned memory knows of the copy, and reuses the memory only after it.
     return host.pin_memory().to(device, non_blocking=True)
 
 
@@ -185,7 +185,7 @@ def device_ints(values: tuple[int, ...], device: torch.device) -> Tensor:
     """:func:`upload`, which the next calls with the same values need not repeat.
 
     Only on the same stream: neither the upload nor the reuse of a forgotten table's memory is
-    ordered with others.
+    ordered with other streams.
     """
     if not may_cache_on(device):
         return upload(array("q", values), device)

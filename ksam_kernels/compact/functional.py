@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def _gather(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
-    """One operator call per device; indices that lie elsewhere are copied over once each."""
+    """One operator call per device, to which indices that lie elsewhere are copied once."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) == 1:
         gathered: list[Tensor] = library.call("compact", tensors, indices.to(devices.pop()))
@@ -38,14 +38,15 @@ def compact_batch(batch: T, indices: Tensor) -> T:
     Args:
         batch: tuples, lists, dicts and their subclasses, dataclasses, Hugging Face
             ``BatchEncoding`` or any registered pytree, nested at will, of tensors ``[B, ...]``.
-            Tensors without dimensions and leaves that are no tensors, **a list of strings among
-            them**, pass through unchanged. Dataclasses are copied, without their constructor.
-        indices: ``[k]``, int64 or int32, each in [0, B). May be empty. Tensors on another device
-            than the indices are served too, at the price of copying the indices there.
+            Tensors without dimensions and leaves that are not tensors, **a list of strings
+            included**, pass through unchanged. Dataclasses are copied without calling their
+            constructor.
+        indices: ``[k]``, int64 or int32, each in [0, B). May be empty. Tensors may be on another
+            device than the indices, at the price of copying the indices there.
 
     Returns:
         The same tree with tensors ``[k, ...]``; contiguous, or channels-last where the source is.
-        Nothing is differentiated through the gather.
+        No gradient flows through the gather.
 
     Raises:
         TypeError: indices of another dtype, sparse, nested or quantized tensors.

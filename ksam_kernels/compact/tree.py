@@ -56,9 +56,9 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _map_tuple(fn: Callable[[Tensor], Tensor], tree: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A tuple of the same subclass, whose ``__new__`` may take other arguments; itself where
-    nothing in it is replaced: an enumeration's member has no copies, and ``time.struct_time``
-    cannot be made so."""
+    """A tuple of the same subclass, made without its ``__new__``, which may take other arguments;
+    the tuple itself if nothing in it is replaced: an enumeration's member has no copies, and
+    ``time.struct_time`` cannot be made this way."""
     values = [map_tensors(fn, value) for value in tree]
     if all(new is old for new, old in zip(values, tree, strict=True)):
         return tree
@@ -81,7 +81,7 @@ def _map_dataclass(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _slots(tree: Any) -> list[str]:
-    """What is in slots of the object, its bases' included, and filled."""
+    """The names of the object's filled slots, those of its bases included."""
     made_of = [vars(kind) for kind in type(tree).__mro__ if "__slots__" in vars(kind)]
     names = [n for of in made_of for n in of if isinstance(of[n], MemberDescriptorType)]
     return [name for name in names if hasattr(tree, name)]
@@ -100,7 +100,7 @@ def batched_tensors(batch: Any) -> list[Tensor]:
 
 
 _ADVICE = "let the samples' indices, torch.arange(B), be the batch"
-#: Of how many tensors an error tells.
+#: How many tensors an error describes.
 _DESCRIBED = 6
 
 
@@ -113,7 +113,7 @@ def _paths(batch: Any, tensors: list[Tensor]) -> list[str]:
 def _describe(batch: Any, tensors: list[Tensor]) -> str:
     """The sizes of dimension 0 in words: ``batch['x']: 8, batch['y']: 7``.
 
-    Of many tensors the first ones, and the first of another size.
+    If there are many tensors, only the first ones and the first of another size.
     """
     paths = _paths(batch, tensors)
     named = [f"{path}: {t.size(0)}" for path, t in zip(paths, tensors, strict=True)]

@@ -30,14 +30,14 @@ class Leaf(NamedTuple):
     row_bytes: int
     source_stride: int  # bytes from one row to the next; 0 where all samples share one
     rows: int
-    log2_vector: int  # the widest vectors in which all of them are whole: of 1 to 16 bytes
+    log2_vector: int  # the widest vectors, of 1 to 16 bytes, that divide all of them
 
 
 def _leaf(tensor: Tensor, out: Tensor) -> Leaf | None:
     """The bytes to move, if the rows of ``tensor`` [B, ...] lie in memory as those of ``out`` [k,
     ...] do: without gaps, in the same order."""
     if tensor.is_conj() or tensor.is_neg():
-        return None  # memory that holds other numbers
+        return None  # its memory holds other numbers
     for size, ours, theirs in zip(
         out.shape[1:], tensor.stride()[1:], out.stride()[1:], strict=True
     ):

@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     begin: tl.tensor  # place of the first in the output
     here: tl.tensor  # which of them the output has
     source: tl.tensor  # their places in the source
-    readable: tl.tensor  # which of them it has
+    readable: tl.tensor  # which of them the source has
 
 
 @triton.jit
@@ -54,8 +54,8 @@ def leaf_of(table, program, LEAVES: tl.constexpr):
 @triton.jit
 def row_and_column(begin, row_vectors, TILE: tl.constexpr):
     """Where in the output the vectors [TILE] from `begin` on are: the first one by a division of 64
-    bits, the others from there. A row is either longer than a tile, which then reaches into one
-    more at most, or short."""
+    bits, the others relative to it. A row is either short, or longer than a tile, which then
+    reaches into one more row at most."""
     first_row = begin // row_vectors
     first_column = begin - first_row * row_vectors
     lanes = tl.arange(0, TILE)
@@ -74,7 +74,7 @@ def chosen_rows(indices, stride, i, here, rows, TRAPS: tl.constexpr):
     in_range = (index >= 0) & (index < rows)
     check(in_range | (here == 0), "index in range", TRAPS)
     readable = here & in_range
-    # Widened after the choice: Triton 3.7 cannot compile one between widened indices and 0.
+    # Widened after the ``where``: Triton 3.7 cannot compile one between widened indices and 0.
     return tl.where(readable, index, 0).to(tl.int64), readable
 
 

@@ -1,7 +1,7 @@
-"""Per-sample losses of PyTorch's own differentiable operations, where a kernel's one derivative is
+"""Per-sample losses by PyTorch's own differentiable operations, where a kernel's one derivative is
 not enough: second derivatives, forward-mode ones, and the transforms of ``torch.func``.
 
-A loss and its gradient are then each what autograd makes of these, at eager PyTorch's speed.
+A loss and its gradient are then what autograd makes of these operations, at eager PyTorch's speed.
 """
 
 from __future__ import annotations

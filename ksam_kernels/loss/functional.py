@@ -85,9 +85,9 @@ def cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy of every sample, ``F.cross_entropy(..., reduction="none")`` in float32.
 
-    The classes are the **last** dimension, always: of torch's ``[B, C, ...]`` take
-    ``logits.movedim(1, -1)``, and so of probabilities as their target. That copies nothing where 16
-    rows and more lie side by side: they are read as they lie. The gradient has the logits' layout.
+    The classes are always the **last** dimension: for torch's ``[B, C, ...]`` pass
+    ``logits.movedim(1, -1)``, and probabilities as target likewise. That copies nothing where 16 or
+    more rows lie side by side: they are read as they lie. The gradient has the logits' layout.
 
     With :math:`z_c = x_c - \max_j x_j` and :math:`\ell_c = \log \sum_j e^{z_j} - z_c`,
 
@@ -111,8 +111,8 @@ def cross_entropy(
 
     Returns:
         Losses ``[...]``, float32 whatever the dtype of the logits. A row with +inf or NaN, or only
-        -inf, gives NaN. Differentiable with respect to the logits: once by a kernel; further
-        derivatives, and the transforms of ``torch.func``, are PyTorch's own operations.
+        -inf, gives NaN. Differentiable with respect to the logits: the first time by a kernel;
+        further derivatives, and the transforms of ``torch.func``, by PyTorch's own operations.
 
     Raises:
         TypeError: a dtype not named above.
@@ -199,7 +199,7 @@ def binary_cross_entropy_with_logits(
 
     as ``F.binary_cross_entropy_with_logits(..., reduction="none").flatten(1).mean(1)``. Floor of
     bytes moved: logits and target once, 4 per sample. Samples of any memory format are read as they
-    lie, and so is the gradient written; the target is copied if its own is another.
+    lie, and the gradient is written in that format; a target of another format is copied.
 
     Args:
         logits: ``[B, ...]``, float32, bfloat16, float16 or float64.
@@ -251,8 +251,8 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
     .. math:: L_b = \tfrac{1}{n} \sum_j (x_{bj} - t_{bj})^2
 
     as ``F.mse_loss(..., reduction="none").flatten(1).mean(1)``. Floor of bytes moved: both inputs
-    once, 4 per sample. Samples of any memory format are read as they lie, and so is the gradient
-    written; the target is copied if its own is another.
+    once, 4 per sample. Samples of any memory format are read as they lie, and the gradient is
+    written in that format; a target of another format is copied.
 
     Args:
         pred: ``[B, ...]``, float32, bfloat16, float16 or float64.

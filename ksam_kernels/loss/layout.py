@@ -15,7 +15,7 @@ def classes_apart(logits: Tensor) -> bool:
 
 
 def _split(x: Tensor) -> tuple[int, int]:
-    """The dimensions of ``[..., C]`` before those of a group of rows in planes, and its rows."""
+    """How many dimensions of ``[..., C]`` precede a group of rows in planes, and its size."""
     outer, group = x.dim() - 1, 1
     while outer > 0 and (x.shape[outer - 1] == 1 or x.stride(outer - 1) == group):
         outer, group = outer - 1, group * x.shape[outer - 1]
@@ -23,11 +23,10 @@ def _split(x: Tensor) -> tuple[int, int]:
 
 
 def group_of(x: Tensor) -> int:
-    """How many rows of ``[..., C]`` lie side by side in planes; 0 where so few do, or groups so
-    irregularly, that a copy is sooner made. ``as_planes`` of csrc/loss/matrix.h is the same
-    rule."""
+    """How many rows of ``[..., C]`` lie side by side in planes; 0 where so few do, or groups lie so
+    irregularly, that a copy is faster. ``as_planes`` in csrc/loss/matrix.h is the same rule."""
     outer, group = _split(x)
-    if group < 16 or not classes_apart(x) or x.shape[-1] >= 2**24:  # as float32 counts
+    if group < 16 or not classes_apart(x) or x.shape[-1] >= 2**24:  # float32 counts up to there
         return 0
     expected = None  # stride of the next dimension, if those of groups are as one
     for d in reversed(range(outer)):
@@ -48,15 +47,15 @@ def in_planes_of(logits: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def gradient_like(logits: Tensor) -> Tensor:
-    """Memory for the gradient of logits ``[..., C]``: contiguous, or where the classes lie apart in
-    the layout of the logits, so that whoever made them finds it as it left them."""
+    """Memory for the gradient of logits ``[..., C]``: contiguous, or, where the classes lie apart,
+    in the layout of the logits, so that whoever made these gets the gradient in the same layout."""
     return torch.empty_like(logits) if classes_apart(logits) else logits.new_empty(logits.shape)
 
 
 def in_memory_order(samples: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Tensors ``[B, ...]``, contiguous, their trailing dimensions in the order that those of the
-    first have in memory. The first is a view; the others are copies if they need one, so that the
-    backward pass need not make it again. All are as they came where the first would need one."""
+    """Tensors ``[B, ...]``, contiguous, with their trailing dimensions in the order that those of
+    the first have in memory. The first is a view; the others are copied if necessary, so that the
+    backward pass need not do it again. If the first would need a copy, all are as they came."""
     if samples.is_contiguous():
         return samples, *(x.contiguous() for x in others)
     order = [0]
@@ -72,7 +71,7 @@ def in_memory_order(samples: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 def planes_of(x: Tensor) -> Tensor | None:
     """``[..., C]`` in planes as ``[groups, C, group]``, a view whose last two dimensions are
-    contiguous; None where there is none."""
+    contiguous; None where there is no such view."""
     outer, group = _split(x)
     if group_of(x) == 0 or x.stride(-1) != group:
         return None

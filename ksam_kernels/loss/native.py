@@ -26,7 +26,7 @@ def _weight(weight: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _target(target: Tensor, like: Tensor) -> Tensor:
-    """The target, contiguous, and if floating in a dtype that every kernel takes."""
+    """The target, contiguous, and if it is floating, in a dtype that every kernel takes."""
     if target.is_floating_point() and target.dtype != like.dtype:
         target = target.to(opmath_dtype(like.dtype))
     return target.contiguous()

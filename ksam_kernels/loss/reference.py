@@ -18,7 +18,7 @@ from ksam_kernels.topk import reference as topk_reference
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """[..., C] -> [N, C] in the dtype of the arithmetic, side by side: what is apart torch adds up
+    """[..., C] -> [N, C] in the dtype of the arithmetic, contiguous: torch adds up what lies apart
     in another order."""
     rows = logits.reshape(-1, logits.shape[-1]).to(opmath_dtype(logits.dtype))
     return rows.contiguous()
@@ -81,7 +81,7 @@ def cross_entropy(
         losses = losses.masked_fill(ignored, 0)
         mass = mass.masked_fill(ignored, 0)
     shape = logits.shape[:-1]
-    out = logits.new_empty(shape, dtype=torch.float32)  # no view, which autograd lets nobody modify
+    out = logits.new_empty(shape, dtype=torch.float32)  # no view: autograd lets nobody modify one
     out.view(-1).copy_(losses)
     stats = torch.stack([m[:, 0], log_s[:, 0], mass], dim=1)
     return out, stats.reshape(*shape, 3)

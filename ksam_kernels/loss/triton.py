@@ -1,7 +1,7 @@
 """Per-sample losses by Triton kernels.
 
 How the elements of a row are added up, and in which order, depends on the number of columns and on
-dtypes alone (:func:`tile_of`, :func:`vector_of`), of rows in planes on their number as well: a row
+dtypes alone (:func:`tile_of`, :func:`vector_of`), for rows in planes also on their number. So a row
 has the same bits in a slice as in a copy, with or without a selection after it. A program has whole
 rows, however few and long they are: 16 rows of 128,000 logits occupy 16 multiprocessors.
 """
@@ -23,17 +23,17 @@ from ksam_kernels.loss.layout import gradient_like, planes_of
 from ksam_kernels.topk import triton as topk
 from ksam_kernels.triton_support import assertions, double_bits, is_amd, on_device_of
 
-#: Contraction is harmless here and saves an instruction; said because its default depends on the
-#: version of Triton.
+#: Contraction is harmless here and saves an instruction; given explicitly because its default
+#: depends on the version of Triton.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
-#: Elements of a program of 128 threads, 16 each; what takes more than one register for each has 8.
+#: Elements of a program of 128 threads: 16 each, or 8 if each takes more than one register.
 TILE, SMALL_TILE = 2048, 1024
 
 
 def tile_of(columns: int, tile: int) -> tuple[int, int, int]:
-    """Rows of a program, elements of each at once, and warps: rows longer than a tile have a
-    program of twice the threads each."""
+    """Rows of a program, elements of each at once, and warps: a row longer than a tile has a
+    program of its own, with twice the threads."""
     block = min(triton.next_power_of_2(columns), 2 * tile)
     return max(tile // block, 1), block, 4 if block <= tile else 8
 
@@ -50,21 +50,21 @@ def vector_of(columns: int, itemsize: int) -> int:
 
 
 def index_of(columns: int) -> tl.dtype:
-    """The dtype that counts columns: a loop ends at the first one that is not there, up to a block
+    """The dtype that counts columns: a loop ends at the first column past the end, up to a block
     after the last."""
     return tl.int32 if columns + 2 * TILE < 2**31 else tl.int64
 
 
 def aligned(x: Tensor, vector: int) -> Tensor:
-    """x [N, ...], or where not all of the N begin at a vector's boundary, a copy."""
+    """x [N, ...], or a copy if not all of the N begin at a vector's boundary."""
     if x.stride(0) % vector != 0 or x.data_ptr() % (vector * x.itemsize) != 0:
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
 
 def matrix_of(x: Tensor, columns: int) -> Tensor:
-    """[N, columns] with unit stride in rows that :func:`vector_of` is right about; a copy where
-    the layout does not have it. What Triton knows of an address decides how it adds up."""
+    """x as [N, columns] with unit stride in rows, of which :func:`vector_of` is true; a copy where
+    the layout is another. What Triton knows of an address decides how it adds up."""
     x = x.reshape(-1, columns)
     if columns > 1 and x.stride(1) != 1:
         return x.clone(memory_format=torch.contiguous_format)
@@ -74,7 +74,7 @@ def matrix_of(x: Tensor, columns: int) -> Tensor:
 def _layout(
     name: str, x: Tensor, target: Tensor, vectors: tuple[int, int], rows: int
 ) -> dict[str, Any]:
-    """Arguments that say where x and its target lie, which kernels call `name`."""
+    """Arguments that say where x, which kernels call `name`, and its target lie."""
     vector, target_vector = vectors
     return {
         name: x,
@@ -146,7 +146,7 @@ def _side_by_side(logits: Tensor, target: Tensor) -> dict[str, Any]:
 
 
 def _planes(logits: Tensor, target: Tensor, *gradient: Tensor) -> dict[str, Any] | None:
-    """:func:`_rows` of rows in planes, if so are those of probabilities and of the gradient."""
+    """:func:`_rows` of rows in planes, if those of probabilities and the gradient are too."""
     x, soft = planes_of(logits), target.is_floating_point()
     t = planes_of(target) if soft else target.reshape(-1)
     if x is None or t is None or (soft and t.shape != x.shape):
@@ -164,7 +164,7 @@ def _planes(logits: Tensor, target: Tensor, *gradient: Tensor) -> dict[str, Any]
 
 
 def tile_of_planes(group: int, columns: int, tile: int) -> tuple[int, int, int]:
-    """:func:`tile_of` where rows lie side by side: a warp's at least, as far as there are."""
+    """:func:`tile_of` where rows lie side by side: at least a warp of rows, if there are enough."""
     block = min(triton.next_power_of_2(columns), tile // 32)
     return min(tile // block, triton.next_power_of_2(group)), block, 4
 
@@ -247,7 +247,7 @@ def cross_entropy_backward(
     tile, stats = tile_for(logits, arguments["KIND"] == 0), stats.contiguous()
     planes = layout["PLANES"]
     grid = (_parts_of_planes if planes else _parts_of_rows)(arguments, tile, grad)
-    # Contiguous as the kernel sees it, and for good or to be copied.
+    # Contiguous as the kernel sees it: the result itself, or to be copied to it.
     dx = out if planes or out.is_contiguous() else logits.new_empty(logits.shape)
     with on_device_of(logits):
         kernels.cross_entropy_backward_kernel[grid](**arguments, stats=stats, out=dx)
@@ -264,9 +264,9 @@ def select_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [B], row statistics [B, 3] and indices [k] of the k largest losses.
 
-    Launches: that of the losses and those of the selection, one up to 32,768 rows. They are not one
-    even for few rows: the last program of the first would have to know that it is, by an atomic
-    counter that every launch leaves at zero.
+    Launches: that of the losses and those of the selection, one up to 32,768 rows. They are not
+    merged even for few rows: the last program of the losses would have to know that it is the last,
+    by an atomic counter that every launch leaves at zero.
     """
     losses, stats = cross_entropy(logits, target, weight, ignore_index, label_smoothing)
     return losses, stats, topk.topk_indices(losses, k)

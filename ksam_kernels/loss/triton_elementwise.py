@@ -1,6 +1,6 @@
 """The Triton kernels of losses that are a mean over the elements of a sample, a row here.
 
-The formulas are those of csrc/loss/elementwise.h; as to the rest see triton_rows.py.
+The formulas are those of csrc/loss/elementwise.h; for the rest see triton_rows.py.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def exponential(z):
 def softplus_of_minus(x):
     """log(1 + exp(-x)) = log1p(e) + max(-x, 0) with e = exp(-|x|), and e.
 
-    With u the rounded 1 + e, log1p(e) is log(u) e / (u - 1): what the rounding has done to the
-    logarithm it has done to u - 1.
+    With u the rounded 1 + e, log1p(e) is log(u) e / (u - 1): the rounding has the same effect on
+    the logarithm and on u - 1.
     """
     e = exponential(-tl.abs(x))
     u = 1.0 + e

@@ -1,7 +1,7 @@
 """The Triton kernels of cross-entropy: a program has whole rows, ROWS x BLOCK elements at a time.
 
-The formulas are those of csrc/loss/loss_row.h. Where rows and tiles lie, and what is known of
-addresses, says triton_rows.py. Doubles come as their bits: see
+The formulas are those of csrc/loss/loss_row.h. triton_rows.py says where rows and tiles lie, and
+what is known of addresses. Doubles are passed as their bits: see
 :func:`ksam_kernels.triton_support.double_bits`.
 """
 
@@ -51,7 +51,7 @@ def class_of(
     ignore_index,
     TRAPS: tl.constexpr,
 ):
-    """Classes [ROWS] int64, and which of them count: those of rows there are, not ignored."""
+    """Classes [ROWS] int64, and which of them count: those of rows that exist, not ignored."""
     y = tl.load(target + rows.number * target_stride, mask=rows.inside, other=0).to(tl.int64)
     counts = rows.inside & (y != ignore_index)
     valid = (y >= 0) & (y < columns)
@@ -80,7 +80,7 @@ def logit_of_class(logits, rows, y, counts, PLANES: tl.constexpr):
 
 @triton.jit
 def spread_of(
-    target,  # a matrix of probabilities; of no use where there are classes
+    target,  # a matrix of probabilities; unused where there are classes
     tile,
     smoothing,
     KIND: tl.constexpr,
@@ -127,7 +127,7 @@ def add_exp(s, m, x):
 
 @triton.jit
 def add_product(dot, mass, m, x, q, inside):
-    """dot = sum q z, likewise. mass: sum q before."""
+    """dot = sum q z, likewise. mass: the sum of q before."""
     rises = x > m
     dot += tl.where(rises, mass * (origin(m) - x), 0.0)
     z = tl.where(rises, 0.0, x - origin(m))
@@ -167,7 +167,7 @@ def cross_entropy_kernel(
     stats,  # [rows, 3]: m, log s, mass
     rows: tl.int64,
     columns,
-    group: tl.int64,  # rows of a group of planes, which are as far apart
+    group: tl.int64,  # rows of a group of planes: the planes are as far apart
     ignore_index: tl.int64,
     confidence: tl.int64,  # 1 - e, the bits of a double
     uniform: tl.int64,  # e / C, likewise
@@ -185,8 +185,8 @@ def cross_entropy_kernel(
 ):
     """loss = sum_c q_c (log s - z_c) with z_c = x_c - m, m = max x_c, s = sum exp z_c, in one pass.
 
-    Each of ROWS x BLOCK lanes has a maximum of its own, which its sums are measured from, until
-    they are put together. Bytes moved: each logit once, each probability where the target has
+    Each of ROWS x BLOCK lanes has a maximum of its own, from which its sums are measured until
+    they are combined. Bytes moved: each logit once, each probability where the target has
     them; per row a class, 4 for the loss, 12 for the statistics (float64: 24).
     """
     SPREADS: tl.constexpr = KIND != CLASSES
@@ -201,7 +201,7 @@ def cross_entropy_kernel(
     else:
         y, counts = class_of(target, target_stride, rows, columns, ignore_index, TRAPS)
         if LOOPS:
-            end = tl.max(tl.where(counts, columns, 0), 0)  # no more of rows that are ignored
+            end = tl.max(tl.where(counts, columns, 0), 0)  # no further if all rows are ignored
 
     tile = tile_of(rows, 0, columns, BLOCK)
     m = load_logits(logits, tile, A, VECTOR, PLANES)

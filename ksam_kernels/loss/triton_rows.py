@@ -1,12 +1,11 @@
 """Where rows lie, and which of them a program has: what the room's Triton kernels share.
 
-Rows [rows, columns] lie apart or, in PLANES, side by side: [groups, columns, group]. Every program
-loads what lies outside of its rows as nothing in particular, and takes it out with ``where`` before
-it counts.
+Rows [rows, columns] lie apart or, in PLANES, side by side: [groups, columns, group]. What a program
+loads from outside of its rows has no particular value, and ``where`` takes it out before it counts.
 
 Launches are not specialized for addresses, strides or sizes. What is known of them comes from
-shapes and dtypes (VECTOR elements, see ``vector_of``) and is said of results: of arguments, Triton
-would not hear it.
+shapes and dtypes (VECTOR elements, see ``vector_of``) and is stated of results: Triton would ignore
+it if stated of arguments.
 
 Named tuples hold tensors only: Triton 3.6 makes tensors of the constants in them.
 """
@@ -60,8 +59,8 @@ def count_of(columns, INDEX: tl.constexpr, VECTOR: tl.constexpr, PLANES: tl.cons
 
 @triton.jit
 def part_of_rows(columns, BLOCK: tl.constexpr):
-    """Where a program has one part of its rows: the number that it would have with whole rows, and
-    its first column. Parts of the same rows are next to each other."""
+    """Where a program has only one part of its rows: the number that it would have with whole rows,
+    and its first column. Programs with parts of the same rows are next to each other."""
     parts = tl.cdiv(columns, BLOCK)
     program = tl.program_id(0)
     return program // parts, (program % parts) * BLOCK
@@ -109,11 +108,11 @@ def tile_of(rows, start, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def elements_of(matrix, tile, VECTOR: tl.constexpr, PLANES: tl.constexpr):
-    """Addresses [ROWS, BLOCK], of which those of VECTOR elements side by side are a multiple of
-    their bytes.
+    """Addresses [ROWS, BLOCK]; VECTOR elements side by side begin at a multiple of their bytes.
 
-    Said of the whole tile: of rows alone, Triton might apply it to a scalar and fail. And where
-    they are added up: said of what a function returns, Triton 3.6 and 3.7 would forget it.
+    That is stated of the whole tile: of rows alone, Triton might apply it to a scalar and fail. And
+    it is stated where addresses are added up: of what a function returns, Triton 3.6 and 3.7 would
+    forget it.
     """
     BYTES: tl.constexpr = matrix.start.dtype.element_ty.primitive_bitwidth // 8
     row, column = tile.row[:, None], tile.column[None, :]

@@ -31,7 +31,7 @@ def check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> No
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two of its elements share memory, by a stride of 0: torch looks no further either."""
+    """Whether two of its elements share memory by a stride of 0; torch checks no more either."""
     strides = tensor.stride()
     return (
         0 in strides

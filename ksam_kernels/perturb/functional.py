@@ -1,9 +1,9 @@
 """Perturb, restore and update lists of tensors: one global norm, the scale never on the host.
 
-Of DTensors, as FSDP2 (``fully_shard``) and tensor parallelism make them, each rank works on what it
-holds, and the norm is one over all ranks: these then call together, lists of the same order. The
-other lists of a call are placed as the parameters are; tensors that are no DTensors are taken to be
-the same on every rank.
+With DTensors, as FSDP2 (``fully_shard``) and tensor parallelism make them, each rank works on what
+it holds, and one norm is taken over all ranks: these must then make each call together, with lists
+in the same order. The other lists of a call are placed as the parameters are; tensors that are not
+DTensors are taken to be the same on every rank.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     r"""One global L2 norm, :math:`\lVert g \rVert_2` or ASAM's :math:`\lVert T g \rVert_2`.
 
     With ``params``, :math:`T = |w| + \eta` elementwise (Kwon et al. 2021). Nothing inside overflows
-    or underflows: right for values from 1e-38 to 1e34, inf above the range of float32. The order of
-    the sum is fixed: the same bits from run to run and, on the CPU, for any number of threads.
-    Floor of bytes moved (float32, N elements): 4N, with params 8N.
+    or underflows: the norm is right for values from 1e-38 to 1e34, and inf above the range of
+    float32. The sum is taken in a fixed order: it has the same bits from run to run and, on the
+    CPU, for any number of threads. Floor of bytes moved (float32, N elements): 4N, with params 8N.
 
     Args:
         grads: tensors of any shapes and floating dtypes; may be empty.
@@ -64,7 +64,7 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
         eta: the floor of T, >= 0.
 
     Returns:
-        A float32 scalar on the device of ``grads[0]``; of an empty list 0 on the CPU.
+        A float32 scalar on the device of ``grads[0]``; for an empty list, 0 on the CPU.
 
     Raises:
         TypeError: a dtype or layout that is not supported.
@@ -102,31 +102,31 @@ def perturb_(
     r"""Back up the weights, then climb: :math:`w \leftarrow w + \rho\, g / \lVert g \rVert_2`.
 
     Adaptive: :math:`w \leftarrow w + \rho\, T^2 g / \lVert T g \rVert_2`, :math:`T = |w| + \eta`
-    (SAM: Foret et al. 2020; ASAM: Kwon et al. 2021). The norm is one over all tensors, and stays
-    on the device. Floor of bytes moved (float32, N elements): norm 4N (adaptive 8N) + 16N.
+    (SAM: Foret et al. 2020; ASAM: Kwon et al. 2021). A single norm is taken over all tensors, and
+    stays on the device. Floor of bytes moved (float32, N elements): norm 4N (adaptive 8N) + 16N.
 
     Args:
         params: the weights w, written in place; float32, float64, bfloat16 or float16, dense. No
             two tensors of a call may overlap in memory.
         grads: g, of the shapes of the parameters; dtypes and strides may differ.
-        backup: receives w, always; of the dtypes and shapes of the parameters.
+        backup: always receives w; of the dtypes and shapes of the parameters.
         rho: radius, one for all or one per tensor; a negative one goes down. Tensors with radius 0
             keep their bits.
         adaptive: weight the perturbation by T.
         eta: the floor of T, >= 0.
 
     Returns:
-        The norm, a float32 scalar. If it is 0, inf or NaN every weight keeps its bits; where it is
-        below the smallest normal float32 the weights move by less than ``|rho|``. On the device of
-        ``params[0]``; of empty lists 0 on the CPU.
+        The norm, a float32 scalar on the device of ``params[0]``; for empty lists, 0 on the CPU. If
+        it is 0, inf or NaN, every weight keeps its bits; if it is below the smallest normal
+        float32, the weights move by less than ``|rho|``.
 
     Raises:
         TypeError: a dtype or layout that is not supported.
         ValueError: lists that do not fit each other, a non-finite rho, a negative or non-finite
             eta.
-            If anything raises, the weights are what they were; not where CUDA fails between two of
-            the call's launches. (What a signal's handler raises, KeyboardInterrupt for one, may
-            come after the call's work: they have moved then.)
+            If anything raises, the weights are what they were, unless CUDA fails between two of the
+            call's launches. (What a signal handler raises, KeyboardInterrupt for one, may come
+            after the call's work: then the weights have moved.)
     """
     check_range("eta", eta, 0.0)
     eta = plain_number(eta)
@@ -155,7 +155,7 @@ def perturb_(
 
 
 def restore_(params: TensorList, backup: TensorList) -> None:
-    """The weights back from the backup, byte for byte: NaN payloads and -0 included.
+    """Restore the weights from the backup, byte for byte: NaN payloads and -0 included.
 
     Floor of bytes moved (float32, N elements): 8N; 0 extra where the update is fused with it
     (:func:`restore_sgd_`, :func:`restore_adam_`).
@@ -211,10 +211,10 @@ def restore_sgd_(
         grads: g, of the shapes of the parameters; dtypes and strides may differ.
         momentum_buffers: v, one per parameter; an empty list without momentum.
         steps: one-element float32 tensors counting the updates done. Where 0, d is the first
-            momentum (no dampening), as in torch. None: the buffers are history.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: those of ``torch.optim.SGD``. A
-            rate may be negative, as torch's schedulers end a rounding below 0. As a tensor, of one
-            float32 element, it is read when the kernels run: in every replay of a CUDA graph.
+            momentum (no dampening), as in torch. None: all buffers are taken to have a history.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: those of ``torch.optim.SGD``.
+            ``lr`` may be negative, as torch's schedulers end a rounding below 0. As a tensor of one
+            float32 element it is read when the kernels run, so in every replay of a CUDA graph.
         grad_scale: one float32 element; the gradients are divided by it first.
         found_inf: one float32 element; if not 0 the weights are restored and nothing else changes,
             neither buffers nor steps.
@@ -268,14 +268,15 @@ def restore_adam_(
         \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
 
     where w is read from the backup and decayed first: :math:`w (1 - \eta \lambda)` if decoupled
-    (AdamW), else :math:`g + \lambda w`. Floor of bytes moved (float32, N elements): 28N.
+    (AdamW), else g becomes :math:`g + \lambda w`. Floor of bytes moved (float32, N elements): 28N.
 
     Args:
         params, backup, grads, grad_scale, found_inf: as in :func:`restore_sgd_`.
         exp_avgs, exp_avg_sqs: m and v, one each per parameter.
         steps: one-element float32 tensors, one each per parameter, that count the updates done; t
             is one more.
-        lr, betas, eps, weight_decay, maximize: those of ``torch.optim.Adam``; lr as there.
+        lr: as in :func:`restore_sgd_`.
+        betas, eps, weight_decay, maximize: those of ``torch.optim.Adam``.
         decoupled_weight_decay: AdamW's weight decay.
 
     Raises:

@@ -19,8 +19,8 @@ def with_extra_norm(
     adaptive: bool,
     eta: float,
 ) -> Lists:
-    """Lists and radii for a ``perturb_`` whose norm includes ``norm``, a scalar: that of T g of
-    other tensors. One more parameter, w = 1, has it for a gradient and does not move."""
+    """Lists and radii for a ``perturb_`` whose norm also includes the scalar ``norm``, that of T g
+    of other tensors. One more parameter, w = 1, brings it in by its gradient and does not move."""
     one = torch.ones_like(norm)
     return (
         [*params, one],

@@ -32,14 +32,14 @@ def fits(
     scalars: Sequence[Tensor | None] = (),
 ) -> bool:
     """Whether the extension finds in one look that the lists are what the public function's checks
-    ask for, and nothing that a dispatcher would do something about.
+    ask for, and that a dispatcher would have nothing to do for them.
 
     Args:
         lists: of equal lengths, their tensors of equal shapes.
         written: the positions of the lists that are written.
         alike: the positions of the lists that have the first one's dtypes.
-        counters: no tensors, or one float32 element for each of a list's.
-        scalars: None or tensors, of which the caller checks all but that they are no subclass.
+        counters: no tensors, or one float32 element for each tensor of a list.
+        scalars: None or tensors; the caller checks them, except that they are of no subclass.
     """
     if not can_inspect() or any(map(library.is_subclass, scalars)):
         return False
@@ -47,7 +47,7 @@ def fits(
 
 
 def _scalar_for(tensors: TensorList) -> Tensor:
-    """A norm to be written where the list's kernels run; anywhere for what these decline."""
+    """Memory for a norm where the list's kernels run; anywhere if these will decline."""
     if not tensors:
         return torch.empty((), dtype=torch.float32, device="cpu")
     if getattr(tensors[0], "is_cuda", False):
@@ -130,7 +130,7 @@ def _update(kernels: Any, name: str, params: list[Tensor], *args: Any) -> None:
     """Run an update whose last arguments are :class:`DeviceScalars`."""
     first = len(args) - len(DeviceScalars._fields)
     scalars = DeviceScalars(None, None, None)
-    if params:  # whose kernels read them
+    if params:  # else no kernel reads them
         scalars = DeviceScalars(*args[first:]).to(params[0].device)
     run(kernels, name, params, *args[:first], *scalars)
 

@@ -11,7 +11,7 @@ from ksam_kernels.library import operator
 
 
 def _scalar(tensors: list[Tensor]) -> Tensor:
-    """Memory for a norm, float32, on the device of the first tensor; of none on the CPU."""
+    """Memory for a norm, float32, on the device of the first tensor; on the CPU without one."""
     device = tensors[0].device if tensors else "cpu"
     return torch.empty((), dtype=torch.float32, device=device)
 

@@ -23,8 +23,8 @@ _ROW = 4096  # below the size from which PyTorch splits one sum over threads
 
 
 def devices_of(args: Sequence[Any]) -> set[torch.device]:
-    """The devices of the tensors in an operator's lists. Where they are several, as those of a
-    model that is spread over them, other backends leave the call to this one."""
+    """The devices of the tensors in an operator's lists. If there are several, as for a model that
+    is spread over devices, other backends leave the call to this one."""
     return {
         item.device
         for arg in args
@@ -49,8 +49,8 @@ def global_norm(
     eta: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """sqrt(sum (T g)^2) with T = |w| + eta, a scalar of ``dtype``, on the first tensor's device;
-    the CPU without tensors, whatever the default device.
+    """sqrt(sum (T g)^2) with T = |w| + eta, a scalar of ``dtype``, on the first tensor's device; on
+    the CPU if there are no tensors, whatever the default device.
 
     In float64 no square of a float32 value leaves the range. In float32, for devices that have
     nothing wider, every element is divided by the largest one first.
@@ -65,7 +65,7 @@ def global_norm(
     peak = torch.ones((), dtype=dtype, device=device)
     if dtype == torch.float32 and scaled:
         peak = torch.stack([x.abs().amax().to(device) for x in scaled]).amax()
-        # 0, inf and NaN would make 0/0 or inf/inf of elements that say the right thing themselves.
+        # Dividing by 0, inf or NaN would make NaN of elements that are right as they are.
         peak = torch.where((peak > 0) & peak.isfinite(), peak, 1.0)
         scaled = [x / peak.to(x.device) for x in scaled]
     parts = [_ordered_sum(x.square()).to(device) for x in scaled]
@@ -95,9 +95,9 @@ def perturb_(
 ) -> Tensor:
     """backup <- w;  w <- w + rho * (g / n), adaptive w + rho * (T * (T g / n));  returns the norm.
 
-    n is the norm, but at least the smallest normal float32: below it a quotient would be inexact by
-    as much as the norm itself, and this way the weights only move less. A norm of 0, inf or NaN
-    leaves the weights as they are. If anything raises, they are what they were.
+    n is the norm, but at least the smallest normal float32: below it a quotient would be as inexact
+    as the norm itself; this way the weights only move less. A norm of 0, inf or NaN leaves the
+    weights as they are. If anything raises, they are what they were.
     """
     for p, b in zip(params, backup, strict=True):
         as_bits(b).copy_(as_bits(p))
@@ -133,10 +133,10 @@ def restore_(params: list[Tensor], backup: list[Tensor]) -> None:
 
 @contextmanager
 def restoring(params: list[Tensor], backup: list[Tensor]) -> Iterator[None]:
-    """Kernels within restore the weights; plain copies do, if there is no memory to load them.
+    """Kernels within restore the weights; if there is no memory to load them, plain copies do.
 
-    After a step that failed for want of memory its activations may still be held; a copy needs
-    none. Triton's errors are of no class of their own.
+    After a step that failed for want of memory, its activations may still be held; a copy needs no
+    memory. Triton's errors have no class of their own.
     """
     try:
         yield
@@ -156,7 +156,7 @@ def _store(target: Tensor, value: Tensor, kept: Tensor, found_inf: Tensor | None
 
 
 def _rate(lr: float, device_lr: Tensor | None, like: Tensor) -> float | Tensor:
-    """The number, or what the tensor holds in its place; a scalar of the device and dtype."""
+    """The number, or in its place the tensor, as a scalar of the device and dtype of ``like``."""
     return lr if device_lr is None else device_lr.to(like.device, like.dtype).reshape(())
 
 

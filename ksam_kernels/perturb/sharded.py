@@ -50,8 +50,8 @@ def _by_spread(tensors: TensorList) -> dict[Spread, list[int]]:
 
 
 def _as(name: str, i: int, tensor: Tensor, param: Tensor, written: bool) -> Tensor:
-    """The tensor, cut as the parameter is. What is only read may be brought there: a gradient that
-    is still a sum over ranks, say."""
+    """The tensor, cut as the parameter is. What is only read may be redistributed to that: a
+    gradient that is still to be summed over ranks, say."""
     if isinstance(tensor, DTensor) and isinstance(param, DTensor):
         if tensor.device_mesh == param.device_mesh and tensor.placements == param.placements:
             return tensor
@@ -117,7 +117,7 @@ def _parts(grads: TensorList, params: TensorList, adaptive: bool, eta: float) ->
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    """The tensor, with sums over ranks taken where they were still to be."""
+    """The tensor, with its pending sums over ranks taken."""
     if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
         return tensor
     placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
@@ -140,8 +140,8 @@ def perturb_(
     eta: float,
 ) -> Tensor:
     """Perturb by the norm over all ranks. Ranks that hold the same part move it by the same bits:
-    what is cut alike is perturbed together, and knows of the others by one norm that has the same
-    bits on all ranks which hold the part."""
+    what is cut alike is perturbed together, and all else enters by one norm, which has the same
+    bits on all ranks that hold the part."""
     weights, kept = _local("params", params, params), _local("backup", backup, params)
     parts = _parts(grads, params, adaptive, eta)
     done: list[int] = []

@@ -1,6 +1,6 @@
 """The Triton kernels for norm, perturbation and restore: one program for each chunk of each row.
 
-With restore and update in one they are in :mod:`ksam_kernels.perturb.triton_updates`.
+Those that restore and update in one are in :mod:`ksam_kernels.perturb.triton_updates`.
 
 Formulas are those of the reference, in its order. Nothing is contracted (the launches say so),
 float32 division and square root are IEEE's by name, and results are rounded once. ``records`` and
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ksam_kernels.triton_math import divide, double_of
 
-# Below it a quotient by the norm would be inexact by as much as the norm: the smallest normal one.
+# The smallest normal float32: below it a quotient by the norm would be as inexact as the norm.
 _SMALLEST = tl.constexpr(2.0**-126)
 _HEAD = tl.constexpr(4)  # triton_table.HEAD; kernels see no plain globals
 
@@ -128,8 +128,8 @@ def finish_norm_kernel(
 ):
     """sqrt(sum of the chunks' sums), added in the same order in every run. One program.
 
-    A launch of its own and not the last program of the norm's: between launches the order of
-    memory needs no fences, and there is no counter that an aborted launch could leave half-way.
+    A launch of its own and not the last program of the norm's: between launches memory is ordered
+    without fences, and there is no counter that an aborted launch could leave half-way.
     """
     totals = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):

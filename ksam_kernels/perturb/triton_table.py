@@ -1,14 +1,14 @@
 """Lists of tensors as tables on the device: what a Triton kernel needs to walk all rows in one go.
 
-A *row* is what belongs to one parameter, an operand of each list. Its record is
+A *row* is what belongs to one parameter: one operand from each list. Its record is
 ``[numel, first chunk, aligned, value, address of operand 0, address of operand 1, ...]`` in int64.
 The extension (csrc/perturb/inspect_python.cpp) makes the same records of the lists.
-Work is cut into chunks of CHUNK elements, one program each; ``chunk_rows`` says whose a chunk is.
+Work is cut into chunks of CHUNK elements, one program each; ``chunk_rows`` has each chunk's row.
 
-Tables hold addresses and sizes only, so one is right for every call with the same ones: they are
-kept by these, not by the tensors, and gradients that were freed and came back at their old
-addresses find theirs. The stream is part of the key, since neither the upload nor the reuse of a
-forgotten table's memory is ordered with other streams.
+Tables hold addresses and sizes only, so one is right for every call that has the same: they are
+cached by these, not by the tensors, and gradients that were freed and came back at their old
+addresses find their table. The stream is part of the key, since neither the upload nor the reuse of
+a forgotten table's memory is ordered with other streams.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Table(NamedTuple):
 
 
 def _chunk_rows(numels: Tensor, chunks: int) -> Tensor:
-    """The row of each chunk, of rows of so many elements."""
+    """The row of each chunk, for rows of so many elements."""
     rows = torch.arange(len(numels), dtype=torch.int32, device=numels.device)
     counts = (numels + (CHUNK - 1)) // CHUNK
     return rows.repeat_interleave(counts, output_size=chunks)
@@ -191,7 +191,7 @@ class Rows:
         return tuple(copies)
 
     def tables(self) -> list[Table]:
-        """A table for each combination of dtypes. In a graph they are new, and the graph's own."""
+        """A table for each combination of dtypes; in a capture new ones, which are the graph's."""
         if not self._records:
             return []
         device = self._rows[0][0].device

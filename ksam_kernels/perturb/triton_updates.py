@@ -216,8 +216,8 @@ def count_steps_kernel(
     found_inf,  # float32 [1] or None
     BLOCK: tl.constexpr,
 ):
-    """steps <- steps + 1, unless found_inf is not 0. After the update, whose programs all read
-    them: between launches the order is the stream's."""
+    """steps <- steps + 1, unless found_inf is not 0. Launched after the update, whose programs all
+    read them: the stream keeps launches in order."""
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = lanes < count
     if not _is_skipped(found_inf):

@@ -12,8 +12,8 @@ __all__ = ["topk_indices"]
 
 
 def check_k(k: int, batch_size: int) -> None:
-    """Raise TypeError or ValueError unless k is an int in [1, B]: one of the host, so that output
-    shapes never wait for the device."""
+    """Raise TypeError or ValueError unless k is an int in [1, B]: an int on the host, so that
+    output shapes never wait for the device."""
     check_int("k", k)
     if not 1 <= k <= batch_size:
         raise ValueError(f"k must be in [1, {batch_size}] for {batch_size} losses, got {k}")

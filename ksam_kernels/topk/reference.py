@@ -18,7 +18,7 @@ def topk_indices(
     """Indices [k] int64, ascending, of the k largest losses.
 
     A stable descending sort is exactly the order wanted: NaN first, -0 equal to +0, equal losses by
-    ascending index. GPUs sort by bits, so there is to be one NaN, positive, and one zero.
+    ascending index. GPUs sort by bits, so all NaN are made one positive NaN, and both zeros one.
     """
     if losses.device.type != "cpu":
         losses = losses.masked_fill(losses.isnan(), math.nan).masked_fill(losses == 0, 0.0)

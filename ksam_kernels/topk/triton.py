@@ -1,7 +1,7 @@
 """Top-k selection by Triton kernels: radix selection on losses in their order as signed integers.
 
 Positions follow from how many selected losses come before an index, so the result is ascending and
-no order of atomics shows in it.
+does not depend on the order of atomics.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ksam_kernels.triton_support import EXACT, most_warps, on_device_of
 
-#: Up to here one program selects, in one launch: its keys lie in registers, 32 a thread. Of float64
-#: half as many.
+#: Up to so many losses, one program selects, in one launch: its keys lie in registers, 32 a thread.
+#: For float64 it is half as many.
 ONE_PROGRAM = 32768
 #: Losses whose places it finds at once.
 STEP = 2048
-#: Losses that a program of a larger selection has at once.
+#: Losses that a program of a larger selection handles at once.
 BLOCK, WARPS = 4096, 16
 #: The most programs of a larger selection, each of which adds up what those before it selected.
 MOST_PROGRAMS = 1024
@@ -32,9 +32,9 @@ DIGITS = tl.constexpr(256)
 
 @triton.jit
 def keys_of(losses, i, stride, inside, LOWEST: tl.constexpr):
-    """Losses -> integers in their order: every NaN the largest, both zeros one; LOWEST outside,
-    which is no loss. In integers, so that no denormal is flushed; 16-bit floats as the float32 that
-    they equal.
+    """Losses -> integers in the same order: every NaN is the largest, both zeros are one; outside,
+    LOWEST, which no loss has. Computed in integers, so that no denormal is flushed; 16-bit floats
+    as the float32 that they equal.
     """
     x = tl.load(losses + i * stride, mask=inside, other=0)
     if losses.dtype.element_ty == tl.float64:
@@ -91,7 +91,7 @@ def select_kernel(
     STEP: tl.constexpr,
 ):
     """out <- indices of the k largest, ascending. By one program: the k-th largest key is found bit
-    by bit, the highest first, each of them by counting the keys from there on.
+    by bit, the highest first: a bit is set if at least k keys are not below the candidate with it.
 
     Bytes moved: each loss once, 8 k.
     """
@@ -110,8 +110,8 @@ def select_kernel(
     wanted = k - tl.sum((key > threshold).to(tl.int32), 0)
     greater_before = tl.full([], 0, tl.int32)
     equal_before = tl.full([], 0, tl.int32)
-    # Fewer at a time than were searched, and read again from the cache: addresses and counts of all
-    # would not have room in registers beside the keys.
+    # Fewer at a time than in the search, and read again from the cache: registers have no room for
+    # the addresses and counts of all beside the keys.
     for start in range(0, n, STEP):
         j = start + tl.arange(0, STEP)
         some = keys_of(losses, j.to(tl.int64), stride, j < n, LOWEST)
@@ -244,8 +244,8 @@ def topk_indices(
 ) -> Tensor:
     """Indices [k] int64, ascending, of the k largest losses.
 
-    Launches: 1 up to ONE_PROGRAM losses; above, zeros and one for each digit and two more: 7, for
-    float64 11.
+    Launches: 1 up to ONE_PROGRAM losses; above, one for the zeros, one for each digit and two more:
+    7, or 11 for float64.
     """
     n, out = losses.shape[0], losses.new_empty((k,), dtype=torch.int64)
     bits = 64 if losses.dtype == torch.float64 else 32

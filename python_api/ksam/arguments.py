@@ -60,7 +60,7 @@ def _check_samplers(ascent: object, descent: object, scale: str) -> None:
 
 
 def _check_comparisons(ascent: object, descent: object) -> None:
-    """Losses before the ascent are compared with those after it: of the same samples."""
+    """Losses that are compared before and after the ascent must be of the same samples."""
     if isinstance(ascent, LossIncrease):
         raise ValueError(
             f"ascent must not be LossIncrease, which selects by what the ascent did to the losses: "
@@ -95,7 +95,7 @@ def _check_when(when: object, otherwise: object) -> None:
 
 
 def _check_micro_batches(arguments: Composed) -> None:
-    """What is known only after the whole batch went by at once."""
+    """Refuse what cannot work in micro-batches."""
     size, statistics = arguments.micro_batch_size, arguments.statistics
     if size is None:
         return
@@ -133,7 +133,7 @@ def check_arguments(arguments: Composed) -> None:
     All but rho and ``grad_scaler``, which are checked where they are stored.
 
     Raises:
-        TypeError, ValueError: an argument out of its range, by name.
+        TypeError, ValueError: an argument out of its range; the message names it.
     """
     _check_choice("scale", arguments.scale, SCALES)
     _check_choice("statistics", arguments.statistics, STATISTICS)
@@ -221,7 +221,7 @@ def check_call(per_sample_loss: object, batch: object, advice: str = "") -> None
     """Check what a step is given.
 
     Args:
-        advice: ends the message where no batch was given.
+        advice: added to the end of the message if no batch was given.
 
     Raises:
         TypeError: no function, or no batch.
@@ -237,13 +237,13 @@ def check_batch(batch: Any, samples: int, takes_parts: bool, params: Iterable[Te
     """Check that every pass of a step can be given the batch.
 
     Args:
-        takes_parts: whether some samples are gathered from it, or go into micro-batches.
+        takes_parts: whether samples are gathered from it, or it is split into micro-batches.
         params: the optimizer's.
 
     Raises:
         ValueError: no samples, tensors with a graph, which the first pass would use up, or a
             parameter to take a part of.
-        TypeError: sparse and other tensors that nothing is gathered from.
+        TypeError: sparse and other tensors from which nothing can be gathered.
     """
     if samples == 0:
         raise ValueError("batch must hold at least one sample, got 0")

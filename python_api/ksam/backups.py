@@ -18,22 +18,22 @@ def _kinds(tensors: list[Tensor]) -> tuple[list[Any], ...]:
 
 
 def put_back(backup: dict[Tensor, Tensor]) -> None:
-    """The weights from their backup: perturbed parameter -> what it held before."""
+    """Restore the weights from ``backup``: perturbed parameter -> what it held before."""
     ksam_kernels.restore_(list(backup), list(backup.values()))
 
 
 class Backups:
-    """Kept between steps: stable addresses, and no allocation in the loop."""
+    """Backups kept between steps: stable addresses, and no allocation in the loop."""
 
     def __init__(self) -> None:
         self._of: dict[Tensor, Tensor] = {}
-        # Of the last call, which most are like.
+        # Those of the last call, which most calls repeat.
         self._params: list[Tensor] = []
         self._kinds = _kinds([])
         self._backups: list[Tensor] = []
 
     def of(self, params: list[Tensor], present: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """One for each of the parameters. Where there is a new one, those of parameters that are no
+        """A backup for each of the parameters. When one is new, those of parameters that are no
         longer ``present()`` are forgotten."""
         kinds = _kinds(params)
         if kinds == self._kinds and same(params, self._params):

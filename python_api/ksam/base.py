@@ -41,7 +41,7 @@ def build_base(
 
 
 def _check_taken(base: type[Optimizer], base_kwargs: dict[str, Any]) -> None:
-    """Check that the class has arguments of these names; Python's own message knows no method."""
+    """Check that the class has these arguments; Python's message would not mention the method."""
     taken = inspect.signature(base).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
         return
@@ -66,7 +66,7 @@ def parameters(entries: Iterable[Any]) -> list[Tensor]:
 
 
 def entries(group: Mapping[str, Any]) -> list[tuple[str | None, Any]]:
-    """A group's parameters with the names that it has for them; numbers in a checkpoint's group."""
+    """A group's parameters (numbers in a checkpoint's group), each with its name, if it has one."""
     params = group.get("params", ())
     params = [params] if isinstance(params, Tensor) else params
     named = zip_longest(params, group.get("param_names", ()))
@@ -111,14 +111,14 @@ def check_base(base: Optimizer) -> None:
 
 
 def _extent(p: Tensor) -> int:
-    """Elements from the first to the last in memory, those between that are others' included."""
+    """Elements from the first to the last in memory, including others' in between."""
     return 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
 
 
 def check_no_overlap(params: Sequence[Tensor]) -> None:
     """Two parameters on the same memory would be perturbed twice and restored once."""
     parts = map(local, params)
-    # Those of meta and fake tensors are at 0.
+    # Meta and fake tensors have the address 0.
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + _extent(p) * p.itemsize, i)
         for i, p in enumerate(parts)

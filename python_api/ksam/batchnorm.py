@@ -26,13 +26,13 @@ def _updating(modules: Iterable[nn.Module]) -> list[_BatchNorm]:
 
 
 def _is_made(norm: _BatchNorm) -> bool:
-    """Not so for a LazyBatchNorm that no forward has made yet."""
+    """False for a LazyBatchNorm that no forward has made yet, else True."""
     mean = norm._buffers["running_mean"]
     return mean is None or not is_lazy(mean)
 
 
 def _settings(norm: _BatchNorm) -> dict[str, Any]:
-    """What :data:`SETTINGS` are now, among others."""
+    """The present values of :data:`SETTINGS`, among others."""
     settings = vars(norm).copy()
     settings["_buffers"] = settings["_buffers"].copy()
     return settings
@@ -55,7 +55,7 @@ def _average(of_batch: Mapping[_BatchNorm, Statistics]) -> None:
         for running, new in zip(_running(norm), statistics, strict=True):
             if norm.momentum is None:  # a cumulative average; its count is on the device
                 assert norm.num_batches_tracked is not None
-                # 0 where nothing has used it yet: it keeps its statistics.
+                # The count is 0 if no forward has used the module: its statistics stay.
                 running += (new - running) / norm.num_batches_tracked.clamp_min(1)
             else:
                 runnings, news = by_weight.setdefault(norm.momentum, ([], []))
@@ -66,7 +66,7 @@ def _average(of_batch: Mapping[_BatchNorm, Statistics]) -> None:
 
 
 def _can_match(norm: _BatchNorm) -> bool:
-    """:class:`Matched` stands in for BatchNorm's own forward, not for what others made of it."""
+    """:class:`Matched` stands in for BatchNorm's own forward, not for one that replaces it."""
     return type(norm).forward is _BatchNorm.forward and "forward" not in vars(norm)
 
 
@@ -81,17 +81,17 @@ class Norms:
     ``track_running_stats``) are handled.
 
     Args:
-        model: the module that holds it; None: nothing is changed, every pass is as the model is.
+        model: the module that holds it; None: nothing is changed, every pass runs the model as is.
         statistics: what passes over a subset normalize with. ``"subset"``: its own statistics.
             ``"matched"``: its own, then scaled and shifted so that the ascent's activations are
-            normalized as in the pass over the whole batch (:class:`Matched`); where none came
-            before, or the ascent is not on the subset, as ``"subset"``, and so are modules whose
+            normalized as in the pass over the whole batch (:class:`Matched`). It is ``"subset"``
+            if no such pass came before or the ascent is not on the subset, and for modules whose
             forward is not BatchNorm's own (SyncBatchNorm, a norm with its activation).
             ``"full"``: those of the pass over the whole batch, as constants (their variance is the
             unbiased one, as in running statistics). ``"running"``: the running ones, as in
-            evaluation. A module that is called more than once in the pass over the whole batch has
-            no one set of statistics, nor has one that a ``functional_call`` gives buffers of the
-            caller's: they are as ``"subset"`` where that is noticed (:class:`Watched`).
+            evaluation. A module has no single set of statistics if it is called more than once in
+            the pass over the whole batch, or if a ``functional_call`` gives it buffers of the
+            caller's: it is as ``"subset"`` where that is noticed (:class:`Watched`).
         kept: what ``"matched"`` and ``"full"`` keep between steps.
     """
 
@@ -104,13 +104,13 @@ class Norms:
         self._before = {norm: _settings(norm) for norm in self.modules}
         self._of_batch: dict[_BatchNorm, Statistics] = {}
         self._has_matched = False
-        # Which would take rank 0's statistics in place of the batch's own, or of the running ones
-        # that the pass before had.
+        # DistributedDataParallel would put rank 0's statistics in place of the batch's own, or of
+        # the running ones that the pass before had.
         constant = statistics in ("full", "running")
         self._wrapped = distributed.data_parallel(model) if constant else []
 
     def put_back(self, *names: str) -> None:
-        """The modules' settings of these names as they were when the step began."""
+        """Put the modules' settings of these names back to what they were before the step."""
         for norm, before in self._before.items() if names else ():
             settings = vars(norm)
             for name in names:
@@ -132,7 +132,7 @@ class Norms:
         if not norms:
             yield
             return
-        # Before others stand in their place, which DistributedDataParallel would take for them.
+        # Before others replace them, which DistributedDataParallel would take for them.
         distributed.sync_buffers(self._wrapped)
         with (
             distributed.own_buffers(self._wrapped),
@@ -140,7 +140,7 @@ class Norms:
         ):
             for norm in norms:
                 self._watch(norm)
-                # Buffers of its own, as the backward pass wants to find them as they were. They
+                # Buffers of its own, as the backward pass must find them unchanged. They
                 # become the batch's statistics, or stay the running ones where the pass does not
                 # call the module.
                 mean, var = map(torch.clone, _running(norm))
@@ -156,7 +156,7 @@ class Norms:
             self._kept.watched[norm] = Watched(norm)
         watched = self._kept.watched[norm]
         watched.start(self._before[norm].get("forward"), self._on_forward)
-        # A method, not an object to call: torch.compile has one program for all modules with that.
+        # A method, not a callable object: torch.compile then has one program for all modules.
         vars(norm)["forward"] = watched.forward
 
     def _on_forward(self, norm: _BatchNorm, again: bool) -> None:
@@ -178,9 +178,9 @@ class Norms:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """The backward pass of :meth:`updating`: activation checkpointing forwards in it again.
+        """The backward pass of :meth:`updating`: activation checkpointing runs forwards again.
 
-        Without weight for the new and without the count, no forward changes running statistics.
+        With momentum 0 and without the count, these change no running statistics.
         """
         with interrupts.undone(lambda: self.put_back("momentum", "_buffers")):
             self.put_back("forward")
@@ -202,7 +202,7 @@ class Norms:
             interrupts.undone(lambda: self.put_back("track_running_stats")),
         ):
             # As plain attributes, without nn.Module's search for a parameter of that name. A lazy
-            # module's first pass, which makes its statistics, counts: it makes none without.
+            # module's first pass updates its statistics, which it would not make otherwise.
             for norm in filter(_is_made, self.modules):
                 vars(norm)["track_running_stats"] = False
             yield
@@ -236,10 +236,10 @@ class Norms:
 class Matched:
     r"""A module's forward with Batch Renormalization (Ioffe 2017) to the whole batch's statistics.
 
-    With :math:`r = \sigma_S / \sigma` and :math:`d = (\mu_S - \mu) / \sigma` is
+    With :math:`r = \sigma_S / \sigma` and :math:`d = (\mu_S - \mu) / \sigma`,
     :math:`\frac{x - \mu_S}{\sigma_S} r + d = \frac{x - \mu}{\sigma}`: the values are those of the
     whole batch's :math:`\mu, \sigma`, but the gradient is BatchNorm's, through :math:`\mu_S` and
-    :math:`\sigma_S`, as r and d are constants: at the perturbed weights those of the unperturbed.
+    :math:`\sigma_S`, as r and d are constants (those of the unperturbed weights in both passes).
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
@@ -250,9 +250,9 @@ class Matched:
         self.d: Tensor | None = None
 
     def start(self, of_batch: Statistics, part: float, perturbed: bool) -> None:
-        """A pass: the whole batch's mean and unbiased variance, and how much of it is seen."""
+        """Begin a pass, given the whole batch's mean, unbiased variance, and the part it sees."""
         self.of_batch, self.part, self.perturbed = of_batch, part, perturbed
-        if not perturbed:  # those of the step before, if the pass does not call the module
+        if not perturbed:  # else those of the last step would stay if the pass skips the module
             self.r = self.d = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class Matched:
         norm, x = self.norm, input
         if not self.perturbed:
             mean, var = self.of_batch
-            values = x.numel() / x.shape[1] / self.part  # of a channel, in the whole batch
+            values = x.numel() / x.shape[1] / self.part  # per channel, in the whole batch
             biased = var * (1 - 1 / values)  # as the pass over the whole batch normalizes with
             self.r, self.d = _match(x, (mean, biased), norm.eps)
         if self.r is None or self.d is None:  # the ascent's pass did not call it
@@ -286,7 +286,7 @@ def _match(x: Tensor, of_batch: Statistics, eps: float) -> tuple[Tensor, Tensor]
 class Watched:
     """A module's forward in the pass that updates, which reports each call.
 
-    By the second time its buffers hold the statistics of the first, which it would overwrite.
+    By the second call its buffers hold the first one's statistics, which it would overwrite.
     Programs of ``torch.compile`` do not report: there a module used twice is updated from its last
     use, and all its uses are matched to that one.
     """
@@ -297,7 +297,7 @@ class Watched:
     def start(
         self, own: Callable[..., Tensor] | None, on_forward: Callable[[_BatchNorm, bool], None]
     ) -> None:
-        """A pass; ``own`` is the module's forward, if it has another than its class."""
+        """Begin a pass; ``own`` is the module's forward, if it is not its class's."""
         self.own, self.on_forward, self.calls = own, on_forward, 0
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
@@ -329,7 +329,7 @@ class Snapshot:
         buffers = [b for norm in norms.modules for b in norm._buffers.values() if b is not None]
         if not same(buffers, self._buffers):  # .to() gives a module new ones
             made = [b for b in buffers if not is_lazy(b)]
-            # A pass makes the lazy ones, in the same objects: then they are looked at again.
+            # The lazy ones will be made in the same objects: look again until they are.
             self._buffers = buffers if len(made) == len(buffers) else []
             self._by_kind = _with_copies(made)
         for saved, of_kind in self._by_kind:
@@ -342,8 +342,8 @@ class Snapshot:
 
 
 def _with_copies(buffers: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Memory for copies, and what they are of, by device and dtype: on a GPU torch copies lists of
-    one kind in one launch, and others, as statistics and counts together, one by one."""
+    """Memory for copies, and what is copied, by device and dtype: on a GPU torch copies a list of
+    one kind in one launch, but a mixed one, such as statistics with counts, one by one."""
     kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for buffer in buffers:
         saved, of_kind = kinds.setdefault((buffer.device, buffer.dtype), ([], []))
@@ -365,14 +365,14 @@ def anything_is_compiled() -> bool:
 def detector(watch: bool) -> Iterator[list[nn.Module]]:
     """Collects the BatchNorm modules that update their statistics within, if it is to watch.
 
-    Watching hooks every module call of the process, of other threads too, which one pass can
-    afford, not every step. ``torch.compile`` would compile modules once more for the hooks.
+    Watching hooks every module call in the process, in other threads too: one pass can afford that,
+    but not every step. ``torch.compile`` would compile modules once more for the hooks.
     """
     seen: list[nn.Module] = []
     if not watch:
         yield seen
         return
-    # Not the number of the thread: torch.compile warns that it cannot trace what gives it.
+    # Not the thread's identifier: torch.compile warns that it cannot trace the call for it.
     of_thread = threading.local()
     of_thread.watches = True
 

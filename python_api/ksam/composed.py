@@ -23,12 +23,12 @@ from ksam.wrapper import OptimizerWrapper
 from ksam_kernels.warn import warn
 
 _PARTS = ("ascent", "descent", "geometry", "when", "otherwise")
-#: What is checked when it is set.
+#: Attributes that are checked whenever they are set.
 OPTIONS = (*_PARTS, "scale", "statistics", "model", "micro_batch_size", "seed")
 
 
 class Composed(OptimizerWrapper):
-    """The parts of :class:`ksam.optimizer.SharpnessAware`, which has the arguments."""
+    """The parts of :class:`ksam.optimizer.SharpnessAware`, which documents the arguments."""
 
     ascent: Sampler | Momentum | None
     descent: Sampler | None
@@ -45,7 +45,7 @@ class Composed(OptimizerWrapper):
     _told: set[str]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; an option is checked as the constructor checks it, also later on."""
+        """Set an attribute; options are then checked as the constructor checks them."""
         if name == "rho" and self._built and self._perturbs() and not hasattr(type(self), name):
             raise AttributeError(f"rho stands in param_groups: set it there, got rho = {value!r}")
         before = vars(self).get(name)
@@ -58,12 +58,12 @@ class Composed(OptimizerWrapper):
             except BaseException:
                 super().__setattr__(name, before)
                 raise
-            if name in _PARTS:  # a checkpoint that has no state of it brings this one back
+            if name in _PARTS:  # loading a checkpoint without its state restores this one
                 self._initial[name] = copy.deepcopy(self._states().get(name, {}))
 
     @property
     def grad_scaler(self) -> GradScaler | None:
-        """What scales the losses of both gradients; may be set, where a trainer makes it late."""
+        """What scales the losses of both gradients; may be set, as some trainers make it late."""
         return self._update.scaler
 
     @grad_scaler.setter
@@ -90,7 +90,7 @@ class Composed(OptimizerWrapper):
         return (ascent + 3 * self.ascent.num_evaluated(samples, step)) / (3 * samples)
 
     def num_selected(self, samples: int, step: int | None = None) -> int:
-        """How many of ``samples`` a sharpness-aware step selects; all, where it selects none."""
+        """How many of ``samples`` a sharpness-aware step selects; all if it makes no selection."""
         step = self.steps_done if step is None else step
         return self._selector(samples, step).num_selected(samples, step)
 
@@ -111,8 +111,8 @@ class Composed(OptimizerWrapper):
             check_names(group, self.model)
 
     def _check_batch(self, batch: Any, samples: int, params: list[Tensor]) -> None:
-        """Refuse what a pass of this or of a later step could not take: a step that selects no
-        samples too, so that the error comes in the first step and not epochs later."""
+        """Refuse what a pass of this or a later step could not take, also in a step that selects no
+        samples, so that the error comes in the first step and not epochs later."""
         selects = samples > 0 and self.num_selected(samples) < samples
         check_batch(batch, samples, selects or self.micro_batch_size is not None, params)
         for sampler in self._samplers():
@@ -139,14 +139,14 @@ class Composed(OptimizerWrapper):
                     part.rho.of(group)
 
     def _probes(self) -> bool:
-        """Whether the step's share is for a policy."""
+        """Whether a policy asks for the step's share."""
         return isinstance(self.when, Policy) and self.when.wants_share(self.steps_done)
 
     def _wants_share(self, sharp: bool) -> bool:
         return self.report_share or (sharp and self.scale == "share") or self._probes()
 
     def _share(self, passes: Passes, sharp: bool) -> Tensor | None:
-        """What the selection carries, where somebody asks and a pass over the batch tells."""
+        """The selection's share, if it is wanted and a pass over the batch makes it known."""
         if not self._wants_share(sharp) or not passes.knows_the_batch:
             return None
         sampler = self._selector(passes.samples, passes.step)
@@ -155,7 +155,7 @@ class Composed(OptimizerWrapper):
     def _factor(
         self, passes: Passes, subset: Subset, share: Tensor | None
     ) -> Tensor | float | None:
-        """What ``scale`` multiplies the descent's mean loss by, None: nothing.
+        """What ``scale`` multiplies the descent's mean loss by; None: by nothing.
 
         Args:
             share: that of the step's selection, if it is known.
@@ -167,15 +167,15 @@ class Composed(OptimizerWrapper):
             return factor
         if subset is not passes.subset:  # the ascent has a selection of its own
             share = passes.share(subset.indices)
-        # A share of nothing is NaN: where no sample has a gradient.
+        # The share is NaN where no sample has a gradient.
         return torch.where(share > 0, factor / share, factor)
 
     def _probe(self, share: Tensor | None) -> Tensor | None:
-        """What a policy that asked for the share is told, on all ranks the same."""
+        """What a policy that asked for the share is told; the same on all ranks."""
         if share is None or not self._probes():
             return None
         mean = mean_over_ranks(share, self.model, self._parameters())
-        if mean is share and has_ranks():  # of which neither the model nor the parameters tell
+        if mean is share and has_ranks():  # but neither the model nor the parameters show it
             self._tell(
                 "the policy decides by this rank's samples alone: pass the DistributedDataParallel "
                 "as model=, or ranks that train one model take different steps"
@@ -183,8 +183,8 @@ class Composed(OptimizerWrapper):
         return mean
 
     def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:
-        """The step can fail no more: now what the parts learn from it is final too."""
-        # First, as the step is done whatever a part makes of it.
+        """Let the parts learn from the step, which can no longer fail."""
+        # First: the step is done, whatever the parts make of it.
         self.steps_done += 1
         for sampler in self._samplers():
             sampler.observe(passes)
@@ -192,9 +192,9 @@ class Composed(OptimizerWrapper):
             self.when.observe(passes.step, cost, probe)
 
     def _look_for_gradients(self) -> None:
-        """Warn, once, of a step that trains nothing, after its descent pass."""
+        """Warn once, after the descent pass, if the step trains nothing."""
         params = (p for group in self.param_groups for p in group["params"])
-        if not any(p.grad is not None for p in params):  # mostly the first one has
+        if not any(p.grad is not None for p in params):  # usually the first one has a gradient
             self._tell(
                 "the step trains nothing: the function used none of the optimizer's parameters "
                 "that require grad; if it should, build the optimizer after the model is copied, "
@@ -202,7 +202,7 @@ class Composed(OptimizerWrapper):
             )
 
     def _look_for_momentum(self) -> None:
-        """Warn, once, of weights that do not move as their momentum is not where it is looked for.
+        """Warn once if weights do not move because no momentum is found where it is looked for.
 
         No state at all is no error by itself: there is none before the base's first update.
         """

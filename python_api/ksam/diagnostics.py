@@ -24,7 +24,7 @@ from ksam_kernels.checks import check_count
 
 
 class Diagnostics:
-    """Counts and averages over the steps of a run, and writes a row every so many.
+    """Keeps counts and averages over the steps of a run, and writes a row every so many steps.
 
     Call it after every step::
 
@@ -32,12 +32,12 @@ class Diagnostics:
         result = optimizer.step(loss, batch)
         diagnostics(result, loss, batch)
 
-    A row has ``step``, ``loss`` and ``grad_norm`` of its own step, and over the steps since the row
-    before: ``sharp``, the fraction of sharpness-aware steps; ``cost``, the mean cost of a step in
-    units of a plain one; ``share``, the mean share of the batch's gradient bounds that the
-    selection carries (see :class:`ksam.Representative`; NaN where no step knows it); and, of its
-    own batch, ``alignment`` (:func:`alignment` of as many samples as a sharpness-aware step
-    selects; NaN if that is all of them, or it is turned off). Between rows nothing waits for the
+    A row has the ``step``, ``loss`` and ``grad_norm`` of its own step. Over the steps since the
+    last row, it has ``sharp``, the fraction of sharpness-aware steps; ``cost``, the mean cost of a
+    step in units of a plain one; and ``share``, the mean share of the batch's gradient bounds that
+    the selection carries (see :class:`ksam.Representative`; NaN where no step knows it). Of its own
+    batch it has ``alignment`` (:func:`alignment` of as many samples as a sharpness-aware step
+    selects; NaN if that is all of them, or if it is turned off). Between rows nothing waits for the
     device. Neither the averages nor the counts of samples are part of a checkpoint: a resumed run
     counts from zero.
 
@@ -45,14 +45,14 @@ class Diagnostics:
         optimizer: any of the family. Its steps report their share from now on.
         writers: called with every row.
         every: steps between rows, >= 1.
-        measure_alignment: costs two forward and two backward passes over the batch for every row.
-            Not with FSDP2.
+        measure_alignment: whether rows have ``alignment``, which costs two forward and two backward
+            passes over the batch for every row. Not with FSDP2.
         dataset_size: samples in the data set, to count how often each is selected; None: not
             counted.
-        index: where a batch has the indices of its samples: a key or a function.
+        index: how to get the indices of a batch's samples: a key of it, or a function.
 
     Raises:
-        TypeError, ValueError: an argument out of its range, by name.
+        TypeError, ValueError: an argument out of its range; the message names it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Diagnostics:
         self._shares: list[Tensor] = []
 
     def __call__(self, result: StepResult, per_sample_loss: PerSampleLoss, batch: Any) -> None:
-        """Take in a step; writes a row where it is time.
+        """Take in a step, and write a row when one is due.
 
         Args:
             result: what the step returned.
@@ -169,9 +169,9 @@ class Diagnostics:
         """Draw all rows so far, and how often samples were selected, on one page.
 
         Args:
-            path: of the image; its ending says which format (``.png``, ``.pdf``, ``.svg``).
-            highlight: indices of samples, int64, to tell from the others: known wrong labels, a
-                class.
+            path: of the image; its suffix decides the format (``.png``, ``.pdf``, ``.svg``).
+            highlight: indices of samples, int64, to set apart from the others: those with known
+                wrong labels, say, or of one class.
 
         Raises:
             ImportError: the package matplotlib is not installed.

@@ -19,12 +19,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def _imported(module: str, name: str) -> Any:
-    """A class whose module takes a second to import; None where nobody has, so there is none."""
+    """A class whose module takes a second to import; None if nobody did: it has no instances."""
     return getattr(sys.modules.get(module), name, None)
 
 
 def _all(model: nn.Module | None, kind: type[M]) -> list[M]:
-    """The modules of that kind that a model is or has, behind ``torch.compile`` for one."""
+    """The modules of that kind that a model is or has, behind ``torch.compile``, say."""
     modules = () if model is None else model.modules()
     return [module for module in modules if isinstance(module, kind)]
 
@@ -66,8 +66,8 @@ def mean_over_ranks(value: Tensor, model: nn.Module | None, params: list[Tensor]
     """The mean over the ranks of a DistributedDataParallel model, or of parameters that are
     DTensors; else the value itself.
 
-    Each rank sees samples of its own. A decision by a number that differs between them would have
-    some call the model more often than others, and wait for each other for ever.
+    Each rank sees its own samples. If ranks decided by a number that differs between them, some
+    would call the model more often than others, and they would wait for each other forever.
     """
     for group in _groups(model, params):
         total = value.clone()
@@ -117,8 +117,8 @@ def own_buffers(wrapped: list[DistributedDataParallel]) -> Iterator[None]:
 def apart(model: nn.Module | None) -> Iterator[None]:
     """Passes within are a rank's own, and nothing of them is left in DistributedDataParallel.
 
-    Ranks need not all make them: no gradient is averaged, and no buffers come from rank 0, now or
-    because of what a pass here has left.
+    Not all ranks need to make them: no gradient is averaged, and no buffers come from rank 0, now
+    or later because of a pass here.
     """
     wrapped = data_parallel(model)
     if not wrapped:
@@ -165,7 +165,7 @@ def averaged(model: nn.Module | None, params: list[Tensor], accumulates: bool) -
 
 
 def _sharded_modules(model: nn.Module | None, params: list[Tensor]) -> list[Any]:
-    """FSDP2's, if the parameters are DTensors; the outer ones before those in them."""
+    """FSDP2's modules, if the parameters are DTensors; outer ones before those inside them."""
     if model is None or first_dtensor(params) is None:
         return []
     from torch.distributed.fsdp import FSDPModule  # takes a second, which most need not wait for
@@ -174,8 +174,8 @@ def _sharded_modules(model: nn.Module | None, params: list[Tensor]) -> list[Any]
 
 
 def check_synchronizes(model: nn.Module | None, params: list[Tensor]) -> None:
-    """Check that FSDP2 averages gradients: where it does not, it leaves none to climb along, and
-    adds it to that of a later pass.
+    """Check that FSDP2 averages gradients: otherwise it leaves none to climb along, and adds this
+    pass's to that of a later one.
 
     Raises:
         RuntimeError: ``set_requires_gradient_sync(False)`` or ``set_requires_all_reduce(False)``.
@@ -199,18 +199,18 @@ def check_synchronizes(model: nn.Module | None, params: list[Tensor]) -> None:
 def reshard(model: nn.Module | None, params: list[Tensor]) -> None:
     """FSDP2's modules forget the weights that they have gathered, and gather them in the next pass.
 
-    A forward pass without gradients leaves those of the outermost module where they are, which are
-    others than the ranks hold once they have moved.
+    A forward pass without gradients leaves the gathered weights of the outermost module in place;
+    once the weights have moved, those are not what the ranks hold.
     """
     for module in _sharded_modules(model, params):
         module.reshard()
 
 
 def reset_after_failure(model: nn.Module | None, params: list[Tensor]) -> None:
-    """:func:`reshard` after a pass that broke off, in the midst of which FSDP2's modules are.
+    """:func:`reshard` after a pass that broke off, which left FSDP2's modules in the middle of it.
 
-    PyTorch can end that from 2.13 on, but for the gradients of gathered weights, which the next
-    backward pass would add to: modules that are in a pass have these weights for parameters.
+    From 2.13 on PyTorch can end that, except for the gradients of gathered weights, to which the
+    next backward pass would add: in a pass, these weights are the modules' parameters.
     """
     within: set[nn.Module] = set()
     for module in _sharded_modules(model, params):

@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 @dataclass
 class Moving:
-    """Parameters with a direction, one entry of every list for each of them.
+    """Parameters that have a direction; every list has one entry for each of them.
 
     Attributes:
         params: the weights w.
         directions: the ascent direction g.
         backup: receives w.
         radii: rho, that of the parameter's group.
-        names: of the parameters; empty where nobody gave them.
+        names: of the parameters; empty if they were not given.
     """
 
     params: list[Tensor]
@@ -63,7 +63,7 @@ class Moving:
 
 
 class Geometry(Part):
-    r"""Perturbs by :math:`\rho\, g / \lVert g \rVert_2`, or ASAM's form with one T for all.
+    r"""Perturbs by :math:`\rho\, g / \lVert g \rVert_2`, or in ASAM's form with one T for all.
 
     Args:
         adaptive: :math:`\rho\, T^2 g / \lVert T g \rVert_2` with :math:`T = |w| + \eta` for every
@@ -71,8 +71,8 @@ class Geometry(Part):
         eta: the floor of T, >= 0.
 
     Raises:
-        TypeError: ``adaptive`` that is no bool.
-        TypeError, ValueError: a negative, non-finite or non-numeric eta, or one that is not used.
+        TypeError: an ``adaptive`` that is not a bool.
+        TypeError, ValueError: a negative, non-finite or non-numeric eta; one without ``adaptive``.
     """
 
     needs_names = False
@@ -86,7 +86,7 @@ class Geometry(Part):
             raise ValueError(f"eta is used with adaptive=True only, got {eta!r} without")
 
     def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:
-        """Perturb; every moved parameter stands in ``moved`` with its backup, also on a failure.
+        """Perturb, and enter moved parameters into ``moved`` with their backup, even on a failure.
 
         Args:
             seed: what random choices depend on.
@@ -103,7 +103,7 @@ class Geometry(Part):
         adaptive: bool,
         norm_of_others: Tensor | None = None,
     ) -> Tensor:
-        """``ksam_kernels.perturb_``; the norm may include that of others, given in ``T g``."""
+        """``ksam_kernels.perturb_``; the norm may include that of other tensors' ``T g``."""
         lists = (moving.params, moving.directions, moving.backup, moving.radii)
         if norm_of_others is not None:
             lists = with_extra_norm(*lists, norm_of_others, adaptive, self.eta)
@@ -125,15 +125,15 @@ class NamedAdaptive(Geometry):
 
     .. math:: \epsilon = \rho\, T^2 g / \lVert T g \rVert_2
 
-    with one norm over all. Biases, whose T is 1, are perturbed too. Each kind is given the other's
-    norm in float32, also where the weights are float64.
+    with one norm over all. Biases, whose T is 1, are perturbed too. Each of the two kinds is given
+    the other's norm in float32, even where the weights are float64.
 
     Args:
         eta: the floor of T, >= 0.
         scaled: which parameters have T = |w| + eta, by name; default: :func:`named_weight`.
 
     Raises:
-        TypeError, ValueError: a bad eta, or scaled that is no function.
+        TypeError, ValueError: a bad eta, or a ``scaled`` that is not a function.
     """
 
     needs_names = True
@@ -159,7 +159,7 @@ class NamedAdaptive(Geometry):
         if not others.params:
             return self._climb(weights, moved, adaptive=True)
         norm = self._climb(weights, moved, adaptive=True, norm_of_others=norm_of_others)
-        # NaN where the norm is 0, inf or NaN, of which nothing moves.
+        # NaN where the norm is 0, inf or NaN; then nothing moves.
         cosine = norm_of_others / norm
         norm_of_weights = norm * (1 - cosine * cosine).clamp_min(0).sqrt()
         self._climb(others, moved, adaptive=False, norm_of_others=norm_of_weights)
@@ -170,8 +170,8 @@ class StochasticWeights(Geometry):
     r"""ESAM's stochastic weight perturbation (Du et al. 2022), by whole tensors.
 
     Every tensor is perturbed with probability :math:`\beta`, by
-    :math:`\frac{\rho}{\beta} g / \lVert g \rVert_2` with the norm of those that are (the paper
-    draws coordinates, its authors' code tensors). If none is drawn, none moves.
+    :math:`\frac{\rho}{\beta} g / \lVert g \rVert_2`, with the norm over the tensors drawn (the
+    paper draws coordinates, its authors' code whole tensors). If none is drawn, none moves.
 
     Args:
         beta: in (0, 1].

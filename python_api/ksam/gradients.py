@@ -22,8 +22,8 @@ def clear(params: Sequence[Tensor]) -> None:
 
 @contextmanager
 def set_aside(params: list[Tensor]) -> Iterator[bool]:
-    """Within, ``.grad`` is None at first; then it is again what it was, views the same views.
-    Yields whether that is anything."""
+    """Within, ``.grad`` is None at first; afterwards it is again what it was, views the same views.
+    Yields whether there was any."""
     aside = [(p, grad, _copy_of_view(grad)) for p in params if (grad := p.grad) is not None]
     try:
         for p, _, _ in aside:

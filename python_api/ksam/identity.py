@@ -1,4 +1,4 @@
-"""What every step asks of its tensors, whose ``==`` and ``hash`` are slow or not a bool."""
+"""Whether tensors are the same, asked in every step: ``==`` and ``hash`` are slow or no bool."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What `signal` is made of: without its enumerations, ten times as fast.
+# What `signal` is built on: without the enumerations, it is ten times as fast.
 import _signal  # type: ignore[import-not-found]
 import signal
 import threading
@@ -36,7 +36,7 @@ def deferred() -> Iterator[None]:
     arrived: dict[int, FrameType | None] = {}
 
     try:
-        # Twice, as in undone(): the first handler that is back may raise.
+        # Twice, as in undone(): the first handler put back may raise.
         try:
             for number in handlers:
                 _signal.signal(number, arrived.setdefault)
@@ -51,7 +51,7 @@ def deferred() -> Iterator[None]:
 
 
 def _call_all(calls: list[tuple[Callable[..., Any], int, Any]]) -> None:
-    """What one of them raises, or a handler that is back, does not keep the others away."""
+    """Make all the calls, even if one of them raises, or a handler that was put back."""
     if calls:
         function, number, argument = calls[0]
         try:
@@ -64,7 +64,7 @@ def _call_all(calls: list[tuple[Callable[..., Any], int, Any]]) -> None:
 def undone(undo: Callable[[], None]) -> Iterator[None]:
     """Calls ``undo`` on leaving; it may be called twice.
 
-    In a ``finally`` alone Ctrl-C may arrive on the way to its first statement, which then never
+    With a ``finally`` alone, Ctrl-C may arrive on the way to its first statement, which then never
     runs.
     """
     try:

@@ -1,4 +1,4 @@
-"""Measurements at the weights of a moment: how flat they are, and what a selection stands for."""
+"""Measurements at the current weights: how flat they are, and what a selection stands for."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def alignment(
 ) -> Tensor:
     r"""Cosine of the k highest-loss samples' gradient with the batch's, a float32 scalar.
 
-    Each is taken in forward and backward passes of its own, at the present weights and with the
-    same random draws, by micro-batches of the optimizer's ``micro_batch_size``. ``.grad`` and the
-    states of PyTorch's random generators are left alone, and with the optimizer's ``model``
-    BatchNorm's running statistics; without it the passes update them, as any forward does.
+    Each gradient is taken in its own forward and backward passes, at the current weights and with
+    the same random draws, in micro-batches of the optimizer's ``micro_batch_size``. ``.grad`` and
+    the states of PyTorch's random generators are left alone. So are BatchNorm's running statistics
+    if the optimizer has its ``model``; without it the passes update them, as any forward does.
 
     Raises:
         TypeError, ValueError: k outside [1, M].
@@ -83,7 +83,7 @@ def _taken_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Of two lists as one vector each, a float32 scalar. Of unit vectors: no product underflows."""
+    """Of two lists as one vector each, a float32 scalar. Normalized, so no product underflows."""
     norms = ksam_kernels.grad_norm(a), ksam_kernels.grad_norm(b)
     dots = []
     for pair in zip(a, b, strict=True):
@@ -93,20 +93,20 @@ def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 def check_whole(name: str, params: Sequence[Tensor]) -> None:
-    """Raise NotImplementedError for parameters of which this rank has a part."""
+    """Raise NotImplementedError for parameters of which this rank holds only a part."""
     if first_dtensor(params) is not None:
         raise NotImplementedError(f"{name} needs whole parameters, got DTensors, as FSDP2 makes")
 
 
 def _random_state_kept(params: Iterable[Tensor]) -> AbstractContextManager[None]:
-    """What dropout draws within is drawn again afterwards: a run is the same as without."""
+    """Restore the generators on leaving: a run goes on as if dropout had drawn nothing within."""
     devices = {p.device for p in params} - {torch.device("cpu")}
-    kind = next((device.type for device in devices), "cuda")  # of no device, on the CPU
+    kind = next((device.type for device in devices), "cuda")  # no devices: all on the CPU
     return torch.random.fork_rng(devices, device_type=kind)
 
 
 def _losses(per_sample_loss: PerSampleLoss, batch: Any) -> Tensor:
-    weight_caches.drop()  # of other weights, or without gradients
+    weight_caches.drop()  # those of other weights, or made without gradients
     output = per_sample_loss(containers_copied(batch))
     return per_sample(output, ksam_kernels.batch_size(batch))[0]
 
@@ -115,7 +115,7 @@ class Sharpness(NamedTuple):
     """How the mean loss rises around a solution.
 
     Attributes:
-        loss: at the weights.
+        loss: the mean loss at the weights.
         random: mean rise at random perturbations of norm rho.
         adversarial: rise at :math:`\\rho\\, g / \\lVert g \\rVert_2`, g the gradient: to first
             order the worst perturbation of norm rho.
@@ -137,12 +137,11 @@ def sharpness(
 ) -> Sharpness:
     """Measure the sharpness of a solution on some batches.
 
-    The model's mode is the caller's choice: ``model.eval()`` measures the network that is tested.
-    Dropout, where it is on, draws the same for every set of weights.
-    Its running statistics and the states of PyTorch's random generators are left alone and its
-    weights come back bit for bit, also where the function raises. The model's gradients are
-    discarded. With DistributedDataParallel it is of a rank's own batches, and may be measured on
-    one rank alone.
+    The model's mode is the caller's choice: ``model.eval()`` measures the network as it is tested.
+    Dropout, where it is on, draws the same for every set of weights. The model's running statistics
+    and the states of PyTorch's random generators are left alone, and its weights come back bit for
+    bit, even if the function raises. Its gradients are discarded. With DistributedDataParallel the
+    result is that of a rank's own batches, and one rank may measure it alone.
 
     Args:
         per_sample_loss: as for a step.
@@ -196,8 +195,8 @@ def _mean_loss(
     params: Sequence[Tensor],
     backward: bool = False,
 ) -> float:
-    """Mean over all samples, with the same random draws each time; with ``backward`` the direction
-    of its gradient in ``.grad``."""
+    """Mean over all samples, with the same random draws each time; ``backward`` leaves the
+    direction of its gradient in ``.grad``."""
     sizes = [ksam_kernels.batch_size(batch) for batch in batches]
     sums = []
     with _random_state_kept(params):
@@ -205,7 +204,7 @@ def _mean_loss(
             with torch.set_grad_enabled(backward):
                 mean = _losses(per_sample_loss, batch).mean()
             if backward:
-                # In units of one batch: of all batches' mean, gradients in float16 would underflow.
+                # In units of one batch: float16 gradients of the mean of all would underflow.
                 (mean * (size / sizes[0])).backward()  # type: ignore[no-untyped-call]
             sums.append(mean.detach().double() * size)
     return float(torch.stack(sums).sum()) / sum(sizes)

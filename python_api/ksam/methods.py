@@ -1,9 +1,9 @@
-"""The methods of the family: each is a choice of parts for the one engine.
+"""The methods of the family: each is a choice of parts for the same engine.
 
-All take those arguments of :class:`ksam.optimizer.SharpnessAware` too that they do not set
-themselves (``params``, ``base``, ``model``, ``when``, ``seed``, ...), and the base optimizer's. M
-is the batch size; costs are in units of the base optimizer's step, a forward pass over a sample
-counted as 1 and a backward pass as 2.
+Besides its own arguments, each takes those of :class:`ksam.optimizer.SharpnessAware` that it does
+not set itself (``params``, ``base``, ``model``, ``when``, ``seed``, ...), and the base optimizer's.
+M is the batch size. Costs are in units of the base optimizer's step, counting a forward pass over
+a sample as 1 and a backward pass as 2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _with_parts(method: SharpnessAware, options: dict[str, Any], **parts: Any) -
 
 
 class _AmountOf:
-    """How many samples a method's ascent or descent chooses: as given, and may be set anew."""
+    """How many samples a method's ascent or descent chooses, as it was given; may be set."""
 
     def __init__(self, part: Literal["ascent", "descent"]) -> None:
         self._part = part
@@ -61,23 +61,23 @@ class KSAM(SharpnessAware):
     A step selects the k samples S with the highest loss, climbs to
     :math:`\hat w = w + \rho\, g / \lVert g \rVert_2` along their gradient :math:`g`, takes the
     gradient of the same samples there, returns to w bit for bit and lets the base optimizer update
-    it. In units of a forward pass over one sample it costs M + 6k, SGD costs 3M: the same at
-    k = M/3. With k = 1.0 it is SAM (Foret et al. 2020), with ``adaptive`` ASAM (Kwon et al. 2021).
+    it. In units of a forward pass over one sample, a step costs M + 6k and one of SGD 3M: the same
+    at k = M/3. k = 1.0 is SAM (Foret et al. 2020), or with ``adaptive`` ASAM (Kwon et al. 2021).
 
     Args:
-        rho: radius of the perturbation, >= 0, a function of the step (from 0), or
-            :class:`~ksam.radius.ByLearningRate`. It stands in ``param_groups``; the norm is one
-            over all groups.
+        rho: radius of the perturbation: a number >= 0, a function of the step (from 0), or
+            :class:`~ksam.radius.ByLearningRate`. It is kept in ``param_groups``; a single norm is
+            taken over all groups.
         k: samples selected: a fraction of the batch in (0, 1] (float), a count (int), or a function
             of the step that returns either.
         adaptive: weight the perturbation by :math:`T = |w| + \eta`.
         eta: the floor of T, >= 0.
         random: share of the k that is drawn from the other samples instead, in [0, 1].
-        options: those of :class:`~ksam.optimizer.SharpnessAware` but for ``ascent`` and
-            ``geometry``, which are set, and the base optimizer's.
+        options: the arguments of :class:`~ksam.optimizer.SharpnessAware` except ``ascent`` and
+            ``geometry``, which are set here, and those of the base optimizer.
 
     Raises:
-        TypeError, ValueError: an argument out of its range, by name.
+        TypeError, ValueError: an argument out of its range; the message names it.
     """
 
     k = _AmountOf("ascent")
@@ -101,19 +101,19 @@ class KSAM(SharpnessAware):
 class AutoKSAM(KSAM):
     r"""K-SAM where the selection represents the batch, MSAM elsewhere: to switch on and forget.
 
-    A step costs at most 1.02 on average: ``budget``, and 2 % for the rounding of k.
+    A step costs at most 1.02 on average: ``budget`` plus 2 % for the rounding of k.
 
-    :class:`~ksam.when.Representative` says where. There the sum over the selection, divided by M,
-    is nearly the batch's gradient (``scale="batch"``; the mean over it is up to M / k times as
-    long), and BatchNorm's values are matched to the batch's (``statistics="matched"``, with
-    ``model``; the subset's with ``micro_batch_size``). All other steps are those of
+    :class:`~ksam.when.Representative` decides where. There the sum over the selection, divided by
+    M, is nearly the batch's gradient (``scale="batch"``; the mean over the selection is up to M / k
+    times as long), and BatchNorm's values are matched to the batch's (``statistics="matched"``,
+    given ``model``; with ``micro_batch_size`` they are the subset's). All other steps are those of
     :class:`MSAM`, at the same cost.
 
     Args:
-        momentum_rho: radius of MSAM's steps, as ``rho`` of :class:`MSAM`. None: they are plain, and
-            ``base`` need not have momentum.
+        momentum_rho: radius of MSAM's steps, like ``rho`` of :class:`MSAM`. None: those steps are
+            plain, and ``base`` need not have momentum.
         threshold, every, budget: as in :class:`~ksam.when.Representative`.
-        options: those of :class:`KSAM`, but for ``when`` and ``otherwise``.
+        options: those of :class:`KSAM`, except ``when`` and ``otherwise``.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class AutoKSAM(KSAM):
 
     @property
     def momentum_rho(self) -> Rho | None:
-        """The radius of MSAM's steps, which may be set anew; None: these steps are plain."""
+        """The radius of MSAM's steps; None: these steps are plain. May be set."""
         return None if self.otherwise is None else self.otherwise.rho
 
     @momentum_rho.setter
@@ -156,7 +156,7 @@ class ImportanceKSAM(SharpnessAware):
 
     Args:
         k, rho: as in :class:`KSAM`.
-        uniform: share of the uniform distribution, in [1e-6, 1].
+        uniform: share of the uniform distribution that is mixed in, in [1e-6, 1].
     """
 
     k = _AmountOf("ascent")
@@ -178,8 +178,8 @@ class ImportanceKSAM(SharpnessAware):
 class SAM(SharpnessAware):
     r"""Sharpness-aware minimization (Foret et al. 2020): both gradients on the batch, a cost of 2.
 
-    :math:`\epsilon = \rho\, g / \lVert g \rVert_2`, all parameters, one norm. Weight decay is the
-    base optimizer's and not part of g (in the authors' JAX code it is).
+    :math:`\epsilon = \rho\, g / \lVert g \rVert_2` over all parameters, with one norm. Weight decay
+    is left to the base optimizer and is not part of g (in the authors' JAX code it is).
 
     Args:
         rho, adaptive, eta: as in :class:`KSAM`.
@@ -208,8 +208,8 @@ class ASAM(SharpnessAware):
         rho: radius; the authors use 0.5 for CIFAR-10 and 1.0 for CIFAR-100.
         eta: :math:`T = |w| + \eta`.
         scaled: which parameters have that T, by name; the others have T = 1. Default: those with
-            "weight" in their name, as the authors' code. None: all of them, which with ``eta=0`` is
-            the form of the PyTorch implementation by davda54. Names come from
+            "weight" in their name, as in the authors' code. None: all of them; with ``eta=0`` that
+            is the form of the PyTorch implementation by davda54. Names come from
             ``params=model.named_parameters()`` or from ``model``.
     """
 
@@ -232,12 +232,12 @@ class ESAM(SharpnessAware):
     r"""Efficient SAM (Du et al. 2022): random tensors perturbed, descent where the loss rose most.
 
     Ascent on the whole batch, a forward pass at :math:`\hat w`, descent on :math:`\gamma M`
-    samples: a step costs (4 + 3γ) / 3, 1.83 at γ = 0.5; perturbing fewer tensors saves nothing.
+    samples: a step costs (4 + 3γ) / 3, so 1.83 at γ = 0.5. Perturbing fewer tensors saves nothing.
 
     Args:
         rho: as in :class:`KSAM`.
-        beta: probability of a tensor to be perturbed (:class:`~ksam.geometry.StochasticWeights`).
-        gamma: samples that descend (:class:`~ksam.samplers.LossIncrease`).
+        beta: probability that a tensor is perturbed (:class:`~ksam.geometry.StochasticWeights`).
+        gamma: how many samples to descend on (:class:`~ksam.samplers.LossIncrease`).
         adaptive, eta: as in :class:`KSAM`.
     """
 
@@ -268,8 +268,8 @@ class RandomSubsetSAM(SharpnessAware):
 
     Args:
         rho: as in :class:`KSAM`.
-        share: the part, as ``k`` in :class:`KSAM`. The descent gradient is that of the whole batch,
-            in the only pass over it, whose losses (at the perturbed weights) the step reports.
+        share: size of that part, as ``k`` in :class:`KSAM`. The descent is on the whole batch; the
+            step reports the losses of this only pass over it, those at the perturbed weights.
     """
 
     share = _AmountOf("ascent")
@@ -294,8 +294,8 @@ class OrderedSGD(SharpnessAware):
 
     Args:
         q: as ``k`` in :class:`KSAM`, or :class:`~ksam.samplers.AccuracySchedule` (the default),
-            whose ``accuracy`` the training loop sets once an epoch. A constant q is the average
-            top-k loss of Fan et al. (2017).
+            whose ``accuracy`` the training loop sets once an epoch. With a constant q the loss is
+            the average top-k loss of Fan et al. (2017).
     """
 
     q = _AmountOf("descent")
@@ -315,8 +315,8 @@ class MSAM(SharpnessAware):
     step costs 1. Between steps the weights are the unperturbed ones: evaluate them as they are.
 
     Args:
-        rho: radius, as in :class:`KSAM`; "auto": 0.05 with Adam and its kin (with betas), whose
-            steps are shorter, else 0.3. The authors use 0.3 to 3 with SGD. Of a large one
+        rho: radius, as in :class:`KSAM`. "auto": 0.05 with Adam and its kin (which have betas),
+            whose steps are shorter, else 0.3. The authors use 0.3 to 3 with SGD. At a large radius
             :class:`~ksam.radius.ByLearningRate` lost less on CIFAR-10 than a constant one.
         adaptive, eta: as in :class:`KSAM`.
     """
@@ -345,8 +345,8 @@ class StaleKSAM(SharpnessAware):
         rho: as in :class:`KSAM`.
         k: as in :class:`KSAM`; M/2 costs what SGD does.
         dataset_size: samples in the data set.
-        index: where a batch has the indices of its samples in the data set: a key or a function.
-        refresh: every how many steps there is a selection pass.
+        index: how to get a batch's sample indices in the data set: a key of it, or a function.
+        refresh: a selection pass is made every ``refresh`` steps.
     """
 
     k = _AmountOf("ascent")
@@ -374,7 +374,7 @@ class AUSAM(SharpnessAware):
 
     Args:
         rho: as in :class:`KSAM`.
-        alpha: the part of the batch, as ``k`` in :class:`KSAM`; 1/2 costs what SGD does.
+        alpha: how much of the batch is drawn, as ``k`` in :class:`KSAM`; 1/2 costs what SGD does.
         dataset_size, index: as in :class:`StaleKSAM`.
         low, high, ramp: as in :class:`~ksam.tables.SharpnessSample`.
     """

@@ -14,8 +14,8 @@ from ksam_kernels.compact.tree import map_batched
 def split(subset: Subset, size: int | None) -> list[Subset]:
     """Parts of at most ``size`` samples, in order; None: one part, the subset itself.
 
-    As few as there can be, and as equal: no last part of one sample, on which BatchNorm over
-    vectors could not train. Their tensors are views.
+    As few parts as possible, as equal as possible: no last part of one sample, on which BatchNorm
+    over vectors could not train. Their tensors are views.
     """
     if size is None or subset.samples <= size:
         return [subset]
@@ -25,7 +25,7 @@ def split(subset: Subset, size: int | None) -> list[Subset]:
 
 
 def _slice(tensor: Tensor, begin: int, end: int) -> Tensor:
-    """A leaf as the tensor is: the view that a pass without gradients makes would have no graph."""
+    """A leaf, as the tensor is one: a view made in a pass without gradients would have no graph."""
     rows = tensor.detach()[begin:end]
     return rows.requires_grad_(tensor.requires_grad)
 

@@ -20,11 +20,11 @@ _NAMES = ("momentum_buffer", "exp_avg")
 def momentum_radius(
     rho: Rho | Literal["auto"], base: type[Optimizer] | Optimizer, name: str = "rho"
 ) -> Rho:
-    """``rho``; for ``"auto"`` 0.05 with Adam and its kin, whose steps are shorter, else 0.3. Its
-    kin, in whatever library, have ``betas``.
+    """``rho``; for ``"auto"`` 0.05 with Adam and its kin, whose steps are shorter, else 0.3. Kin
+    are the optimizers, of whatever library, that have ``betas``.
 
     Raises:
-        TypeError, ValueError: a negative, non-finite or non-numeric rho, by ``name``.
+        TypeError, ValueError: a negative, non-finite or non-numeric rho, called ``name``.
     """
     if rho != "auto":
         return check_radius(rho, name)
@@ -41,7 +41,7 @@ class Momentum(Part):
 
     v is the momentum of the step before. It points back to where the weights came from, so -v
     points ahead: past the next step, where a sharp valley rises again. The kernel reads v where the
-    base optimizer keeps it. At a parameter's first step there is no v, and it does not move.
+    base optimizer keeps it. A parameter has no v at its first step, and does not move then.
 
     Args:
         rho: radius of the perturbation, a number >= 0, a function of the step (from 0), or
@@ -56,7 +56,7 @@ class Momentum(Part):
 
     @staticmethod
     def check(base: Optimizer, group: Mapping[str, Any]) -> None:
-        """Refuse a base that keeps no momentum, whose weights would silently not be perturbed.
+        """Refuse a base that keeps no momentum: its weights would silently not be perturbed.
 
         Raises:
             ValueError: the group has neither a ``momentum`` that is not 0, nor ``betas``, or the
@@ -76,11 +76,11 @@ class Momentum(Part):
         )
 
     def directions(self, base: Optimizer, params: list[Tensor]) -> list[Tensor | None]:
-        """v of every parameter, to go down along; None where there is none yet, or it is frozen.
+        """v of every parameter, to move against; None if it has none yet, or is frozen.
 
         Raises:
-            ValueError: there is state, and no momentum in it under a name that is known, or one
-                that is no tensor of the parameter's size.
+            ValueError: there is state, but without a momentum under a known name, or with one that
+                is not a tensor of the parameter's size.
         """
         states = [base.state.get(p, {}) if p.requires_grad else {} for p in params]
         found = [_momentum(state) for state in states]

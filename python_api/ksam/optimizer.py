@@ -30,7 +30,7 @@ from ksam.update import Update
 from ksam.when import Policy
 from ksam_kernels.checks import check_range
 
-#: What copies and pickles have beside the base.
+#: What copies and pickles hold in addition to the parent class's attributes.
 _OWN = (*OPTIONS, "report_share", "_looked_for_batchnorm", "_update")
 
 
@@ -39,49 +39,50 @@ class SharpnessAware(Composed):
 
     A step perturbs the weights along an **ascent** direction in a **geometry**, takes the
     **descent** gradient there, returns to the weights bit for bit and lets the base optimizer
-    update them; **when** it does not, it takes the base optimizer's step on the whole batch, plain
-    or at weights perturbed along its momentum.
+    update them. **When** says which steps do so: the others are the base optimizer's step on the
+    whole batch, plain or at weights perturbed along its momentum.
 
     Args:
         params: as for any optimizer; groups may have a ``rho`` of their own. May be None if
             ``base`` is an instance.
         base: the class of the base optimizer, built with ``base_kwargs``, or an instance over the
-            same parameters. ``torch.optim.SGD``, ``Adam`` and ``AdamW`` are updated by the fused
-            kernels, every other base (and these with ``foreach`` or ``fused``, hooks on them, ...)
-            by its own ``step()`` on the restored weights. Not with ``maximize``, nor a base that
-            calls a hyperparameter rho (Adadelta).
+            same parameters. The fused kernels make the updates of ``torch.optim.SGD``, ``Adam`` and
+            ``AdamW``; every other base (these too with ``foreach`` or ``fused``, hooks on them,
+            ...) takes its own ``step()`` on the restored weights. Not with ``maximize``, nor with a
+            base that has a hyperparameter called rho (Adadelta).
         ascent: the samples whose gradient is climbed, or :class:`~ksam.momentum.Momentum`; None:
-            weights are not perturbed.
-        descent: the samples whose gradient is descended; None: those of the ascent, which then has
-            some.
+            the weights are not perturbed.
+        descent: the samples whose gradient is descended; None: those of the ascent, which must
+            then be on samples.
         geometry: of the perturbation; default: Euclidean.
-        rho: radius of the perturbation, >= 0, a function of the step (from 0), or
-            :class:`~ksam.radius.ByLearningRate`. It stands in ``param_groups``, where a group's own
-            wins, also one that another method over the same base has put there; the norm is one
-            over all groups.
+        rho: radius of the perturbation: a number >= 0, a function of the step (from 0), or
+            :class:`~ksam.radius.ByLearningRate`. It is kept in ``param_groups``, where a group's
+            own rho wins, even one that another method over the same base has put there. A single
+            norm is taken over all groups.
         model: the module whose BatchNorm statistics a step updates exactly once, in the pass over
             the whole batch. Without it every pass updates them. It must hold every BatchNorm that
             the function uses; set its mode (``train()``, ``eval()``) before the step, not within
-            the function. In data-parallel training the DistributedDataParallel or what
-            ``fully_shard`` made (FSDP2), over whose ranks a policy's shares are averaged.
+            the function. In data-parallel training pass the DistributedDataParallel, or what
+            ``fully_shard`` made (FSDP2): a policy's shares are averaged over its ranks.
         when: a function of the step (:class:`ksam.From`, :class:`ksam.EveryNth`, ...) or a policy
             (:class:`ksam.Representative`) that says which steps are sharpness-aware; None: all.
         otherwise: what the other steps climb along before the gradient of the whole batch is taken:
             :class:`~ksam.momentum.Momentum`, which costs no pass; None: nothing, they are plain.
-        scale: of the descent loss over n selected of M samples: ``"mean"`` over the n, their sum
+        scale: of the descent loss over n samples selected from M: their ``"mean"``, their sum
             divided by M (``"batch"``), or by M times their share of the gradient bounds
             (``"share"``; as ``"batch"`` where no pass over the batch came before the descent).
-            ``"mean"`` alone where Ordered or Importance descends.
-        statistics: what BatchNorm normalizes passes over a subset with: the ``"subset"``'s
-            statistics, these ``"matched"`` to the full batch's (its values, BatchNorm's gradient:
-            Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones; without ``model`` the
-            subset's. See :class:`ksam.batchnorm.Norms` for modules that are as with ``"subset"``.
-        micro_batch_size: the most samples that ``per_sample_loss`` is given at once, >= 1: a pass
-            over more sums the gradients of several calls, which keep the activations of one only.
-            The step is the same, but for rounding and BatchNorm, which sees micro-batches: so
-            ``statistics`` is ``"subset"`` or ``"running"``. Not with Ordered, which knows its
-            samples after the last of them. None: all at once.
-        seed: of methods that draw samples or weights, an int in [0, 2**31); the same in a resumed
+            Only ``"mean"`` if the descent is Ordered or Importance.
+        statistics: what BatchNorm normalizes with in passes over a subset: the ``"subset"``'s
+            statistics, these ``"matched"`` to the full batch's (its values, but BatchNorm's
+            gradient: Ioffe 2017), the ``"full"`` batch's or the ``"running"`` ones; without
+            ``model`` the subset's. :class:`ksam.batchnorm.Norms` says when a module falls back to
+            ``"subset"``.
+        micro_batch_size: the most samples that ``per_sample_loss`` is given at once, >= 1. A pass
+            over more sums the gradients of several calls, so only one call's activations are kept
+            at a time. The step is the same except for rounding and for BatchNorm, which sees
+            micro-batches: ``statistics`` must be ``"subset"`` or ``"running"``. Not with Ordered,
+            which knows its samples only after the last micro-batch. None: all at once.
+        seed: for methods that draw samples or weights, an int in [0, 2**31); the same in a resumed
             run.
         grad_scaler: scales the losses of both gradients, for float16. A step whose descent gradient
             is not finite leaves weights and state as they were; call ``grad_scaler.update()`` after
@@ -89,13 +90,13 @@ class SharpnessAware(Composed):
         base_kwargs: for the class of the base optimizer.
 
     Attributes:
-        ascent, ..., seed: the arguments but ``rho``, which stands in ``param_groups``. They may be
-            set, and are checked then as here, one by one: parts that need each other are set in an
-            order that leaves no combination which would be refused here.
-        report_share: compute ``share`` for the result of every step; False at first.
+        ascent, ..., seed: the arguments except ``rho``, which is kept in ``param_groups``. They may
+            be set, each checked then as here: set parts that depend on each other in an order in
+            which no combination on the way would be refused here.
+        report_share: whether to compute ``share`` for every step's result; False at first.
 
     Raises:
-        TypeError, ValueError: an argument out of its range, by name.
+        TypeError, ValueError: an argument out of its range; the message names it.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class SharpnessAware(Composed):
         self._backups = Backups()
         self._snapshot = batchnorm.Snapshot()
         self._kept = batchnorm.Forwards()
-        self._has_grad = False  # that of backward(), for a step() to come
+        self._has_grad = False  # whether .grad is backward()'s, for the next step()
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,8 +153,8 @@ class SharpnessAware(Composed):
     @overload
     def step(self, *, closure: Callable[[], Any] | None = None) -> Any: ...
 
-    # No part of a compiled program: torch 2.11 cannot set optimizers' attributes there, on a GPU it
-    # leaves the base `capturable`. (torch.compiler.disable would load the compiler on import.)
+    # Not part of a compiled program: there torch 2.11 cannot set optimizers' attributes, and leaves
+    # the base `capturable` on a GPU. (torch.compiler.disable would load the compiler on import.)
     @_disable_dynamo
     def step(
         self,
@@ -162,25 +163,25 @@ class SharpnessAware(Composed):
         *,
         closure: Callable[[], Any] | None = None,
     ) -> Any:
-        """One step; without a function and a batch, that for which :meth:`backward` was called.
+        """One step; without a function and a batch, the update that :meth:`backward` prepared.
 
         Args:
             per_sample_loss: ``f(batch) -> losses [B]`` or ``(losses, aux)``; called once for every
                 pass, in the model's current mode, on the batch or on the selected samples. K-SAM
-                calls it three times: on the batch without gradients, then twice on the selection
-                (twice in all, on the batch, where every sample is selected); with
-                ``micro_batch_size``, each time once for every micro-batch. What it does to the
-                batch's tensors in place must be the same done once or thrice: clamping is, scaling
-                is not.
-            batch: any tree of tensors with the samples in dimension 0; what else is in it is
+                makes three passes: one over the batch without gradients, then two over the
+                selection (just two, over the batch, where every sample is selected). With
+                ``micro_batch_size`` each pass calls it once for every micro-batch. In-place changes
+                to the batch's tensors must have the same effect made once or three times: clamping
+                does, scaling does not.
+            batch: any tree of tensors with the samples in dimension 0; anything else in it is
                 passed on (see :func:`ksam_kernels.compact_batch`). Leaves that require a gradient
                 do so in every pass.
-            closure: for trainers that pass one: called first, once, as torch's optimizers do.
+            closure: for trainers that pass one: called once, first, as torch's optimizers do.
 
         Returns:
-            A :class:`StepResult`. ``.grad`` holds the descent gradient afterwards, and what it held
-            before is gone. Without a function and a batch what the closure returned, or None, and
-            ``.grad`` is as it was.
+            A :class:`StepResult`; ``.grad`` then holds the descent gradient, and what it held
+            before is gone. Without a function and a batch: what the closure returned, or None;
+            ``.grad`` is left as it was.
 
         Raises:
             RuntimeError: in ``torch.inference_mode()``; losses without a graph. Without a function
@@ -188,9 +189,9 @@ class SharpnessAware(Composed):
                 are still scaled.
             TypeError, ValueError: a batch, losses or scheduled values that are not as described.
 
-        Whatever is raised before the base optimizer's own step, by this method or by the function,
-        KeyboardInterrupt included: weights and BatchNorm statistics are bit for bit what they were.
-        What the base raises in its step may leave its state changed.
+        If anything is raised before the base optimizer's own step, by this method or the function,
+        KeyboardInterrupt included, weights and BatchNorm statistics are bit for bit what they were.
+        If the base raises in its step, its state may be left changed.
         """
         if per_sample_loss is None and batch is None:
             return self._step_by_grad(closure)
@@ -204,8 +205,8 @@ class SharpnessAware(Composed):
     def backward(
         self, per_sample_loss: PerSampleLoss, batch: Any, *, weight: float = 1.0
     ) -> StepResult:
-        """A step up to the update, for loops and trainers that take that by a :meth:`step` of its
-        own: the descent gradient is added to ``.grad``, as ``loss.backward()`` adds its own.
+        """A step up to the update, for loops and trainers that make the update by a separate
+        :meth:`step`: the descent gradient is added to ``.grad``, as ``loss.backward()`` would.
 
         ::
 
@@ -214,23 +215,22 @@ class SharpnessAware(Composed):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-        Weights are bit for bit what they were afterwards: to restore them is a pass over them that
-        ``step(per_sample_loss, batch)`` saves. For the parts of a method it is the step, whose
-        number is ``steps_done``: schedules and policies count these calls.
+        Afterwards the weights are bit for bit what they were; restoring them takes a pass over them
+        that ``step(per_sample_loss, batch)`` saves. To the parts of a method this call is the step,
+        numbered ``steps_done``: schedules and policies count these calls.
 
         Args:
             per_sample_loss, batch: as for :meth:`step`.
             weight: of the batch's gradient in the sum, >= 0: 1 / n for the mean over the n batches
-                of n calls. What the ascent is along does not depend on it, nor on what ``.grad``
-                held.
+                of n calls. The ascent direction depends neither on it nor on what ``.grad`` held.
 
         Returns:
             A :class:`StepResult`.
 
         Raises:
-            RuntimeError, TypeError, ValueError: as :meth:`step`; ``.grad`` is unscaled. After an
-                error in the descent pass (with FSDP2, in any) ``.grad`` holds neither sum: call
-                ``zero_grad()``.
+            RuntimeError, TypeError, ValueError: as :meth:`step`, or ``.grad`` has been unscaled.
+                After an error in the descent pass (with FSDP2, in any pass) ``.grad`` holds neither
+                the old sum nor the new one: call ``zero_grad()``.
         """
         check_call(per_sample_loss, batch)
         check_range("weight", weight, 0.0)
@@ -259,7 +259,7 @@ class SharpnessAware(Composed):
     def _run(
         self, per_sample_loss: PerSampleLoss, batch: Any, *, weight: float | None
     ) -> StepResult:
-        """Gradients, and the update; with a weight the gradients alone, added to ``.grad``."""
+        """Take the gradients and update; with a weight, only add the gradient to ``.grad``."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "step needs gradients, which do not exist in torch.inference_mode(); call it "
@@ -370,7 +370,7 @@ class SharpnessAware(Composed):
     def _perturb(
         self, ascent: Sampler | Momentum, perturbed: dict[Tensor, Tensor]
     ) -> Tensor | None:
-        """Climb; every moved parameter stands in ``perturbed`` with its backup."""
+        """Climb, and enter every moved parameter into ``perturbed`` with its backup."""
         params = self._parameters()
         along: list[Tensor | None]
         if isinstance(ascent, Momentum):

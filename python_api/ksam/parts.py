@@ -37,7 +37,7 @@ class Subset:
         indices: where they stand in the whole batch, int64 ``[n]``; None: it is the whole batch.
         weights: factors of their losses before the mean, ``[n]``; None: 1.
         keep: the gradient is that of the ``keep`` highest losses among them; None: of all.
-        top: where these stand, from the first pass over them on.
+        top: where these ``keep`` stand among them; known from the first pass over them on.
     """
 
     batch: Any
@@ -57,13 +57,13 @@ class Sampler(Part):
     """Which samples a gradient is taken on.
 
     Attributes:
-        scored: whether it reads ``passes.scores``, for which the logits are gone through again.
+        scored: whether it reads ``passes.scores``, which take another pass over the logits.
     """
 
     scored = False
 
     def sees_batch(self, step: int) -> bool:
-        """Whether choosing them, or their gradient, evaluates the whole batch."""
+        """Whether choosing the samples, or taking their gradient, evaluates the whole batch."""
         return True
 
     def num_evaluated(self, samples: int, step: int) -> int:
@@ -75,7 +75,7 @@ class Sampler(Part):
         return self.num_evaluated(samples, step)
 
     def check(self, batch: Any, samples: int) -> None:
-        """Raise for what the step would miss in the batch; called before its first pass."""
+        """Raise if the batch lacks what the step needs; called before its first pass."""
 
     def choose(self, passes: Passes) -> Subset:
         """The samples of this step."""

@@ -52,12 +52,12 @@ def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
 
 
 def containers_copied(batch: Any) -> Any:
-    """The batch's tensors in containers of their own, from which a function may take some."""
+    """The batch's tensors in copied containers, from which a function may remove some."""
     return map_tensors(lambda tensor: tensor, batch)
 
 
 def detached(tree: Any) -> Any:
-    """The tree with tensors that keep no graph, and what is no tensor as it is."""
+    """The tree with its tensors detached; other leaves are as they were."""
     return map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, tree)
 
 
@@ -80,12 +80,12 @@ class PassOptions:
 
     Attributes:
         step: the number of steps before this one.
-        seed: of what is drawn in the step, together with ``step``.
+        seed: decides what is drawn in the step, together with ``step``.
         whole: whether one of the passes is over the whole batch.
-        micro_batch_size: the most samples of a call of the function; None: all at once.
+        micro_batch_size: the most samples in one call of the function; None: all at once.
         scored: whether :attr:`Passes.scores` are needed.
         watch: whether to look for BatchNorm that nobody handles.
-        has_model: whether some are handled, those of the model that was given.
+        has_model: whether a model was given, whose BatchNorm is handled.
         scale: scales a loss before its backward pass.
     """
 
@@ -106,13 +106,13 @@ class Passes:
     whose losses are reported; in a step without such a pass it is the first pass of all.
 
     A pass over more than ``micro_batch_size`` samples calls the function on micro-batches, one
-    after the other, and takes the gradient of each before the next: the sum is that of the pass.
+    after the other, and takes the gradient of each before the next; their sum is the pass's.
 
     Attributes:
         batch, samples, step: the whole batch, its size M, the number of steps before this one.
         losses, aux: those of the reported pass, detached.
-        subset: the samples of the ascent gradient, or where it has none, of the descent; not there
-            before the first of these is chosen.
+        subset: the samples selected for the ascent gradient, or if there is no such selection,
+            those of the descent; not set before the first of these is chosen.
         before, after: the losses of the ascent's and of the descent's gradient pass.
         taken: passes so far.
     """
@@ -140,7 +140,7 @@ class Passes:
         self._wrapped = wrapped
         self._scores: Tensor | None = None
         self._reported = False
-        # The CPU's generator takes 32 bits of a seed: both numbers are hashed into them.
+        # The CPU's generator uses only 32 bits of a seed: both numbers are hashed into them.
         self._seed = (options.seed * 0x9E3779B1 + options.step) % 2**32
         self._generator: torch.Generator | None = None
 
@@ -149,20 +149,20 @@ class Passes:
         return Subset(self.batch, self.samples, keep=keep)
 
     def select(self, indices: Tensor, weights: Tensor | None = None) -> Subset:
-        """The samples at ``indices``, gathered; what required a gradient does so again."""
+        """The samples at ``indices``, gathered; tensors that required a gradient do so again."""
         batch = ksam_kernels.compact_batch(self.batch, indices)
         differentiated = [whole.requires_grad for whole in batched_tensors(self.batch)]
-        if any(differentiated):  # positions that forces are a derivative by, say
+        if any(differentiated):  # positions, say: forces are derivatives by them
             for rows, wanted in zip(batched_tensors(batch), differentiated, strict=True):
                 rows.requires_grad_(wanted)
         return Subset(batch, indices.shape[0], indices, weights)
 
     def random(self) -> Tensor:
-        """Uniform float32 ``[M]`` in [0, 1); the seed and the step decide them.
+        """Uniform float32 ``[M]`` in [0, 1), determined by the seed and the step.
 
         Drawn on the device, from a generator of its own: no wait, and a failed step draws the same
         numbers again. The device is that of the reported losses, with which the numbers are
-        combined; before there are any, the batch's, which the model may be on another than.
+        combined; before there are any, that of the batch, although the model may be on another.
         """
         known = self.losses if self._reported else batched_tensors(self.batch)[0]
         device = known.device
@@ -181,7 +181,7 @@ class Passes:
         return self._forward(self.everything())
 
     def forward_top(self, k: int) -> Tensor:
-        """Indices of the k highest of these losses."""
+        """Indices of the k highest losses of :meth:`forward`."""
         whole = self.everything(keep=k)
         self._forward(whole)
         assert whole.top is not None
@@ -201,7 +201,10 @@ class Passes:
             ) from error
 
     def gradient(self, subset: Subset, factor: Tensor | float | None = None) -> Tensor:
-        """``.grad`` of the subset's mean loss, times ``factor`` and scaled; its detached losses."""
+        """Add the gradient of the subset's mean loss, times ``factor`` and scaled, to ``.grad``.
+
+        Returns the subset's losses, detached.
+        """
 
         def backward(losses: Tensor, part: Subset) -> None:
             if losses.requires_grad:
@@ -230,8 +233,8 @@ class Passes:
     def _pass(self, subset: Subset, backward: Backward | None = None) -> Tensor:
         """The samples' losses, detached; ``backward`` is called with those of every micro-batch.
 
-        BatchNorm stays as it is set for the pass: activation checkpointing forwards once more in
-        the backward pass.
+        BatchNorm stays as it is set for the pass until ``backward`` is done, in which activation
+        checkpointing runs the forward once more.
         """
         is_whole = subset.indices is None
         reports = not self._reported and (is_whole or not self._options.whole)
@@ -250,8 +253,8 @@ class Passes:
         return losses
 
     def _watches(self) -> bool:
-        """In the second pass of a step, as a single one may update what it likes. Who has given a
-        model has most likely given all of it, and is not to pay for it with compilations."""
+        """Only in the second pass of a step, as a single one may update what it likes. A user who
+        gave a model has most likely given all of it, and should not pay with compilations."""
         options = self._options
         if not options.watch or self.taken != 2:
             return False
@@ -259,7 +262,7 @@ class Passes:
 
     def _in_micro_batches(self, subset: Subset, reports: bool, backward: Backward | None) -> Tensor:
         parts = micro_batches.split(subset, self._options.micro_batch_size)
-        # With the losses, where they are all there at once and it is not known yet.
+        # The top is found with the losses if these all come at once and it is not known yet.
         at_once = subset.keep if len(parts) == 1 and subset.top is None else None
         found = []
         for part in parts:
@@ -281,7 +284,7 @@ class Passes:
     def _micro_batch(
         self, part: Subset, k: int | None, reports: bool, backward: Backward | None
     ) -> _Found:
-        """One call of the function; with k it finds :attr:`Subset.top` too. Nothing has a graph."""
+        """One call of the function; k finds :attr:`Subset.top` too. No result has a graph."""
         is_whole = part.indices is None
         with recording(part.samples if is_whole else -1, k) as recorded:
             losses, aux = per_sample(self._function(containers_copied(part.batch)), part.samples)
@@ -295,7 +298,7 @@ class Passes:
 
     @property
     def scores(self) -> Tensor:
-        """Gradient bounds of the reported samples, up to a factor of all, float32 ``[M]``.
+        """Gradient bounds of the reported samples, up to a common factor, float32 ``[M]``.
 
         See :meth:`ksam.selection.Recording.scores`.
 

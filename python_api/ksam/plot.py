@@ -18,7 +18,7 @@ _BINS = 24
 
 
 def _figure() -> Any:
-    """A bare one, which draws to files without pyplot's choice of a screen."""
+    """A bare figure, which draws to files without pyplot choosing a screen."""
     try:
         module: Any = importlib.import_module("matplotlib.figure")
     except ImportError as error:
@@ -45,10 +45,10 @@ def draw(
     """Draw the columns of the rows over the steps, and how often samples were selected.
 
     Args:
-        path: of the image; its ending says which format.
+        path: of the image; its suffix decides the format.
         rows: as :class:`ksam.Diagnostics` writes them.
         counts: how often each sample was seen and selected, int64 ``[dataset_size]`` both.
-        highlight: indices of samples to tell from the others, int64.
+        highlight: indices of samples to set apart from the others, int64.
     """
     figure = _figure()
     axes = figure.subplots(2, 3).flatten()

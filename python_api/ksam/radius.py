@@ -1,4 +1,4 @@
-"""The radius of a perturbation: a number, a function of the step, or one that follows the rate."""
+"""The radius of a perturbation: a number, or a function of the step or of the learning rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_not_negative(name: str, value: Any) -> float:
     """The value as a float.
 
     Raises:
-        TypeError, ValueError: not a finite number >= 0, by name.
+        TypeError, ValueError: not a finite number >= 0; the message names it.
     """
     check_range(name, value, 0.0)
     return float(value)
@@ -25,16 +25,17 @@ def check_not_negative(name: str, value: Any) -> float:
 class ByLearningRate:
     r"""A radius :math:`\rho_t = \rho\, \eta_t / \eta_{max}` in proportion to the learning rate.
 
-    That of GSAM (Zhuang et al. 2022) with lower ends of 0. :math:`\eta_{max}` is the highest rate
-    of the group that it has met, or what a scheduler of torch notes as ``initial_lr`` or
-    ``max_lr``; it stands in ``param_groups`` as ``peak_lr``. With a constant rate the radius is
-    constant.
+    GSAM's radius (Zhuang et al. 2022) with both lower ends at 0. :math:`\eta_{max}` is the highest
+    learning rate that the group has had so far, or that a torch scheduler notes as ``initial_lr``
+    or ``max_lr``; it is kept in ``param_groups`` as ``peak_lr``. With a constant learning rate the
+    radius is constant.
 
     Args:
         rho: radius >= 0 at the highest learning rate.
 
     Raises:
-        TypeError, ValueError: a negative, non-finite or non-numeric rho; a rate that is none.
+        TypeError, ValueError: a negative, non-finite or non-numeric rho; a learning rate that is
+            not a finite number.
     """
 
     rho: float
@@ -54,12 +55,12 @@ class ByLearningRate:
 
 Rho = float | Callable[[int], float | int] | ByLearningRate
 
-#: Of a perturbation along a gradient that is not scaled by weights: Foret et al. 2020, for CIFAR.
+#: For a perturbation along a gradient not scaled by weights: Foret et al. 2020, for CIFAR.
 DEFAULT_RHO = 0.05
 
 
 def check_radius(rho: object, name: str = "rho") -> Rho:
-    """``rho``, checked where it is a number; what gives one at every step is returned as it is."""
+    """``rho``, checked if it is a number; what gives one at every step is returned unchanged."""
     if callable(rho) or isinstance(rho, ByLearningRate):
         return rho
     return check_not_negative(name, rho)

@@ -23,7 +23,7 @@ class All(Sampler):
 
 
 class _OfAmount(Sampler):
-    """An amount of the batch, whose state, if it has one, is the sampler's."""
+    """Chooses an amount of the batch, whose state, if it has one, is the sampler's."""
 
     def __init__(self, amount: Amount) -> None:
         self.amount = amount
@@ -36,7 +36,7 @@ class _OfAmount(Sampler):
 
 
 class Some(_OfAmount):
-    """Chooses an amount of the batch: where that is all of it, the batch, without choosing."""
+    """Chooses an amount of the batch; if that is all of it, takes the batch without choosing."""
 
     def num_evaluated(self, samples: int, step: int) -> int:
         return self.amount.of(samples, step)
@@ -65,7 +65,7 @@ class TopK(Some):
 
     def _some(self, passes: Passes, size: int) -> Subset:
         if self._drawn(size) == size:
-            # No loss ranks anything, but this is the pass that reports them and updates BatchNorm.
+            # No loss decides, but this is the pass that reports losses and updates BatchNorm.
             passes.forward()
         return passes.select(self._indices(passes, size, passes.forward_top))
 
@@ -106,8 +106,8 @@ class Importance(Some):
     r"""k samples drawn with replacement, :math:`p_i \propto` gradient bound, weighted by 1 / (M p).
 
     :math:`\frac{1}{k} \sum_j \frac{1}{M p_{i_j}} \nabla L_{i_j}` is an unbiased estimate of the
-    batch's gradient (Katharopoulos & Fleuret 2018), unlike that of the highest losses, and so has
-    no other scale. The bound is that of :meth:`ksam.selection.Recording.scores`.
+    batch's gradient (Katharopoulos & Fleuret 2018), unlike the gradient of the highest losses, and
+    so has the same scale. The bound is that of :meth:`ksam.selection.Recording.scores`.
 
     Args:
         k: as in :class:`TopK`.
@@ -139,9 +139,9 @@ class LossIncrease(Some):
     r"""The samples whose loss the perturbation raised most (ESAM's SDS, Du et al. 2022).
 
     For the descent only: a forward pass at :math:`\hat w`, without gradients, gives
-    :math:`L_i(\hat w) - L_i(w)`; exactly :math:`\gamma M` samples are chosen, equal differences by
-    the lowest index. (The authors' code keeps those *above* the last of them: one less, and none
-    where all are equal.) The ascent must evaluate the whole batch in every step.
+    :math:`L_i(\hat w) - L_i(w)`; exactly :math:`\gamma M` samples are chosen, and ties go to the
+    lowest index. (The authors' code keeps those *above* the last of these differences: one sample
+    fewer, and none where all are equal.) The ascent must evaluate the whole batch in every step.
     """
 
     def __init__(self, gamma: K | Schedule) -> None:
@@ -174,8 +174,8 @@ class Ordered(_OfAmount):
 class AccuracySchedule(Part):
     """Ordered SGD's fraction q by training accuracy: 1, then 1/2, 1/4, 1/8, 1/16.
 
-    From 80, 90, 95 and 99.5 % on, the rule of the authors' repository. Set :attr:`accuracy` once an
-    epoch.
+    The last four apply from 80, 90, 95 and 99.5 % on: the rule of the authors' repository. Set
+    :attr:`accuracy` once an epoch.
     """
 
     LEVELS = ((0.995, 1 / 16), (0.95, 1 / 8), (0.9, 1 / 4), (0.8, 1 / 2))

@@ -1,4 +1,4 @@
-"""How many samples a step selects, and what the loss of a whole batch leaves for selecting them."""
+"""How many samples a step selects, and what a whole batch's loss records for selecting them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Amount(Part):
 
 @contextmanager
 def _versioned() -> Iterator[None]:
-    """What is made within counts the writes to it, as nothing that inference mode makes does."""
+    """Tensors made within count the writes to them, unlike those of inference mode."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -71,7 +71,7 @@ def _versioned() -> Iterator[None]:
 
 
 def _differentiable(value: Any) -> Any:
-    """A tensor that autograd takes, as it does none that inference mode made; else the value."""
+    """The value; of a tensor made in inference mode, which autograd does not take, a copy."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
@@ -104,13 +104,13 @@ class Recording:
     def kept(self, losses: Tensor) -> Tensor:
         """The losses, detached, in memory that no later call of the function writes to.
 
-        What replays a CUDA graph (``torch.compile(mode="reduce-overhead")``) returns the same
-        memory every time.
+        A function that replays a CUDA graph (``torch.compile(mode="reduce-overhead")``) returns the
+        same memory every time.
         """
         return losses.detach() if self._made(losses) else losses.detach().clone()
 
     def indices(self, losses: Tensor) -> Tensor:
-        """The k largest."""
+        """The indices of the k largest losses."""
         assert self._k is not None
         if self._indices is not None and self._made(losses):
             return self._indices
@@ -119,10 +119,10 @@ class Recording:
     def scores(self, losses: Tensor) -> Tensor:
         """The gradient bound of every sample, float32 ``[B]``.
 
-        With :func:`cross_entropy` the norm of the loss's gradient with respect to the logits,
-        ``||softmax(x) - onehot(y)||_2``: times a factor that all samples share it bounds the norm
-        with respect to the weights (Katharopoulos & Fleuret 2018). Else the loss itself, or 0 where
-        it is negative: shares of the sum are then shares.
+        With :func:`cross_entropy`, the norm of the loss's gradient with respect to the logits,
+        ``||softmax(x) - onehot(y)||_2``. Times a factor that all samples share, it bounds the norm
+        with respect to the weights (Katharopoulos & Fleuret 2018). Otherwise the loss itself, or 0
+        where it is negative, so that shares of the sum are in [0, 1].
         """
         if self._inputs is None or not self._made(losses):
             return losses.detach().float().clamp_min(0)
@@ -138,7 +138,7 @@ class Recording:
 
 
 class _OfThread(threading.local):
-    """What is recorded in this thread: several may train, each a model of its own."""
+    """What is recorded in this thread: several threads may train, each its own model."""
 
     active: Recording | None = None
 
@@ -148,9 +148,9 @@ _of_thread = _OfThread()
 
 @contextmanager
 def recording(batch_size: int, k: int | None = None) -> Iterator[Recording]:
-    """Within, :func:`cross_entropy` of a whole batch is recorded, and selects its k largest.
+    """Within, :func:`cross_entropy` of a whole batch is recorded and selects its k largest losses.
 
-    In the same thread only.
+    Only calls in the same thread are recorded.
     """
     recorded = Recording(batch_size, k)
     previous = _of_thread.active
@@ -184,16 +184,16 @@ def cross_entropy(
     """Per-sample cross-entropy in float32: :func:`ksam_kernels.cross_entropy`, same arguments.
 
     Args:
-        logits: floating, ``[..., C]``: the classes are the last dimension, which is
-            ``logits.movedim(1, -1)`` of torch's ``[B, C, ...]``.
+        logits: floating, ``[..., C]``: the classes are the last dimension. For torch's
+            ``[B, C, ...]`` pass ``logits.movedim(1, -1)``.
         target: classes, int64 ``[...]``, or probabilities, floating ``[..., C]``.
         weight, ignore_index, label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
-        float32 ``[...]``, one loss for every row of logits, also for those of 16 bits.
+        float32 ``[...]``, one loss for every row of logits, even if the logits have 16 bits.
 
     In the selection pass of :meth:`ksam.KSAM.step` the loss and the top-k selection are one
-    operator call, and policies read the gradient's bound from the logits.
+    operator call, and policies take the gradient bounds from the logits.
     """
     options: dict[str, Any] = {
         "weight": weight,

@@ -1,4 +1,4 @@
-"""Selection by what earlier steps found out about a sample: a table, no forward pass."""
+"""Selection by a table of what earlier steps found out about a sample, without a forward pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ksam_kernels.checks import (
     check_shape,
 )
 
-Index = Hashable | Callable[[Any], Tensor]  # a key of the batch, or what finds them in it
+Index = Hashable | Callable[[Any], Tensor]  # a key of the batch, or what finds the indices in it
 
 
 def sample_rows(batch: Any, index: Index) -> Tensor:
@@ -45,7 +45,7 @@ def sample_rows(batch: Any, index: Index) -> Tensor:
 
 
 def check_rows(rows: Tensor, samples: int, size: int) -> None:
-    """One index in [0, size) for each of the samples; on a GPU its range is not waited for.
+    """Check that each sample has one index in [0, size); on a GPU without waiting for the range.
 
     Raises:
         ValueError, IndexError: another number of them, or one out of range.
@@ -55,23 +55,23 @@ def check_rows(rows: Tensor, samples: int, size: int) -> None:
 
 
 class _Table(Some):
-    """Figures of every sample of the data set, float32, found by the sample's index.
+    """Figures for every sample of the data set, float32, looked up by the sample's index.
 
     Args:
         amount: how many samples of a batch are chosen.
         dataset_size: samples in the data set.
-        index: the key of the batch under which the samples' indices stand, int64 ``[B]``, or a
-            function that gets them from the batch.
+        index: the key under which a batch holds its samples' indices, int64 ``[B]``, or a function
+            that gets them from the batch.
     """
 
-    #: name -> what it begins with
+    #: column name -> initial value
     COLUMNS: dict[str, float]
 
     def __init__(self, amount: Amount, dataset_size: int, index: Index) -> None:
         check_count("dataset_size", dataset_size, 1)
         super().__init__(amount)
         self.dataset_size, self.index = dataset_size, index
-        # Not by torch's defaults: losses come as float32, and the table moves to its indices.
+        # Not torch's defaults: losses come as float32, and the table moves to its indices' device.
         self._columns = {
             name: torch.full((dataset_size,), begin, dtype=torch.float32, device="cpu")
             for name, begin in self.COLUMNS.items()
@@ -124,14 +124,14 @@ class _Table(Some):
 class StaleTopK(_Table):
     """The k samples whose loss was highest when it was last computed (Jiang et al. 2019, stale).
 
-    No selection pass: both gradients cost 6k, as much as SGD at k = M/2. Samples never seen count
-    as infinite and come first. A sample that is not selected keeps its old loss, so every
+    No selection pass: both gradients cost 6k, as much as SGD at k = M/2. Samples never seen have
+    an infinite loss and come first. A sample that is not selected keeps its old loss, so every
     ``refresh``-th step makes the selection pass and notes the loss of every sample of the batch.
 
     Args:
         k: as in :class:`ksam.samplers.TopK`.
-        dataset_size, index: size of the data set, and where a batch has the indices of its samples.
-        refresh: every how many steps a selection pass is made; 1 is K-SAM.
+        dataset_size, index: size of the data set, and how to get the indices of a batch's samples.
+        refresh: a selection pass is made every ``refresh`` steps; 1 is K-SAM.
     """
 
     COLUMNS = {"loss": float("inf")}  # noqa: RUF012
@@ -164,15 +164,15 @@ class SharpnessSample(_Table):
     it. Within a batch scores are mapped linearly to [``low``, f], normalized to probabilities, and
     :math:`\alpha M` samples are drawn without replacement. f rises from ``low`` to ``high`` over
     the first ``ramp`` epochs; the first epoch takes every sample. An epoch is ``dataset_size`` / M
-    steps, rounded up, with the largest M so far, as the last batch may be smaller: on R ranks that
-    share the data set, R of its epochs. Settings and rule are those of the authors' code; they give
-    probabilities proportional to the scaled scores within the batch.
+    steps, rounded up, with the largest M so far, as the last batch may be smaller; on R ranks that
+    share the data set, this is R passes over it. Settings and rule are those of the authors' code;
+    they give probabilities proportional to the scaled scores within the batch.
 
     Args:
         alpha: fraction of the batch (float), count (int), or a function of the step.
-        dataset_size, index: size of the data set, and where a batch has the indices of its samples.
+        dataset_size, index: size of the data set, and how to get the indices of a batch's samples.
         low, high: bounds of the scaled scores, 0 < low <= high <= 1.
-        ramp: epochs, >= 1.
+        ramp: epochs over which f rises, >= 1.
     """
 
     COLUMNS = {"total": 0.0, "count": 0.0}  # noqa: RUF012
@@ -211,12 +211,12 @@ class SharpnessSample(_Table):
         return samples if self._epoch(samples, step) == 0 else self.amount.of(samples, step)
 
     def candidates(self, passes: Passes) -> Tensor:
-        """As many as are drawn after the first epoch, of which every step takes all."""
+        """As many as are drawn after the first epoch, in which every step takes all samples."""
         return passes.highest(self.amount.of(passes.samples, passes.step))
 
     def _some(self, passes: Passes, size: int) -> Subset:
-        # The sum of logarithm and Gumbel noise: its top k is a draw without replacement. (A draw of
-        # 0 comes last: its key is -inf.)
+        # The top k of log p plus Gumbel noise is a draw without replacement. (A random number of 0
+        # comes last: its key is -inf.)
         p = self.probabilities(passes)
         keys = p.log() - (-passes.random().to(p.device).log()).log()
         return passes.select(ksam_kernels.topk_indices(keys, size))

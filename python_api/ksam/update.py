@@ -20,7 +20,7 @@ _NUMBERS = ("momentum", "dampening", "eps", "weight_decay")
 
 
 def _plain(base: Optimizer) -> bool:
-    """Nobody hangs on ``base.step`` itself: no hook, and no scheduler that wrapped it."""
+    """Whether ``base.step`` is as its class made it: no hooks, and no scheduler has wrapped it."""
     return (
         "step" not in vars(base)
         and not base._optimizer_step_pre_hooks
@@ -29,8 +29,8 @@ def _plain(base: Optimizer) -> bool:
 
 
 def _is_rate(lr: Any, params: list[Tensor]) -> bool:
-    """A learning rate that the kernels take: a number, or one float32 element beside the weights,
-    as torch's schedulers fill it in."""
+    """Whether the kernels take this learning rate: a number, or one float32 element on the device
+    of the weights, as torch's schedulers fill it in."""
     if not isinstance(lr, Tensor):
         return True
     is_element = lr.dtype == torch.float32 and lr.numel() == 1
@@ -50,7 +50,7 @@ def _fusable(group: dict[str, Any]) -> bool:
 
 
 def can_fuse(base: Optimizer) -> bool:
-    """Exactly ``torch.optim.SGD``, ``Adam`` or ``AdamW``, with options that the kernels have."""
+    """Whether it is exactly torch's SGD, Adam or AdamW, with options that the kernels have."""
     if type(base) not in (SGD, Adam, AdamW) or not _plain(base):
         return False
     return all(
@@ -89,7 +89,7 @@ def _sgd(
             state["momentum_buffer"] = buffer
             if counts:
                 state["step"] = _step_counter(p)
-        elif counts and "step" not in state:  # torch's own SGD counts none: the buffer is history
+        elif counts and "step" not in state:  # torch's own SGD counts none: the buffer has a past
             state["step"] = _step_counter(p, 1.0)
         buffers.append(buffer)
         if counts:
@@ -134,14 +134,14 @@ def _adam(
 
 
 class Update:
-    """The backed-up weights put back and the base optimizer's step taken with ``.grad``.
+    """Puts the backed-up weights back and takes the base optimizer's step with ``.grad``.
 
     With a scaler, ``.grad`` is that of the scaled loss: it is unscaled first, in place as
     ``scaler.unscale_`` does it, and where it is not finite only the weights are put back.
 
     Args:
         base: the base optimizer.
-        scaler: None: the gradients are as they are.
+        scaler: what has scaled the gradients; None: nothing.
 
     Attributes:
         left_no_state: the base has taken a step with gradients, and none of their parameters has
@@ -164,7 +164,7 @@ class Update:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def unscale(self, norm: Tensor) -> Tensor:
-        """The norm of gradients of a loss that was not scaled."""
+        """The norm that the gradients of the unscaled loss would have."""
         return norm if self.scaler is None else norm / self.scaler.scale(torch.ones_like(norm))
 
     def __call__(self, backup: dict[Tensor, Tensor]) -> None:
@@ -195,9 +195,9 @@ class Update:
                 raise
 
     def by_grad(self) -> None:
-        """The step of weights that were not perturbed, or are restored, with ``.grad`` as it is."""
+        """Step with ``.grad`` as it is, from weights that were not perturbed or are restored."""
         if can_fuse(self.base):
-            self._in_kernels.found_inf = None  # of a step that failed, perhaps
+            self._in_kernels.found_inf = None  # perhaps left by a step that failed
             self._in_kernels.step({})
         else:
             self.base.step()
@@ -206,14 +206,14 @@ class Update:
     def _look_for_state(self) -> None:
         params = (p for group in self.base.param_groups for p in group["params"])
         has_state = (p in self.base.state for p in params if p.grad is not None)
-        # Mostly the first has. Without any gradient nothing is known.
+        # Usually the first has. Without any gradient nothing is known.
         self.left_no_state = not (next(has_state, True) or any(has_state))
 
     def check_unscaled(self, optimizer: Optimizer) -> None:
-        """Gradients of scaled losses are for ``scaler.step(optimizer)``, which calls the optimizer.
+        """Refuse scaled gradients: they are for ``scaler.step(optimizer)``, which calls this one.
 
         Raises:
-            RuntimeError: called otherwise.
+            RuntimeError: the gradients are still scaled.
         """
         if self._stage(optimizer) not in (None, OptState.UNSCALED):
             raise RuntimeError(
@@ -222,10 +222,10 @@ class Update:
             )
 
     def check_scaled(self, optimizer: Optimizer) -> None:
-        """Scaled gradients are not added to what ``scaler.unscale_(optimizer)`` has unscaled.
+        """Refuse to add scaled gradients to those that ``scaler.unscale_(optimizer)`` has unscaled.
 
         Raises:
-            RuntimeError: it has, or ``scaler.step(optimizer)`` has.
+            RuntimeError: it has unscaled them, or ``scaler.step(optimizer)`` has.
         """
         if self._stage(optimizer) not in (None, OptState.READY):
             raise RuntimeError(
@@ -238,7 +238,7 @@ class Update:
         if self.scaler is None or not self.scaler.is_enabled():
             return None
         states = self.scaler._per_optimizer_states
-        if id(optimizer) not in states:  # a look would make an entry, and copies of the scaler fail
+        if id(optimizer) not in states:  # a look would add an entry: the scaler could not be copied
             return OptState.READY
         stage: OptState = states[id(optimizer)]["stage"]
         return stage

@@ -7,10 +7,10 @@ from torch.nn.utils import parametrize
 
 
 def drop() -> None:
-    """Autocast's of low precision, and parametrized weights within ``parametrize.cached()``.
+    """Drop autocast's low-precision copies, and those that ``parametrize.cached()`` keeps.
 
-    Both are kept until the outermost block ends. In a step they would be those of other weights, or
-    of a pass without gradients, or have a graph that a backward pass has used up.
+    Both are kept until the outermost block ends. In a step they would be of other weights, or of a
+    pass without gradients, or have a graph that a backward pass has used up.
     """
     torch.clear_autocast_cache()
     parametrize._cache.clear()

@@ -14,9 +14,9 @@ from ksam_kernels.checks import check_count, check_range
 
 @dataclass(frozen=True)
 class From:
-    """Other steps first, sharpness-aware ones from step ``start`` (0 is the first) to the end.
+    """Sharpness-aware steps from step ``start`` (0 is the first) to the end, other steps before.
 
-    SAM in the last few epochs only finds about the same solutions as SAM throughout (Zhou et al.
+    SAM in only the last few epochs finds about the same solutions as SAM throughout (Zhou et al.
     2025, "Sharpness-aware minimization efficiently selects flatter minima late in training").
     """
 
@@ -43,13 +43,13 @@ class EveryNth:
 
 
 class Policy(Part):
-    """Decides by what the steps find out."""
+    """Decides which steps are sharpness-aware by what earlier steps found out."""
 
     def decide(self, step: int, cost: float) -> bool:
-        """Whether this step is sharpness-aware; changes nothing.
+        """Whether this step is sharpness-aware; changes no state.
 
         Args:
-            step: steps before this one.
+            step: the number of steps before this one.
             cost: of a sharpness-aware step, in units of a plain one.
         """
         raise NotImplementedError
@@ -59,13 +59,13 @@ class Policy(Part):
         raise NotImplementedError
 
     def observe(self, step: int, cost: float, share: Tensor | None) -> None:
-        """A step is done.
+        """Learn from a completed step.
 
         Args:
             step: as in :meth:`decide`.
             cost: what this step cost, in units of a plain one.
-            share: the share of the batch's gradient bounds that the step's selection carries, or
-                in a plain step the highest losses, as many; a float32 scalar on the device.
+            share: the share of the batch's gradient bounds that the step's selection carries, or in
+                a plain step as many of the highest losses; a float32 scalar on the device.
         """
         raise NotImplementedError
 
@@ -75,26 +75,26 @@ class Representative(Policy):
 
     The other steps are plain, or along the momentum (``otherwise``).
 
-    Of every ``every`` steps the first is a probe: the share
+    The first of every ``every`` steps is a probe. It measures the share
     :math:`\sum_{i \in S} b_i / \sum_i b_i` of the per-sample gradient bounds
     :math:`b_i = \lVert \mathrm{softmax}(x_i) - \mathrm{onehot}(y_i) \rVert_2` (the losses, where
-    the loss is not :func:`ksam.cross_entropy`) that the selection S carries, in a plain step the k
-    highest losses. It comes from the pass over the whole batch that the step makes anyway: a plain
-    step has one too. The *next* ``every`` steps are sharpness-aware if it is at least
-    ``threshold``. Training thus begins with plain steps. Where a sharpness-aware step does not see
-    the whole batch (AUSAM; StaleKSAM but for every ``refresh``-th step), the last probe that there
+    the loss is not :func:`ksam.cross_entropy`) that the selection S carries; in a plain step S is
+    the k highest losses. The share comes from the pass over the whole batch that the step makes
+    anyway, as a plain step does too. If it is at least ``threshold``, the *next* ``every`` steps
+    are sharpness-aware; so training begins with plain steps. Where a sharpness-aware step does not
+    see the whole batch (AUSAM; StaleKSAM except in every ``refresh``-th step), the last probe there
     was decides.
 
     The share is copied to the host without waiting, and read ``every`` steps later whatever the
-    timing: the same decisions on every device and in every run. The state is part of the
+    timing, so the decisions are the same on every device and in every run. The state is part of the
     optimizer's ``state_dict``.
 
     Args:
         threshold: in [0, 1].
         every: steps between probes, >= 1.
-        budget: the mean cost of all steps so far that sharpness-aware steps may not exceed, in
-            units of plain ones; 2 % are tolerated, as M / 3 is seldom a whole number. None: no
-            limit.
+        budget: a limit on the mean cost of all steps so far, in units of plain ones: a step that
+            would exceed it is not made sharpness-aware. 2 % more are tolerated, as M / 3 is seldom
+            a whole number. None: no limit.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -116,7 +116,7 @@ class Representative(Policy):
         return self._is_on(step) and self._affords(cost)
 
     def _is_on(self, step: int) -> bool:
-        """The first step of a block is decided by the last block's probe, the others as it was."""
+        """The last block's probe decides for a block's first step, and the others follow that."""
         if step % self.every != 0:
             return self._on
         return self._probe is not None and self._probe.value() >= self.threshold

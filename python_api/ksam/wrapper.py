@@ -1,4 +1,4 @@
-"""An optimizer over another: the same groups and state, whoever looks, and one checkpoint."""
+"""An optimizer over another: both show the same groups and state, and make one checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Radius:
     """A group's rho.
 
     Attributes:
-        schedule: what gives it at every step; None: the number in the group is it.
+        schedule: what gives it at every step; None: it is the number in the group.
         last: the last number, restored when a loaded group has no rho.
     """
 
@@ -30,7 +30,7 @@ class _Radius:
 
 
 class OptimizerWrapper(Optimizer):
-    """Groups, each with a rho, and state are the base optimizer's; parts have state of their own.
+    """Its groups, each with a rho, and its state are the base's; parts have state of their own.
 
     Args:
         base: the optimizer that takes the steps.
@@ -53,8 +53,8 @@ class OptimizerWrapper(Optimizer):
         self.base = base
         self.steps_done = 0
         self._rho = check_radius(rho)
-        # By each parameter of a group: loads put other dicts in the place of groups, and groups may
-        # be deleted, sorted and thinned out.
+        # Keyed by each parameter of a group: loading puts other dicts in the place of groups, and
+        # groups may be deleted, sorted and thinned out.
         self._radii: dict[Tensor, _Radius] = {}
         # And by the group itself, since all its parameters may be replaced (fully_shard does).
         self._groups: list[tuple[dict[str, Any], _Radius]] = []
@@ -120,9 +120,9 @@ class OptimizerWrapper(Optimizer):
         return radius_at(rho, self.steps_done, {**self.base.defaults, **group})
 
     def _adopt_groups(self) -> None:
-        """Every group's rho is a number, also where the base was given or has loaded the group.
+        """Make every group's rho a number, even if the base was given or has loaded the group.
 
-        What gives one, if that was put there, is the group's schedule from now on.
+        If what gives one was put there instead, that is the group's schedule from now on.
         """
         new = []
         for group in self.param_groups:
@@ -170,7 +170,7 @@ class OptimizerWrapper(Optimizer):
                 part.load_state_dict(states[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups; under ``"ksam"`` the steps done and the parts'."""
+        """The base's state and groups; under ``"ksam"``, the steps done and the parts' state."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         self._adopt_groups()
@@ -182,7 +182,7 @@ class OptimizerWrapper(Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; a plain base optimizer's is taken too, as step 0.
+        """Load what :meth:`state_dict` gave, or the state of a plain base optimizer, as step 0.
 
         Parts that have no state in it begin anew. If anything in it is refused, nothing is loaded.
         """
@@ -193,7 +193,7 @@ class OptimizerWrapper(Optimizer):
         own = {"steps_done": 0, **copy.deepcopy(self._initial), **state_dict.get("ksam", {})}
         steps_done = int(own.pop("steps_done"))
         self._adopt_groups()
-        for group in state_dict.get("param_groups", ()):  # of a base with a layout of its own: none
+        for group in state_dict.get("param_groups", ()):  # none if the base has its own layout
             self._radius_of_new({"rho": 0.0, **group})
         present = copy.deepcopy(self._states())
         try:

@@ -16,13 +16,13 @@ Writer = Callable[[Row], None]
 class CSVWriter:
     """Appends rows to a CSV file; each is on disk when the call returns.
 
-    A file that is there is gone on with, so that a resumed run writes to the same one.
+    An existing file is appended to, so that a resumed run writes to the same one.
 
     Args:
         path: of the file; its folder must exist.
 
     Raises:
-        ValueError: the file there, or the first row written, has other columns than a row.
+        ValueError: a row's columns differ from those of the existing file or of the first row.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -43,7 +43,7 @@ class CSVWriter:
             writer.writerow(row)
 
     def _end_line(self) -> None:
-        """The last row may be cut off: the next one is on a line of its own."""
+        """End a last row that was cut off, so that the next one is on its own line."""
         with self.path.open("rb+") as file:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
