@@ -1,7 +1,7 @@
 // ksam_kernels._C: what was built, and every room's kernels.
 //
-// A kernel makes what it returns, or writes in place and returns True. Where it does not take an
-// argument (a device, a dtype, a layout, a subclass of Tensor) it returns None or False and has
+// A kernel allocates what it returns, or writes in place and returns True. If it does not take an
+// argument (a device, a dtype, a layout, a subclass of Tensor), it returns None or False and has
 // written nothing; ksam_kernels/<room>/native.py says what happens then.
 #include <pybind11/pybind11.h>
 

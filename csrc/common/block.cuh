@@ -133,14 +133,14 @@ __device__ __forceinline__ T block_sum(T value) {
   return sum;
 }
 
-// atomicInc that releases what the thread has written or seen at a barrier, and acquires what those
-// that counted before it have released.
+// atomicInc that releases what the thread has written, or seen at a barrier, and acquires what the
+// threads that counted before it have released.
 __device__ __forceinline__ unsigned count_in_order(unsigned* counter, unsigned last) {
 #if defined(KSAM_SIMT)
   __threadfence();
   const unsigned before = atomicInc(counter, last);
   __threadfence();
-#else  // two fences would be waited for, when the block has nothing else to do
+#else  // the block would wait for both fences, with nothing else to do
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
                : "=r"(before)
@@ -150,8 +150,8 @@ __device__ __forceinline__ unsigned count_in_order(unsigned* counter, unsigned l
   return before;
 }
 
-// True in the last of `blocks` blocks to come here. It can read what the others have written before
-// (past the first-level cache: __ldcg), and leaves the counter at 0 again.
+// True in the last of `blocks` blocks to get here. That block can read what the others wrote before
+// they got here (bypassing the first-level cache: __ldcg), and it leaves the counter at 0 again.
 __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
   __syncthreads();

@@ -1,4 +1,4 @@
-// Calls a generic lambda with the type of a tensor's elements. For the <room>_cpu.cpp files;
+// Calls a generic lambda with the type of a tensor's elements. For the <room>_cpu.cpp files; CUDA
 // kernels have on_floating() of common/block.cuh.
 #pragma once
 

@@ -45,7 +45,7 @@ int set_device(int device) {
 
 void return_to_device(int device) noexcept {
   int current = device;
-  // Errors are dropped: a driver that refuses this has failed the call before, which has said so.
+  // Errors are dropped: a driver that refuses this failed the previous call too, which has said so.
   if (cudaGetDevice(&current) == cudaSuccess && current != device) cudaSetDevice(device);
 }
 
@@ -56,7 +56,8 @@ constexpr int kTickets = 1024;
 // On every device; the runtime sets them to 0 when it loads the module there.
 __device__ unsigned tickets[kTickets];
 
-// Where in `tickets` a stream's is, for as long as the process runs; kTickets once all are taken.
+// The place in `tickets` of a stream's counter, its own for as long as the process runs; kTickets
+// once all are taken.
 int place_of(int device, Stream stream) {
   static std::mutex mutex;
   static std::map<std::pair<int, Stream>, int> places;
@@ -72,8 +73,8 @@ int place_of(int device, Stream stream) {
 
 __global__ void any_kernel() {}
 
-// Whether an error says that the device will never run this build's code. Others pass: a device
-// that is full for now or another process's, a stream that is captured; the launch will tell.
+// Whether an error says that the device will never run this build's code. Others do not: the device
+// is full for now or another process's, the stream is being captured; the launch will tell.
 bool is_final(cudaError_t error) {
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
@@ -95,15 +96,16 @@ bool is_final(cudaError_t error) {
   }
 }
 
-// Does not throw, as it is asked on machines without CUDA too: without a driver that the runtime
-// can use (a GPU of another maker, a driver older than the toolkit) there is no code.
+// Does not throw, as it is called on machines without CUDA too: where the runtime has no usable
+// driver (the GPU is another maker's, the driver older than the toolkit), there is no code.
 cudaError_t find_code(int device) noexcept {
   int previous = 0;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaGetDevice(&previous);
   if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, any_kernel);
-  // A driver of the toolkit's major version runs its code, but not launches with large tables.
+  // A driver of the toolkit's major version runs its code but, before 12.1, not launches with large
+  // tables.
   int driver = 0;
   if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
   if (error == cudaSuccess && kParameterBytes > 4096 && driver < 12010) {

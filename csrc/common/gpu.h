@@ -1,7 +1,7 @@
-// Says where the kernels of a call run, and gets them what they need of torch and of the driver.
+// Says where a call's kernels run, and gets them what they need from torch and the driver.
 //
 // KSAM_CUDA is defined in builds with CUDA kernels, KSAM_SIMT where tests/simt builds the same
-// kernels for its runner. That executes them on the CPU, so CPU tensors count as being on the GPU.
+// kernels for its runner. The runner executes them on the CPU, so CPU tensors count as on the GPU.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,8 @@ class DeviceGuard {
 };
 
 // A call whose work goes to torch's current stream of a device. Construct and destroy it with the
-// interpreter's lock held, but launch without it: a launch may wait until the stream's queue, where
-// it is full, has moved on.
+// interpreter's lock held, but launch without it: if the stream's queue is full, a launch waits
+// until it has moved on.
 class GpuCall {
  public:
   explicit GpuCall(const Tensor& t);
@@ -70,7 +70,7 @@ class GpuCall {
 
   // Device memory from torch's allocator, aligned to 512 bytes; null for 0 bytes. Only one piece a
   // call. It is freed with this object, even if kernels still use it: torch's allocator hands it
-  // out again in the order of the stream.
+  // out again in stream order.
   void* scratch(int64_t bytes);
 
  private:

@@ -18,10 +18,10 @@ int multiprocessors();  // of the current device
 
 // A counter in the current device's memory that is 0 before and after each kernel which counts with
 // it (last_block in common/block.cuh). Kernels of one stream run one after the other, so they share
-// the stream's counter. Where it cannot have one, `fallback` is used, 4 bytes of scratch that are
-// set to 0 in the stream: once all counters are taken, for cudaStreamPerThread, which is a stream
-// of each thread, and while the stream is captured, as graphs captured from it may replay at the
-// same time. (Setting the bytes to 0 is one more node of the graph.)
+// the stream's counter. A stream that cannot have one uses `fallback`, 4 bytes of scratch that are
+// set to 0 in the stream. That is so once all counters are taken; for cudaStreamPerThread, which is
+// another stream in every thread; and while the stream is being captured, as graphs captured from
+// it may replay at the same time. (Setting the bytes to 0 is one more node of the graph.)
 unsigned* ticket(Stream stream, void* fallback);
 
 }  // namespace ksam::gpu

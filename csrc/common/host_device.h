@@ -1,5 +1,5 @@
 // Marks functions that host code and CUDA kernels share. They are always inlined, because *_cpu.cpp
-// files include some of them: common/isa.h says what would become of those otherwise.
+// files include some of them: common/isa.h says what would go wrong otherwise.
 #pragma once
 
 #if defined(__CUDACC__)

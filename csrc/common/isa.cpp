@@ -15,8 +15,8 @@ namespace {
 Isa best_of_processor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // The sets that setup.py compiles for, of which a virtual machine may leave out any. Before
-  // GCC 11 there is no name for F16C.
+  // The sets that setup.py compiles for, any of which a virtual machine may leave out. GCC
+  // before 11 has no name for F16C.
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & bit_F16C) == 0) return Isa::baseline;
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::baseline;

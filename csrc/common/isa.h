@@ -4,7 +4,7 @@
 // call picks one of them by the processor it runs on. Those files must use no std container or
 // algorithm, nor any other inline function from outside of that namespace, unless it is always
 // inlined: the linker keeps a single copy of such a function, perhaps the one compiled for AVX-512,
-// and a processor without it would run that.
+// and a processor without AVX-512 would run it.
 #pragma once
 
 #include "common/gpu.h"
@@ -21,7 +21,7 @@ const char* isa_name(Isa isa);
 }  // namespace ksam
 
 // KSAM_DECLARE_PER_ISA(declarations): declares functions in the namespace of every instruction set.
-// KSAM_ON_ISA(function, arguments...): calls the copy for the one that was chosen.
+// KSAM_ON_ISA(function, arguments...): calls the copy for the chosen instruction set.
 #if defined(KSAM_SIMT)  // tests/simt builds GPU kernels only
 #define KSAM_DECLARE_PER_ISA(...)
 #define KSAM_ON_ISA(function, ...) ::ksam::NotBuilt::call(__VA_ARGS__)

@@ -1,7 +1,7 @@
 // Sixteen lanes as a tree of registers, for kernels that compare, select or add up.
 //
-// GCC keeps a vector that is wider than the machine's registers in memory from one turn of a loop
-// to the next, and compares it lane by lane. A pair of registers it keeps in registers. So
+// GCC keeps a vector that is wider than the machine's registers in memory from one iteration of a
+// loop to the next, and compares it lane by lane. A pair of registers stays in registers. So
 // Lanes<float> is one register of AVX-512, a Pair of two of AVX2, a Pair of Pairs of SSE or NEON,
 // and every function here goes down the tree. Lane i is added to lane i + 8, then i + 4, i + 2 and
 // i + 1: the same order on every machine.
@@ -128,7 +128,7 @@ KSAM_INLINE void for_each_vector(int64_t n, const Body& body) {
   if (i < n) body(n - kLanes);
 }
 
-// n numbers of one dtype as those of another; from double to a half through float, as torch does.
+// Converts n numbers from one dtype to another; from double to a half through float, as torch does.
 template <class From, class To>
 void convert(const From* from, int64_t n, To* to) {
   if constexpr (sizeof(Opmath<From>) == sizeof(Opmath<To>)) {
@@ -190,7 +190,7 @@ KSAM_INLINE V where_negative(const V& x, const V& a, const V& b) {
   }
 }
 
-// The same where x == 0.
+// a in the lanes where x == 0, b in the others.
 template <class V>
 KSAM_INLINE V where_zero(const V& x, const V& a, const V& b) {
   if constexpr (LaneTraits<V>::kIsPair) {

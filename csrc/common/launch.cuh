@@ -1,4 +1,4 @@
-// What nvcc and the runner of tests/simt do in ways of their own: launches, parameters of kernels,
+// What nvcc and the runner of tests/simt each do in their own way: launches, parameters of kernels,
 // the sizes of constants.
 #pragma once
 
@@ -22,8 +22,8 @@
 // KSAM_PARAMETER(T): a struct as a kernel's parameter, which is read where the launch has put it; a
 // plain one would be copied to each thread's local memory where the kernel indexes into it.
 // KSAM_DEVICE_ASSERT(condition): ends the kernel with an error that the host sees at its next wait.
-// KSAM_CHECK_ALIGNED(p, bytes): has the runner fail, as a GPU does, where the address of a vector
-// is no multiple of its size.
+// KSAM_CHECK_ALIGNED(p, bytes): makes the runner fail, as a GPU does, if a vector's address is not
+// a multiple of its size.
 #if defined(KSAM_SIMT)
 #define KSAM_PARAMETER(T) const T&
 #define KSAM_CHECK_ALIGNED(p, bytes)             \
@@ -71,7 +71,7 @@ void load(Kernels...) {}
 
 template <class... P, class... A>
 bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream, A&&... arguments) {
-  static uint64_t launches = 0;  // every other one finds a GPU that takes two blocks
+  static uint64_t launches = 0;  // every other one finds a GPU that has room for two blocks
   if (grid.x > 2 && ++launches % 2 == 0) return false;
   simt::launch(true, kernel, grid, block, arguments...);
   return true;
@@ -117,7 +117,7 @@ bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
   const cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid,
                                                         block, addresses, 0, stream);
   if (error == cudaErrorCooperativeLaunchTooLarge && grid.x > 1) {
-    cudaGetLastError();  // forget the error, which the result stands for
+    cudaGetLastError();  // forget the error: the result reports it
     return false;
   }
   check(error);
@@ -127,7 +127,7 @@ bool launch_at_once(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
 #endif
 
 // find(device), called once for each device. Answers are stored per type of `find`, so it has to be
-// a lambda, whose type is nobody else's.
+// a lambda: each has a type of its own.
 template <class T, class Find>
 T once_per_device(int device, const Find& find) {
   static_assert(std::is_class_v<Find>, "functions of one type would share their answers");
@@ -140,8 +140,8 @@ T once_per_device(int device, const Find& find) {
 }
 
 // Launches blocks that all run at once, so that cooperative_groups' grid.sync() works in them.
-// There are fewer than asked for where so many do not fit: a green context, for one, has only some
-// of the device's multiprocessors.
+// There are fewer blocks than asked for where that many do not fit: a green context, for example,
+// has only some of the device's multiprocessors.
 template <class... P, class... A>
 void launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, Stream stream,
                         A&&... arguments) {

@@ -10,9 +10,9 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 // Finds the pool of the torch that is loaded; throws where none is.
 void load_thread_pool();
 
-// body(begin, end) over a partition of [0, n) into at most one range per thread, and at most one
-// for every `grain` items or part of them (the calling thread alone where n <= grain or it is in a
-// parallel region already).
+// body(begin, end) over a partition of [0, n) into at most one range per thread, and at most
+// ceil(n / grain) ranges. The calling thread works alone where n <= grain, or where it is in a
+// parallel region already.
 void parallel_for(int64_t n, int64_t grain, RangeFunction body, void* context);
 
 template <class Body>

@@ -47,8 +47,8 @@ DType dtype_of(dlpack::DataType type) {
 }
 
 // torch's negative bit: the numbers are the negatives of what the memory holds. Views that have it
-// are of imaginary parts, so no two elements are side by side, whatever the stride of a dimension
-// of one element says. (as_strided() and torch._neg_view() can make others.)
+// are of imaginary parts, so no two elements are side by side; the stride of a dimension of size 1
+// says nothing. (as_strided() and torch._neg_view() can make others.)
 bool may_be_negative(const dlpack::Tensor& t) {
   if (t.dtype.code != dlpack::kFloat) return false;
   for (int d = t.ndim - 1; d >= 0; --d) {
@@ -65,7 +65,7 @@ bool says(py::handle tensor, PyObject* question) {
   return answer.ptr() == Py_True;
 }
 
-// Owns what a function of torch has returned; throws its error where that is null.
+// Takes ownership of what a function of torch has returned; throws its error where that is null.
 NewTensor as_new(PyObject* returned) {
   NewTensor made;
   made.object = py::reinterpret_steal<py::object>(returned);
@@ -128,7 +128,7 @@ bool read_tensor(py::handle object, Tensor* out) {
   out->dtype = dtype_of(t.dtype);
   out->numel = 1;
   for (int i = 0; i < t.ndim; ++i) out->numel *= t.shape[i];
-  return t.data != nullptr || out->numel == 0;  // null: a wrapper, functorch's for one
+  return t.data != nullptr || out->numel == 0;  // null: a wrapper, such as functorch's
 }
 
 bool read_tensors(py::handle list, std::vector<Tensor>* out) {
@@ -167,7 +167,8 @@ bool read_int(py::handle object, int64_t* out) {
   return overflow == 0;
 }
 
-// The sizes go one by one: torch takes longer to parse a tuple of them. No size at all is a tuple.
+// Passes the sizes one by one: torch takes longer to parse a tuple of them. Without sizes, passes
+// an empty tuple.
 NewTensor new_empty(py::handle like, const Tensor& t, DType dtype,
                     const std::vector<int64_t>& sizes) {
   std::vector<py::object> shape;

@@ -1,6 +1,6 @@
 // Reads Python's tensors and lists of tensors as views, without a copy or a new reference.
 //
-// In the bindings, `grads_` is a Python object, and `grads` what is read of it.
+// In the bindings, `grads_` is a Python object, and `grads` what is read from it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,7 @@
 
 namespace ksam {
 
-// Learns torch's types, dtypes and DLPack capsule; throws where there is none.
+// Looks up torch's types, dtypes and DLPack capsule; throws where there is none.
 void load_torch_types();
 
 const dlpack::ExchangeApi& torch_api();
@@ -34,7 +34,8 @@ bool read_optional(pybind11::handle object, Tensor* out);
 bool is_negative(pybind11::handle tensor);
 bool is_conjugate(pybind11::handle tensor);
 
-// Reads a finite float or int, and an int of 64 bits; no bool, nothing that only converts to one.
+// Read a finite float or int, and an int of 64 bits; no bool, and nothing that merely converts to a
+// number.
 bool read_number(pybind11::handle object, double* out);
 bool read_int(pybind11::handle object, int64_t* out);
 

@@ -3,8 +3,7 @@
 // Vectors are the compiler's own (vector_size of GCC and Clang): sixteen floats are one register of
 // AVX-512, two of AVX2, four of SSE or NEON (common/lanes.h). The same number of lanes everywhere
 // means that a sum is added up in the same order on every machine. Everything lives in the
-// namespace of the instruction set that it is compiled for. Nothing contracts a * b + c unless it
-// calls fma().
+// namespace of the instruction set that it is compiled for. Nothing but fma() contracts a * b + c.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +20,7 @@
 #endif
 
 #define KSAM_INLINE inline __attribute__((always_inline))
-#define KSAM_INLINE_LAMBDA __attribute__((always_inline))  // stands behind the parameters
+#define KSAM_INLINE_LAMBDA __attribute__((always_inline))  // goes after the parameters
 
 namespace ksam::KSAM_ISA {
 
@@ -70,7 +69,7 @@ struct LikeOf {
   typedef uint16_t u16 __attribute__((vector_size(2 * kCount)));
 };
 
-// Halves of any number of lanes to floats and back.
+// Converts halves, in any number of lanes, to floats and back.
 template <class Half>
 KSAM_INLINE typename LikeOf<Half>::f32 to_float(Half h, bf16) {
   using Like = LikeOf<Half>;
@@ -85,14 +84,14 @@ KSAM_INLINE f32x8 to_float(u16x8 h, bf16) {
 #endif
 
 #if defined(__AVX512F__)
-// The mask leaves nothing out, here and below: GCC 12 warns about the intrinsics that have none.
+// The masks here and below leave nothing out: GCC 12 warns about the intrinsics that have none.
 KSAM_INLINE f32x16 to_float(u16x16 h, bf16) {
   const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(h));
   return bit_cast<f32x16>(_mm512_maskz_slli_epi32(0xffff, wide, 16));
 }
 #endif
 
-// The bits of a bfloat16 in 32. Nearest, ties to even; NaN becomes the quiet NaN.
+// The bits of the nearest bfloat16, as 32-bit integers. Ties to even; NaN becomes the quiet NaN.
 template <class V>
 KSAM_INLINE typename LikeOf<V>::u32 rounded_to_bf16(V x) {
   using u32 = typename LikeOf<V>::u32;
@@ -159,8 +158,8 @@ KSAM_INLINE typename LikeOf<V>::u16 from_float(V x, f16) {
 }
 #endif
 
-// Writes 64 bytes past the caches, to an address that is a multiple of 64. Call stream_fence()
-// after the last of them.
+// Writes 64 bytes to an address that is a multiple of 64, bypassing the caches. Call stream_fence()
+// after the last such write.
 KSAM_INLINE void stream_line(const char* from, char* to) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_raw<__m512i>(from));

@@ -9,7 +9,7 @@
 namespace ksam {
 namespace {
 
-// Bytes per thread below which starting another one takes longer than it saves.
+// Bytes per thread below which starting another thread takes longer than it saves.
 constexpr int64_t kGrain = 128 * 1024;
 
 // What a row costs besides its bytes, in bytes: reading its index, calling memcpy.
@@ -37,11 +37,11 @@ auto on_indices(const Tensor& t, const Body& body) {
   return t.dtype == DType::i32 ? body(Indices<int32_t>(t)) : body(Indices<int64_t>(t));
 }
 
-// Rows of kWord to 2 * kWord bytes (labels, masks, ids): the first kWord bytes and the last, which
-// may overlap. A call of memcpy would take twice as long.
+// Rows of kWord to 2 * kWord bytes (labels, masks, ids): copies the first kWord bytes and the last,
+// which may overlap. A call of memcpy would take twice as long.
 template <int kWord, class Index>
 void copy_small_rows(const Leaf& leaf, Indices<Index> indices, int64_t begin, int64_t end) {
-  // In locals, as the compiler must assume that the stores through `out` change the leaf.
+  // In locals: the compiler must assume that the stores through `out` change the leaf.
   const auto [source, stride, out, bytes] = leaf;
   const int64_t last = bytes - kWord;
   for (int64_t i = begin; i < end; ++i) {
@@ -77,7 +77,7 @@ void copy_rows(const Leaf& leaf, Indices<Index> indices, int64_t begin, int64_t 
 // Bytes moved: 8k read (4k for int32).
 bool in_range(const Tensor& t, int64_t rows) {
   return on_indices(t, [&](auto indices) {
-    uint64_t bad = 0;  // its highest bit: some index, or rows - 1 less it, was negative
+    uint64_t bad = 0;  // its highest bit is set if some index, or rows - 1 - index, was negative
     for (int64_t i = 0; i < t.numel; ++i) {
       const uint64_t index = indices[i];
       bad |= index | (rows - 1 - index);
@@ -88,9 +88,9 @@ bool in_range(const Tensor& t, int64_t rows) {
 
 // Bytes moved: every chosen row read and written once, every index read once per leaf.
 //
-// All leaves share one parallel region. Their output rows, one leaf after the other, lie on a line
-// on which each is as long as its cost; every thread takes one stretch of the line and copies the
-// rows that begin there.
+// All leaves share one parallel region. Think of their output rows as laid end to end, leaf after
+// leaf, each as long as its cost; every thread takes one range of that line and copies the rows
+// that begin in it.
 void gather_rows(const Leaf* leaves, int64_t leaf_count, const Tensor& t) {
   const int64_t k = t.numel;
   int64_t total = 0;

@@ -1,7 +1,7 @@
 // Copies the chosen rows of every leaf, in the widest vectors that its rows allow.
 //
-// Bytes moved: every chosen row is read and written once, and one index for every vector of a row,
-// all but the row's first from the cache. Launches: 1 for every kMaxLeaves leaves.
+// Bytes moved: every chosen row is read and written once; an index is read for every vector of a
+// row, all but the row's first from the cache. Launches: 1 for every kMaxLeaves leaves.
 #include "common/block.cuh"
 #include "compact/compact.h"
 
@@ -20,11 +20,11 @@ struct PackedLeaf {
   char* out;           // [k] rows without gaps
   int64_t row_bytes;
   int64_t source_stride;  // bytes from one row to the next
-  int32_t log2_vector;    // the widest vectors in which all of them are whole: of 1 to 16 bytes
+  int32_t log2_vector;    // of the widest vectors, 1 to 16 bytes, that all of the above allow
   uint32_t first_tile;    // in the launch; the leaf's tiles end where the next leaf's begin
 };
 
-// 4 KB hold 101 leaves, more than batches have. Every launch copies its table, so it is no larger.
+// 4 KB hold 101 leaves, more than batches have. The table is no larger, as every launch copies it.
 constexpr int kBatchBytes = kParameterBytes < 4096 ? kParameterBytes : 4096;
 constexpr int kOtherBytes = 40;  // the count and the other parameters
 constexpr int kMaxLeaves = (kBatchBytes - kOtherBytes) / static_cast<int>(sizeof(PackedLeaf));
@@ -64,8 +64,8 @@ struct Place {
   int64_t column;  // in vectors
 };
 
-// The place `by` < kTileVectors vectors further on. Without a division of 64-bit numbers, which is
-// slow: a row is either longer than a tile, or its length fits 32 bits.
+// The place `by` < kTileVectors vectors further on. Avoids dividing 64-bit numbers, which is slow:
+// a row is either longer than a tile, or its length fits 32 bits.
 __device__ __forceinline__ Place advanced(Place at, int by, int64_t row_vectors) {
   at.column += by;
   uint32_t past = at.column >= row_vectors;
@@ -75,9 +75,9 @@ __device__ __forceinline__ Place advanced(Place at, int by, int64_t row_vectors)
   return {at.row + past, at.column - past * row_vectors};
 }
 
-// The block's tile of a leaf: kTileVectors vectors of the output, or those that are left. First all
-// loads of indices, then all loads of vectors, then all stores. Threads past the end load the last
-// vector again, so that no load has a condition.
+// Copies the block's tile of a leaf: kTileVectors vectors of the output, or those that are left.
+// First come all loads of indices, then all loads of vectors, then all stores. Threads past the end
+// load the last vector again, so that no load has a condition.
 template <class V, class Index>
 __device__ __forceinline__ void copy_tile(const PackedLeaf& leaf, const IndexList<Index>& indices,
                                           int64_t k, int64_t tile) {

@@ -23,8 +23,8 @@ bool in_range(const Tensor& indices, int64_t rows);
 void gather_rows(const Leaf* leaves, int64_t leaf_count, const Tensor& indices);
 
 KSAM_DECLARE_GPU(
-    // The same in device memory, of leaves with bytes to copy and k > 0. An index out of [0, rows)
-    // is a device-side assertion: the host would have to wait for the indices to look at them.
+    // The same in device memory, for leaves with bytes to copy and k > 0. An index out of [0, rows)
+    // fails a device-side assertion: to look at the indices, the host would have to wait for them.
     void gather_rows(const Leaf* leaves, int64_t leaf_count, const Tensor& indices, int64_t rows,
                      Stream stream);)
 

@@ -10,8 +10,8 @@ namespace py = pybind11;
 namespace ksam {
 namespace {
 
-// Whether rows are blocks of bytes: those of `source` [B, ...] lie in memory as those of `out`
-// [k, ...] do, which have no gaps in or between them.
+// Whether rows are blocks of bytes: those of `source` [B, ...] have the layout of those of
+// `out` [k, ...], and these have no gaps in or between them.
 bool same_rows(const Tensor& source, const Tensor& out) {
   if (source.ndim < 1 || source.ndim != out.ndim || source.itemsize != out.itemsize) return false;
   int64_t row = 1, last = 0;  // elements of a row, and the place of its last one
@@ -25,7 +25,7 @@ bool same_rows(const Tensor& source, const Tensor& out) {
   return last == row - 1 && (out.strides[0] == row || out.shape[0] <= 1);
 }
 
-// Makes no leaf of a tensor without bytes to copy. False where a tensor is not taken.
+// A tensor without bytes to copy becomes no leaf. False where a tensor is not taken.
 bool read_leaves(const std::vector<Tensor>& tensors, const std::vector<Tensor>& out,
                  const Tensor& indices, std::vector<Leaf>* leaves) {
   const int64_t k = indices.numel;
@@ -42,7 +42,7 @@ bool read_leaves(const std::vector<Tensor>& tensors, const std::vector<Tensor>& 
   return true;
 }
 
-// The device finds an index out of range: the host would have to wait for it.
+// An index out of range is left for the device to find: the host would have to wait to look at it.
 bool run_on_gpu(const std::vector<Leaf>& leaves, const Tensor& indices, int64_t rows) {
   if (leaves.empty()) return true;
   GpuCall call(indices);

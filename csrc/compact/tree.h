@@ -1,4 +1,4 @@
-// Batches that are trees of plain dicts, lists and tuples. ksam_kernels/compact/tree.py has all
+// Batches that are trees of plain dicts, lists and tuples. ksam_kernels/compact/tree.py handles all
 // others, in the same order.
 #pragma once
 
@@ -33,8 +33,8 @@ class Descent {
   Descent& operator=(const Descent&) = delete;
 };
 
-// on_tensor may let other threads run, which may change the containers. So it is a copy of a dict
-// that is walked, and of a list every child is owned while it is used.
+// on_tensor may let other threads run, which may change the containers. So dicts are walked in a
+// copy, and every child of a list or tuple is owned while it is used.
 template <class OnTensor>
 pybind11::object map_plain_dict(PyObject* node, const OnTensor& on_tensor) {
   const auto copy = pybind11::reinterpret_steal<pybind11::object>(PyDict_Copy(node));

@@ -4,8 +4,8 @@
 //
 // Bytes moved: each logit once, and each probability where the target has them; per row a class,
 // 4 for the loss and, where a gradient is wanted, 12 for the statistics (float64: 24). Selection:
-// topk/select.cuh; the losses it reads lie in the cache. Launches: 1; for more than
-// kSelectedByBlock rows, and of rows in planes, selection is one more.
+// topk/select.cuh; the losses it reads lie in the cache. Launches: 1; selecting from more than
+// kSelectedByBlock rows, or from rows in planes, is one more.
 #include "loss/cross_entropy.cuh"
 #include "topk/select.cuh"
 #include "topk/topk.h"
@@ -13,7 +13,7 @@
 namespace ksam::gpu {
 namespace {
 
-// Up to so many losses the last block selects; more are worth a second launch.
+// Up to this many losses, the last block selects; more are worth a second launch.
 constexpr int64_t kSelectedByBlock = gpu_or_simt(2048, 64);
 // Losses that each thread of that block holds in registers.
 constexpr int kHeld = gpu_or_simt(8, 2);
@@ -123,7 +123,7 @@ struct RowLosses : Losses<T, Q, kKind> {
       sums->exp += quick_exponential(z[j]);
     }
     if constexpr (kHasSpread) {
-      // Most pieces are whole: they have every element, as the compiler then knows.
+      // Most pieces are whole: here the compiler knows that they have every element.
       if (kWhole || (piece.begin == 0 && piece.end == N)) {
         add_spread({piece.first, 0, N}, z, item, w_aligned, sums);
       } else {
@@ -185,7 +185,7 @@ struct Selection {
   }
 };
 
-// Whether the rows are such that the kernel with kWhole may run.
+// Whether the rows allow the kernel with kWhole.
 bool is_whole(const CrossEntropy& args) {
   const int64_t itemsize = size_of(args.logits.dtype);
   const auto address = reinterpret_cast<uintptr_t>(args.logits.data);

@@ -65,11 +65,11 @@ struct Losses {
     int64_t i;
     bool is_settled;
     int64_t y;  // the class or kIgnored
-    T x_y;      // its logit; converted where it is used, as that waits for it
+    T x_y;      // its logit; converted where it is used, as converting waits for the load
   };
 
-  // Loads the class and waits for it, so call it once the row's first logits are being loaded too.
-  // A load that began before theirs would be waited for before theirs begin: ptxas leaves none
+  // Loads the class and waits for it, so call it once the loads of the row's first logits have
+  // begun. A load that began before them would be waited for before they begin: ptxas leaves none
   // pending across the branches that choose how logits are loaded.
   __device__ __forceinline__ void find_class(Row* row) const {
     row->y = target.class_of(target.read(row->i));
@@ -116,7 +116,7 @@ struct Losses {
 template <class A>
 struct Slope {
   A max, log_s, mass;
-  float grad;  // converted where it is used, as that waits for it
+  float grad;  // converted where it is used, as converting waits for the load
   A hot;
 
   // dx_c of a logit x; q: the target's q_c.

@@ -1,9 +1,9 @@
 // Cross-entropy of rows that lie side by side, as pixels of [B, C, H, W] do, and its gradient. Each
-// thread has a row, so that a warp reads the logits of a class of 32 neighbouring rows. Where there
-// are too few rows to keep the device busy, several threads share a row's classes.
+// thread has a row, so that a warp reads a class's logits of 32 neighbouring rows at once. Where
+// there are too few rows to keep the device busy, several threads share a row's classes.
 //
-// Bytes moved: as those of rows with their classes side by side (cross_entropy.cu and
-// cross_entropy_backward.cu), whose formulas these are. Launches: 1 each.
+// Bytes moved: as for rows with their classes side by side (cross_entropy.cu and
+// cross_entropy_backward.cu), which have the same formulas. Launches: 1 each.
 #include "loss/cross_entropy.cuh"
 
 namespace ksam::gpu {
@@ -12,8 +12,8 @@ namespace {
 // Classes whose logits a thread loads before it uses the first.
 constexpr int kClasses = gpu_or_simt(8, 4);
 
-// A row has at most so many parts in the forward pass, whose block adds them up: a thread of every
-// warp has one, so that the threads of a warp have neighbouring rows.
+// A row has at most this many parts in the forward pass, where its block adds them up: they go to
+// threads of different warps, so that the threads of a warp have neighbouring rows.
 constexpr int kMaxParts = kRowThreads / kWarp;
 
 // Rows of type T that lie in planes.
@@ -35,7 +35,7 @@ struct Planes {
 };
 
 // kClasses logits of a row from class `first` on, and its probabilities if the target has them.
-// Behind the last class these are `none` and 0.
+// Past the last class these are `none` and 0.
 template <class T, class Q, Kind kKind>
 struct Batch {
   T x[kClasses];
@@ -71,12 +71,12 @@ struct PlaneLosses : Losses<T, Q, kKind> {
   static constexpr int kResident = resident_planes(kKind, sizeof(T));
 
   Planes<const T> logits;
-  Planes<const Q> probabilities;  // for classes nothing
+  Planes<const Q> probabilities;  // unused where the target is classes
 
   explicit PlaneLosses(const CrossEntropy& args)
       : Base(args), logits(args.logits), probabilities(args.target) {}
 
-  // Adds up the classes of a row that are the thread's part.
+  // Adds up the classes of a row that belong to the thread's part.
   __device__ __forceinline__ void add(typename Base::Row* row, const T* x, const Team<1>& team,
                                       Sums* sums) const {
     const Q* t = TargetOf::kHasHot ? nullptr : probabilities.row(row->i);
@@ -150,7 +150,7 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
   static constexpr int kResident = resident_planes(kKind, sizeof(T));
 
   Planes<const T> logits;
-  Planes<const Q> probabilities;  // for classes nothing
+  Planes<const Q> probabilities;  // unused where the target is classes
   Planes<T> out;
 
   explicit PlaneGradients(const CrossEntropyGradient& args)
@@ -159,7 +159,7 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
         probabilities(args.forward.target),
         out(args.out) {}
 
-  // Writes the classes of a row that are the thread's part.
+  // Writes the classes of a row that belong to the thread's part.
   template <int kThreads>
   __device__ __forceinline__ void write(int64_t i, const Team<kThreads>& team) const {
     T* to_ = out.row(i);
@@ -196,8 +196,8 @@ struct PlaneGradients : Gradients<T, Q, kKind> {
   }
 };
 
-// How many threads share a row: as many as the device runs at once for all rows, if each gets a
-// whole batch of classes. The order in which a row is added up depends on it.
+// Log2 of how many threads share a row: as many as the device runs at once for all rows, if each
+// gets a whole batch of classes. The order in which a row is added up depends on it.
 int log2_parts(const CrossEntropy& args, int resident, int max_parts) {
   const int64_t capacity = int64_t{resident} * multiprocessors() * kRowThreads;
   const int64_t batches = (args.logits.columns + kClasses - 1) / kClasses;

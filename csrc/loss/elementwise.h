@@ -1,6 +1,6 @@
 // Losses that are a mean over the elements of a sample, shared by host and device. x, t and p
 // are elements of the input, of the target and of pos_weight: a number on the GPU, a vector of
-// lanes on the CPU. Math has functions of either.
+// lanes on the CPU. Math has the functions for either.
 #pragma once
 
 #include "common/host_device.h"
@@ -42,7 +42,8 @@ struct BinaryCrossEntropy {
 // (x - t)^2
 struct SquaredError {
   static constexpr bool kHasWeight = false;
-  // Of the slope. It multiplies g / n first, as 2 (x - t) may overflow where the gradient does not.
+  // A factor of the slope. It multiplies g / n first, as 2 (x - t) may overflow where the gradient
+  // does not.
   static constexpr int kFactor = 2;
 
   template <class V>

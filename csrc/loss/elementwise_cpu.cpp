@@ -83,7 +83,7 @@ KSAM_INLINE double wide_row(const Elementwise& args, int64_t row, A* buffer) {
   using V = Lanes<T>;
   const T* input = row_of<T>(args.input, row);
   const A* weight = static_cast<const A*>(args.pos_weight);
-  double sum = 0;  // a row may have millions of elements, and a float lose digits over its blocks
+  double sum = 0;  // a row may have millions of elements: a float would lose digits over its blocks
   for_each_block(args.input.columns, [&](int64_t begin, int64_t n) KSAM_INLINE_LAMBDA {
     const A* target = staged(args.target, row, begin, n, buffer);
     V block{};
@@ -118,8 +118,8 @@ KSAM_INLINE void for_each_rows(int64_t begin, int64_t end, int64_t n, const Body
   }
 }
 
-// n elements; where they do not fill a vector, in `buffer` [kLanes] with zeros behind them. They
-// may be in the buffer already.
+// The n elements; if they do not fill a vector, copied to `buffer` [kLanes] and followed by zeros.
+// They may be in the buffer already.
 template <class T>
 KSAM_INLINE const T* padded(const T* from, int64_t n, T* buffer) {
   if (n >= kLanes) return from;
@@ -129,8 +129,8 @@ KSAM_INLINE const T* padded(const T* from, int64_t n, T* buffer) {
   return buffer;
 }
 
-// The elements of a block of narrow rows, which lie one behind the other. A vector takes elements
-// of several rows.
+// The elements of a block of narrow rows, which lie one after the other. A vector takes elements of
+// several rows.
 template <class Loss, class T>
 class NarrowRows {
   using A = Opmath<T>;
@@ -155,7 +155,7 @@ class NarrowRows {
     t_ = padded(staged(args_.target, row, 0, count_, buffer_), count_, buffer_);
   }
 
-  // body(i, x, t, p) for vectors that cover all elements, and zeros behind fewer than kLanes.
+  // body(i, x, t, p) for vectors that cover all elements, followed by zeros if fewer than kLanes.
   template <class Body>
   KSAM_INLINE void for_each(const Body& body) const {
     for_each_vector(count_ < kLanes ? kLanes : count_, [&](int64_t i) KSAM_INLINE_LAMBDA {

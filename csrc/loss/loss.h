@@ -11,9 +11,9 @@
 
 namespace ksam {
 
-// A matrix whose elements lie side by side within a row; or else in planes, where those of a column
-// lie side by side for all rows of a group. Of [B, C, H, W], each pixel is a row with C columns,
-// and the pixels of an image are a group.
+// A matrix whose elements lie side by side within a row; or one in planes, where the elements of a
+// column lie side by side for all rows of a group. In [B, C, H, W], each pixel is a row with C
+// columns, and the pixels of an image are a group.
 struct Matrix {
   char* data = nullptr;
   int64_t rows = 0;
@@ -21,7 +21,7 @@ struct Matrix {
   int64_t stride = 0;  // between rows, in elements; 0 where all are the same row
   DType dtype = DType::other;
 
-  int64_t group = 0;  // rows of a group; 0 where there are no planes, nor any use for the next two
+  int64_t group = 0;  // rows of a group; 0 where there are no planes, and the next two are unused
   int64_t group_stride = 0;
   int64_t plane_stride = 0;
 
@@ -31,7 +31,7 @@ struct Matrix {
 struct CrossEntropy {
   Matrix logits;       // [N, C] floating
   Matrix target;       // [N, 1] i32 or i64: classes; [N, C] floating: probabilities, in planes
-                       // where the logits are, of as large groups
+                       // where the logits are, with groups as large as theirs
   const void* weight;  // [C] A, or null
   int64_t ignore_index;
   double label_smoothing;
@@ -43,7 +43,7 @@ struct CrossEntropy {
 struct CrossEntropyGradient {
   CrossEntropy forward;
   Matrix grad;  // [N, 1] f32
-  Matrix out;   // [N, C] of the logits' dtype, contiguous or in planes where they are
+  Matrix out;   // [N, C] of the logits' dtype; in planes if they are, else contiguous
 };
 
 struct Elementwise {
@@ -66,9 +66,9 @@ KSAM_DECLARE_PER_ISA(void cross_entropy(const CrossEntropy& args);
                      void mse(const Elementwise& args);
                      void mse_backward(const ElementwiseGradient& args);)
 
-// The same, in device memory. Probabilities have the dtype of the logits, elementwise targets that
-// of the input; or f32, where that is not f64. A class out of range is a device-side assertion.
-// *_scratch_bytes: how much scratch the function of that name takes.
+// The same, in device memory. Probabilities have the dtype of the logits, and elementwise targets
+// that of the input; both may be f32 instead, unless that dtype is f64. A class out of range fails
+// a device-side assertion. *_scratch_bytes: how much scratch the function of that name takes.
 KSAM_DECLARE_GPU(int64_t cross_entropy_scratch_bytes(const CrossEntropy& args);
                  void cross_entropy(const CrossEntropy& args, void* scratch, Stream stream);
                  void cross_entropy_backward(const CrossEntropyGradient& args, Stream stream);

@@ -24,8 +24,8 @@ bool is_plain(const Tensor& t, const Tensor& like, DType dtype, int64_t numel) {
   return same_device(t, like) && t.dtype == dtype && t.numel == numel && is_contiguous(t);
 }
 
-// Whether kernels take a floating target of this dtype: those of the CPU take any, those of a GPU
-// the input's own and that of the arithmetic.
+// Whether kernels take a floating target of this dtype: CPU kernels take any, GPU kernels the
+// input's own and that of the arithmetic.
 bool takes_target(DType dtype, const Tensor& input) {
   return on_cpu(input) || dtype == input.dtype || dtype == opmath_of(input.dtype);
 }
@@ -54,7 +54,7 @@ bool read_weight(py::handle object, const Tensor& like, int64_t numel, Tensor* t
          (is_plain(*t, like, opmath_of(like.dtype), numel) && !is_negative(object));
 }
 
-// Reads the upstream gradient [...], an element for each of so many rows.
+// Reads the upstream gradient [...], one element for each of `rows` rows.
 bool read_upstream(py::handle object, const Tensor& input, int64_t rows, Matrix* grad) {
   Tensor t;
   return read_tensor(object, &t) && same_device(t, input) && !is_negative(object) &&
@@ -117,7 +117,7 @@ struct Outputs {
                         std::to_string(args.logits.columns) + " classes");
 }
 
-// Runs body() without the interpreter's lock. Raises where that finds a class out of range.
+// Runs body() without the interpreter's lock. Raises if body() finds a class out of range.
 template <class Body>
 void run_on_cpu(CrossEntropy* args, const Body& body) {
   int64_t first_bad = args->logits.rows;
@@ -234,7 +234,8 @@ bool read_samples(py::handle object, Tensor* t, Matrix* samples) {
   return samples->columns > 0 || samples->rows == 0;
 }
 
-// Whether t is [...] for samples [B, ...]: as many elements in another shape may not broadcast.
+// Whether t is [...] for samples [B, ...]: the same number of elements in another shape may not
+// broadcast.
 bool is_of_sample(const Tensor& t, const Tensor& samples) {
   if (t.ndim != samples.ndim - 1) return false;
   for (int i = 0; i < t.ndim; ++i) {

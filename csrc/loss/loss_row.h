@@ -12,7 +12,7 @@ KSAM_FORMULA double logarithm(double x) { return ::log(x); }
 KSAM_FORMULA float exponential(float x) { return ::expf(x); }
 KSAM_FORMULA double exponential(double x) { return ::exp(x); }
 
-// With z_c = x_c - max, and the row's target q_c = hot [c = y] + spread_c (target_cpu.h).
+// Here z_c = x_c - max, and the row's target is q_c = hot [c = y] + spread_c (target_cpu.h).
 template <class A>
 struct RowSums {
   A max = -HUGE_VALF;  // of x_c; -inf if there is none yet

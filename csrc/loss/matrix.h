@@ -1,5 +1,5 @@
-// Describes tensors as the matrices that the kernels of losses take. Each function is false of a
-// tensor that does not lie in memory as it asks.
+// Describes tensors as the matrices that the kernels of losses take. Each function returns false
+// for a tensor that does not have the layout it asks for.
 #pragma once
 
 #include "common/gpu.h"
@@ -29,7 +29,7 @@ inline bool as_rows(const Tensor& t, Matrix* m) {
   m->dtype = t.dtype;
   m->columns = t.shape[last];
   if (m->columns < 1) return false;
-  // torch takes any strides for contiguous where there are no elements, and rearranges nothing.
+  // torch calls any strides contiguous where there are no elements, and rearranges nothing.
   if (m->columns > 1 && t.strides[last] != 1 && t.numel > 0) return false;
   return flatten(t, last, &m->rows, &m->stride);
 }
@@ -39,10 +39,10 @@ inline bool as_rows(const Tensor& t, Matrix* m) {
 // applies the same rule.
 inline bool as_planes(const Tensor& t, Matrix* m) {
   constexpr int64_t kWorthIt = 16;
-  constexpr int64_t kCounted = int64_t{1} << 24;  // float32 holds the indices of so many columns
+  constexpr int64_t kCounted = int64_t{1} << 24;  // float32 holds the indices of this many columns
   if (!has_kernels(t) || t.ndim < 2) return false;
   const int last = t.ndim - 1;
-  int outer = last;  // how many dimensions are in front of those of a group
+  int outer = last;  // how many dimensions come before those of a group
   int64_t group = 1;
   for (; outer > 0; --outer) {
     const int i = outer - 1;

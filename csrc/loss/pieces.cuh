@@ -9,9 +9,9 @@ namespace ksam::gpu {
 // Pieces of a batch, all of which a thread loads before it uses the first.
 constexpr int kUnroll = gpu_or_simt(4, 2);
 
-// Batches that follow each other in a part of a row. A kernel that has the registers loads all of
-// them before it uses the first: with 32 warps of a multiprocessor, an H200 reads 3.9 TB/s with 64
-// bytes of each thread in flight, and 4.4 with 128.
+// Batches of a span, which follow each other in a part of a row. A kernel that has the registers
+// loads all of them before it uses the first: with 32 warps per multiprocessor, an H200 reads 3.9
+// TB/s with 64 bytes per thread in flight, and 4.4 with 128.
 constexpr int kSpan = 2;
 
 // Neighbouring threads that share a row, or part `part` of its `parts`. The calling thread is
@@ -22,9 +22,9 @@ struct Team {
 
   __device__ __forceinline__ int threads() const { return kThreads > 0 ? kThreads : count; }
 
-  // The thread's number among those of all parts. Where threads() is 1 it is the same in a whole
-  // block, but the compiler must not know: for planes it would keep addresses in more registers
-  // than there are.
+  // The thread's number among those of all parts. Where threads() is 1, it is the same in a whole
+  // block, but the compiler must not know that: for planes, it would keep addresses in more
+  // registers than there are.
   __device__ __forceinline__ int64_t place() const { return int64_t{part} * threads() + thread; }
   __device__ __forceinline__ int64_t places() const { return int64_t{parts} * threads(); }
 };
@@ -34,7 +34,7 @@ struct Elements {
   T at[N];
 };
 
-// How many elements behind a vector's boundary a piece begins that begins `lead` elements before p.
+// How many elements past a vector's boundary p - lead lies.
 template <class T>
 __device__ __forceinline__ int offset_of(const T* p, int lead = 0) {
   return static_cast<int>((reinterpret_cast<uintptr_t>(p) - lead * sizeof(T)) % kVectorBytes /
@@ -49,8 +49,8 @@ struct Piece {
   __device__ __forceinline__ bool has(int j) const { return j >= begin && j < end; }
 };
 
-// N elements as they were loaded. 16-bit elements stay in pairs until they are used: to take them
-// apart at once would be to wait for each load before the next begins.
+// N elements as they were loaded. 16-bit elements stay in pairs until they are used: taking them
+// apart at once would mean waiting for each load before the next begins.
 template <class T, int N>
 struct Packed {
   uint32_t words[N * sizeof(T) / 4];
@@ -98,8 +98,8 @@ __device__ __forceinline__ Packed<T, N> filled(T value) {
   return to;
 }
 
-// Two words hold two 16-bit numbers each: the larger of the low and of the high ones. Of a number
-// and NaN it is the number.
+// a and b hold two 16-bit numbers each: returns the larger of the low ones and the larger of the
+// high ones. Of a number and NaN, that is the number.
 template <class Pair>
 __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
   Pair x, y;
@@ -129,8 +129,8 @@ __device__ __forceinline__ Packed<T, N> load_whole(const T* p) {
   return to;
 }
 
-// N elements of 2 or 4 bytes from p on, from the two vectors that they lie in; the first begins
-// `offset` elements before p.
+// N elements of 2 or 4 bytes from p on, from the two vectors that they lie in; the first vector
+// begins `offset` elements before p.
 template <int N, class T>
 __device__ __forceinline__ Packed<T, N> load_shifted(const T* p, int offset) {
   static_assert(N * sizeof(T) == kVectorBytes && sizeof(T) <= 4);
@@ -215,7 +215,7 @@ __device__ __forceinline__ void store_piece(T* row, const Piece& piece,
 //   aligned   all are whole, at vectors' boundaries
 //   last      each is empty, or whole and at a vector's boundary
 //   shifted   all are whole, and each lies in two vectors that hold nothing but the row
-//   careful   element by element, as none of these is sure
+//   careful   element by element, as none of the above is certain
 enum class Loads { aligned, last, shifted, careful };
 
 // Loads pieces of N elements that begin at first + [0, kUnroll) * step, in the fastest way there
@@ -257,9 +257,10 @@ __device__ __forceinline__ void load_batch(int64_t first, int64_t step, int64_t 
 
 // Walks over the calling thread's portion of a row in batches of kUnroll pieces of N elements.
 // load(piece, loads) makes an item of each piece, and use(pieces, items) returns whether to go on.
-// The first piece of the row begins `lead` elements before it, so that pieces begin at boundaries
-// of other memory if not of the row's. All pieces lie `offset` elements behind a vector's boundary;
-// offset < 0 means that they have to be loaded carefully. A part takes kBatches batches at a time.
+// The first piece of the row begins `lead` elements before the row, so that pieces can begin at
+// vectors' boundaries of other memory instead of the row's. All pieces lie `offset` elements past a
+// vector's boundary; offset < 0 means that they have to be loaded carefully. A part takes kBatches
+// batches at a time.
 template <int N, bool kMayShift, int kBatches = 1, int kThreads, class Load, class Use>
 __device__ __forceinline__ void for_each_batch(int64_t columns, int lead, int offset,
                                                const Team<kThreads>& team, const Load& load,
@@ -292,9 +293,9 @@ __device__ __forceinline__ constexpr int batches_at_once() {
 
 constexpr int64_t kMostWholeVectors = int64_t{1} << 30;  // so that 32 bits count them
 
-// for_each_batch() for a row of whole vectors at vectors' boundaries, fewer than kMostWholeVectors,
-// with the same bits as a result. As there is only one way to load them, it has the registers to
-// load a whole span at once.
+// for_each_batch() for a row of fewer than kMostWholeVectors whole vectors at vectors' boundaries;
+// the result has the same bits. As there is only one way to load the vectors, there are enough
+// registers to load a whole span at once.
 template <int N, int kBatches, int kThreads, class Load, class Use>
 __device__ __forceinline__ void for_each_whole_batch(int64_t columns, const Team<kThreads>& team,
                                                      const Load& load, const Use& use) {

@@ -2,8 +2,8 @@
 // it, and how the sums of each become the row's result.
 //
 // A row is cut into vectors from its first element on, whatever its address: which thread adds
-// which elements, and in which order, depends on the shape and the device alone. So a row has the
-// same bits in a slice as in a copy, with or without a selection after it, on every run.
+// which elements, and in which order, depends on the shape and the device alone. So a row's result
+// has the same bits in a slice as in a copy, with or without a selection after it, on every run.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ constexpr int kRowThreads = 1 << kRowShift;  // of a block
 constexpr int kTurnsOfWarp = gpu_or_simt(4, 1);
 // Blocks that each multiprocessor should have, so that enough loads are in flight.
 constexpr int kBlocksWanted = gpu_or_simt(2, 4);
-// From so many rows for each multiprocessor on, there is one for every warp.
+// With at least this many rows for each multiprocessor, there is one for every warp.
 constexpr int kManyWarps = 32;
 
 constexpr int kWarpShift = 5;
@@ -37,7 +37,8 @@ struct RowPlan {
   bool is_split() const { return grid.y > 1; }
 };
 
-// How many blocks a multiprocessor has registers for, where lanes have a row and where a block has.
+// How many blocks a multiprocessor has registers for: where some lanes of a warp have a row, and
+// where a block has one.
 struct Resident {
   int by_lanes, by_block;
 };
@@ -49,8 +50,8 @@ inline int log2_ceil(int64_t n) {
 }
 
 // How many blocks to launch for the work that `needed` blocks would do in one turn each, if a
-// multiprocessor runs `resident` at once. All blocks run at once and take about as many turns, so
-// that none begins when the others are done.
+// multiprocessor runs `resident` at once. All blocks run at once and take about the same number of
+// turns, so that none begins only when the others are done.
 inline unsigned row_blocks(int64_t needed, int resident) {
   const int64_t slots = int64_t{resident} * multiprocessors();
   const int64_t turns = (needed + slots - 1) / slots;
@@ -58,8 +59,8 @@ inline unsigned row_blocks(int64_t needed, int resident) {
 }
 
 // The plan of a reduction over rows > 0, for threads whose spans have `pieces` vectors of
-// per_vector elements. The order in which a row is added up follows from `shift` and grid.y, which
-// must not depend on `resident`: that differs between kernels.
+// per_vector elements. The order in which a row is added up follows from `shift` and grid.y. These
+// must not depend on `resident`, which differs between kernels.
 inline RowPlan plan_rows(int64_t rows, int64_t columns, int per_vector, int pieces,
                          Resident resident) {
   const int64_t vectors = (columns + per_vector - 1) / per_vector;
@@ -120,17 +121,17 @@ void launch_gradient(const G& gradients, int64_t rows, int64_t columns, int per_
 //
 // A reduction has
 //   kResident                  a Resident, how many blocks of its kernels run at once
-//   struct Sums                what is added up over a row; as constructed, of no elements
+//   struct Sums                what is added up over a row; when constructed, of no elements
 //   struct Row; row(i)         what is known of row i beforehand
 //   settle(&row)               finds out what has to be known of a row before it is finished
 //   add(&row, team, &sums)     adds the calling thread's portion of a row
-//   merge(&sums, other)        adds the sums of another portion; in which order and grouping that
-//                              happens must not depend on timing
+//   merge(&sums, other)        adds the sums of another portion; the order and grouping of the
+//                              calls must not depend on timing
 //   merge_lanes(shift, &sums)  gives each of 2^shift lanes the sums of all of them
-//   load(p)                    sums that another block has written
+//   load(p)                    reads sums that another block has written
 //   finish(row, sums)          writes the row's result
 
-// What combine(own, other) makes of the values of 2^shift lanes, in all of these lanes.
+// The values of 2^shift lanes, combined by combine(own, other), in all of these lanes.
 template <class T, class Combine>
 __device__ __forceinline__ T over_lanes(int shift, T value, const Combine& combine) {
   for (int by = 1 << shift >> 1; by > 0; by /= 2) {
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident.by_lanes)
   if (tail.is_wanted() && last_block(tail.ticket, gridDim.x)) tail.run();
 }
 
-// For long rows. The parts of rows that are split over gridDim.y blocks go to
+// For long rows. Where rows are split over gridDim.y blocks, the sums of their parts go to
 // partial[rows, gridDim.y], and the last of all blocks merges them.
 template <class R, class Tail>
 __global__ void __launch_bounds__(kRowThreads, R::kResident.by_block)
@@ -238,8 +239,8 @@ __global__ void __launch_bounds__(kRowThreads, R::kResident.by_block)
   if (tail.is_wanted()) tail.run();
 }
 
-// Scratch of a reduction: first the ticket's fallback, in as many bytes as keep what follows
-// aligned; then the sums of split rows.
+// Scratch of a reduction: first the ticket's fallback, padded to keep what follows aligned; then
+// the sums of split rows.
 constexpr int64_t kTicketSlotBytes = 16;
 
 template <class R>

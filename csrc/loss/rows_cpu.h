@@ -3,9 +3,9 @@
 // Wide rows, of at least sixteen elements, go block by block: a block fits the first-level cache,
 // so that a second look at it reads no memory. The last vector of a block overlaps the one before.
 // Narrow rows of logits go sixteen at a time, transposed into a tile: a lane is a row then, and
-// nothing is added up across lanes. (elementwise_cpu.cpp has those of elementwise losses.) Rows in
-// planes are sixteen at a time by nature. Whichever way, a row's result does not depend on its
-// neighbours.
+// nothing is added up across lanes. (elementwise_cpu.cpp has the narrow rows of elementwise
+// losses.) Rows in planes need no transposing to go sixteen at a time. In every case, a row's
+// result does not depend on its neighbours.
 #pragma once
 
 #include "common/dispatch.h"
@@ -21,8 +21,8 @@ constexpr int64_t kBlockCapacity = kBlock + kLanes;
 constexpr int64_t kPlanes = 128;        // that are staged at once: 8 KB of float32
 constexpr int64_t kAhead = 4 * kLanes;  // how many elements ahead a plane is prefetched
 
-// Rows for which it is worth waking one more thread, which takes as long as some 32,000 elements.
-// There may be no columns, where there are no rows.
+// How many rows make it worth waking one more thread, which takes as long as some 32,000 elements.
+// There may be 0 columns, where there are no rows.
 KSAM_INLINE int64_t row_grain(int64_t columns) {
   constexpr int64_t kElements = 32768;
   return columns < kElements ? kElements / (columns > 0 ? columns : 1) : 1;
@@ -33,15 +33,15 @@ KSAM_INLINE T* row_of(const Matrix& m, int64_t row) {
   return reinterpret_cast<T*>(m.data) + row * m.stride;
 }
 
-// Column 0 of a row in planes. That of the group's next row lies behind it.
+// Column 0 of a row in planes. That of the group's next row comes right after it.
 template <class T>
 KSAM_INLINE T* plane_of(const Matrix& m, int64_t row) {
   return reinterpret_cast<T*>(m.data) + row / m.group * m.group_stride + row % m.group;
 }
 
-// Sixteen rows from `first` on, which are taken at once. Those that count are `count` of them, from
+// Sixteen rows from `first` on, which are taken at once. Those that count are the `count` rows from
 // lane `lane` on. In planes the others exist too, and are read: a vector must not leave its group,
-// so that the last two of a group may overlap.
+// so that the last two vectors of a group may overlap.
 struct Sixteen {
   int64_t first, lane, count;
 };
@@ -100,7 +100,7 @@ const A* staged(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* buffe
 }
 
 // Sixteen narrow rows, of `columns` <= kColumns elements, transposed: element [c][lane]. Lanes that
-// get no row hold zeros, but only in those columns: most rows are much shorter than they may be.
+// get no row hold zeros, but only in those columns: most rows are much shorter than kColumns.
 template <class T, int64_t kColumns>
 struct Tile {
   explicit Tile(int64_t columns) { std::memset(at, 0, columns * sizeof(at[0])); }

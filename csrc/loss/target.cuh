@@ -28,8 +28,8 @@ struct Target {
   struct Nothing {};
   using Probabilities = std::conditional_t<kKind == Kind::probabilities, Packed<Q, N>, Nothing>;
 
-  // Whether logits that are not aligned to vectors are loaded as aligned vectors and shifted. There
-  // are too few registers for it beside probabilities, which have an offset of their own.
+  // Whether logits that are not aligned to vectors are loaded as aligned vectors and shifted. With
+  // probabilities, which have an offset of their own, there are too few registers for that.
   static constexpr bool kMayShift = sizeof(T) <= 4 && kKind != Kind::probabilities;
 
   const void* data;  // [rows] int64 or int32, or [rows, classes] Q
@@ -71,7 +71,7 @@ struct Target {
     return weight == nullptr ? confidence : confidence * weight[y];
   }
 
-  // spread_c of one class; t: its probability, of a target that has them.
+  // spread_c of one class; t: its probability, if the target has them.
   __device__ __forceinline__ A spread_of(int64_t c, A t) const {
     const A q = kKind == Kind::probabilities ? ::fma(confidence, t, uniform) : uniform;
     return weight == nullptr ? q : q * weight[c];
@@ -81,7 +81,7 @@ struct Target {
     return static_cast<const Q*>(data) + i * stride;
   }
 
-  // Loads what spread() needs of a piece beside the weights, as `loads` and `aligned` allow.
+  // Loads what spread() needs of a piece besides the weights, as `loads` and `aligned` allow.
   __device__ __forceinline__ Probabilities load(const Q* row, const Piece& piece, Loads loads,
                                                 bool aligned) const {
     if constexpr (kKind == Kind::probabilities) {
@@ -94,7 +94,7 @@ struct Target {
     }
   }
 
-  // Loads the logits of a piece; offset: how far the pieces lie behind a vector's boundary.
+  // Loads the logits of a piece; offset: how far past a vector's boundary the pieces lie.
   __device__ __forceinline__ static Packed<T, N> load_logits(const T* row, const Piece& piece,
                                                              Loads loads, int offset, T fill) {
     if (loads == Loads::last && piece.end == 0) return filled<N>(fill);

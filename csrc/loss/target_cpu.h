@@ -93,7 +93,7 @@ class Target {
     return first;
   }
 
-  // Fills as much of the buffer as spread() and spread_plane() may leave as it is.
+  // Fills the part of the buffer that spread() and spread_plane() may leave unchanged.
   void fill_constant(A* buffer) const {
     const int64_t classes = args_.logits.columns < kLanes ? kLanes : args_.logits.columns;
     for (int64_t i = 0; i < classes && i < kBlockCapacity; ++i) buffer[i] = uniform_;

@@ -17,14 +17,14 @@ constexpr int kBlock = 512;  // elements of a buffer: five operands of doubles f
 // Bytes that are streamed at a time: few enough for the processor to read the next ones while its
 // write buffers empty.
 constexpr int kTileBytes = 512;
-// Below this number of elements a second thread costs more than it brings.
+// Below this number of elements a second thread costs more than it saves.
 constexpr int64_t kSerial = 32768;
 
 // visit(address, j) for the j-th of the logical elements [begin, begin + n) of a strided operand.
 template <class Visit>
 void for_each_strided(const Operand& t, int64_t begin, int n, const Visit& visit) {
-  // The innermost dimension first; those of one element are left out, so that no more are left than
-  // a count of elements has bits.
+  // The innermost dimension first; those of size 1 are left out, so that no more remain than an
+  // element count has bits.
   int64_t index[63], size[63], step[63];
   int dims = 0;
   char* element = t.data;
@@ -80,7 +80,7 @@ A* stage(const Operand& t, Access access, int64_t begin, int n, A* buffer) {
   return where;
 }
 
-// Copies bytes; where `streaming`, past the caches, which would first read the lines to be written.
+// Copies bytes; if `streaming`, bypasses the caches, which would first read the lines written to.
 inline void copy_flat(const char* from, int64_t bytes, bool streaming, char* to) {
   int64_t at = 0;
   if (streaming && is_line_aligned(to)) {
@@ -152,8 +152,8 @@ void for_each_block(const Row<N>& row, const Access (&access)[N], int64_t begin,
   }
 }
 
-// Calls formula(x), x[i] being a register of elements of operand i. For two registers at a time, as
-// one instruction packs two registers to bfloat16.
+// Calls formula(x), x[i] being a register of elements of operand i. Does so for two registers at a
+// time, as one instruction packs two registers to bfloat16.
 template <class T, int N, class Formula>
 KSAM_INLINE void apply(const Formula& formula, T* const (&operand)[N], int64_t j) {
   using V = Register<T>;
@@ -172,7 +172,7 @@ KSAM_INLINE void apply(const Formula& formula, T* const (&operand)[N], int64_t j
   }
 }
 
-// Takes the formula by value, so that no store can change its numbers as far as the compiler knows.
+// Takes the formula by value, so that the compiler knows that no store changes its numbers.
 template <class T, int N, class Formula>
 KSAM_INLINE void apply_to_all(Formula formula, T* const (&operand)[N], int64_t n) {
   constexpr int kCount = 2 * LaneTraits<Register<T>>::kCount;
@@ -191,7 +191,7 @@ KSAM_INLINE void apply_to_all(Formula formula, T* const (&operand)[N], int64_t n
   }
 }
 
-// The same tile by tile; what is written to operand 0 goes past the caches.
+// The same tile by tile; what is written to operand 0 bypasses the caches.
 template <class T, int N, class Formula>
 KSAM_INLINE void apply_streaming(const Formula& formula, T* const (&operand)[N], int64_t n) {
   constexpr int kTile = kTileBytes / sizeof(T);
@@ -206,8 +206,8 @@ KSAM_INLINE void apply_streaming(const Formula& formula, T* const (&operand)[N],
   }
 }
 
-// Whether the operands that the formula touches all lie in memory order and have one dtype, on
-// which arithmetic is what the row asks for.
+// Whether the operands that the formula touches all lie in memory order and have one dtype, whose
+// arithmetic is what the row asks for.
 template <class Formula, int N>
 bool is_uniform(const Row<N>& row) {
   const DType dtype = row.operand[0].dtype;
@@ -219,8 +219,8 @@ bool is_uniform(const Row<N>& row) {
   return row.wide == (dtype == DType::f64);
 }
 
-// Applies a formula on A to the elements [begin, end) of a row. If `streaming`, operand 0 is
-// written past the caches where that pays: it is only written, and is not the memory of operand 1.
+// Applies a formula on A to the elements [begin, end) of a row. If `streaming`, writes of operand 0
+// bypass the caches where that pays: if it is only written, and is not the memory of operand 1.
 template <class A, int N, class Formula>
 void transform(const Row<N>& row, bool streaming, int64_t begin, int64_t end,
                const Formula& formula) {

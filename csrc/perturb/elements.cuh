@@ -1,9 +1,9 @@
 // Applies a formula to the elements of a block's chunk.
 //
 // A formula is a struct of
-//   kOperands, kReads, kWrites   how many operands it has, and bit masks of those it reads, writes
-//   kFrom, kTo                   operand kFrom is copied to kTo, bit for bit, where it does not act
-//   kCopies                      whether that is copied also where it acts
+//   kOperands, kReads, kWrites   how many operands it has; bit masks of those it reads and writes
+//   kFrom, kTo                   operand kFrom is copied to kTo, bit for bit, in rows not acted on
+//   kCopies                      whether kFrom is copied in rows acted on, too
 //   kVectors                     how many vectors of each operand a thread has in flight
 //   Value, Args                  what it needs to know of each row, and of the call
 //   acts(args, value)            whether it does more to a row than copy; the same in all threads
@@ -183,7 +183,7 @@ __device__ __forceinline__ void locate(const StridedRow<N, Value>& row, int64_t 
                                        char* (&at)[N]) {
   int64_t offset[N] = {};
   for (int d = 0; d < row.layout.ndim; ++d) {
-    const bool outermost = d == row.layout.ndim - 1;  // takes no division
+    const bool outermost = d == row.layout.ndim - 1;  // needs no division
     const int64_t rest = outermost ? 0 : index / row.layout.shape[d];
     const int64_t place = index - rest * row.layout.shape[d];
     index = rest;

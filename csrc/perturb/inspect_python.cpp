@@ -1,5 +1,5 @@
 // Inspects lists of tensors for backends that are written in Python, where looking at every tensor
-// takes longer than the work. Declines anything out of the ordinary, at which Python then looks.
+// takes longer than the work. Declines anything out of the ordinary, which Python then looks at.
 #include <pybind11/stl.h>
 
 #include <algorithm>

@@ -5,7 +5,7 @@
 
 namespace ksam {
 
-constexpr int kMaxDims = 12;  // once those are merged that are one in all operands
+constexpr int kMaxDims = 12;  // after merging those that form one in all operands
 
 template <int N>
 struct Layout {

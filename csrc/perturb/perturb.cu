@@ -13,13 +13,13 @@ __device__ __forceinline__ double magnitude(double x) { return fabs(x); }
 
 // --- Norm ---------------------------------------------------------------------------------------
 
-// Blocks that each multiprocessor runs at once. If there are more chunks, they take several each.
+// Blocks that each multiprocessor runs at once. If there are more chunks, blocks take several each.
 constexpr int kNormBlocks = gpu_or_simt(5, 2);
 
 struct NormArgs {
   double eta;
   double* partial;  // one sum per block of all launches
-  int64_t first;    // where those of this launch begin
+  int64_t first;    // where the sums of this launch begin
   int64_t total;    // how many the last block of the last launch adds up; 0 in other launches
   unsigned* ticket;
   double* wide;  // [1]

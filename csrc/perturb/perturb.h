@@ -32,7 +32,7 @@ template <int N>
 struct Row {
   Operand operand[N];
   int64_t numel = 0;
-  int64_t index = 0;  // in the lists, for values that each parameter has of its own
+  int64_t index = 0;  // in the lists, for values that differ between parameters
   bool wide = false;  // arithmetic in double
 };
 
@@ -42,7 +42,7 @@ struct Rows {
   const int64_t* first_chunk;  // [count + 1]
   int64_t count;
   int64_t numel;
-  bool streaming;  // operands that are only written go past the caches
+  bool streaming;  // operands that are only written bypass the caches
 };
 
 struct PerturbArgs {
@@ -54,7 +54,7 @@ struct PerturbArgs {
 
 // What gradient scaling adds to an update: one number each, in the memory of the tensors' device.
 struct Scaling {
-  const float* grad_scale = nullptr;  // gradients are divided by it; null: by nothing
+  const float* grad_scale = nullptr;  // gradients are divided by it; null: they are not
   const float* found_inf = nullptr;   // where not 0, weights are restored and nothing else changes
 };
 
@@ -62,7 +62,7 @@ struct Scaling {
 // reads anew in every replay.
 struct Rate {
   double number = 0;
-  const float* stored = nullptr;  // where not null, in place of the number
+  const float* stored = nullptr;  // where not null, used instead of the number
 };
 
 struct SgdArgs {
@@ -93,7 +93,7 @@ KSAM_DECLARE_PER_ISA(
     // (params, backup)
     void restore(const Rows<2>& rows);
     // (params, backup, grads, momentum buffers). steps, one per parameter, is only read; null where
-    // all momentum buffers have a history. found_inf is for the caller to look at.
+    // all momentum buffers have a history. found_inf is left for the caller to look at.
     void restore_sgd(const Rows<4>& rows, const SgdArgs& args, const float* const* steps);
     // (params, backup, grads, exp_avgs, exp_avg_sqs); one correction per parameter.
     void restore_adam(const Rows<5>& rows, const AdamArgs& args,

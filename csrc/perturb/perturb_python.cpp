@@ -13,7 +13,8 @@ namespace py = pybind11;
 namespace ksam {
 namespace {
 
-// Whether t is one float32 on the device of `tensors`, or on any with kernels if there are none.
+// Whether t is one float32 on the device of `tensors` or, if that list is empty, on any with
+// kernels.
 bool is_scalar_of(const TensorList& tensors, const Tensor& t) {
   if (t.dtype != DType::f32 || t.numel != 1) return false;
   return tensors.empty() ? has_kernels(t) : same_device(t, tensors[0]);
@@ -31,8 +32,8 @@ bool has_doubles(const TensorList& list) {
                      [](const Tensor& t) { return t.dtype == DType::f64; });
 }
 
-// Reads the list that says where a call's kernels run. False where there are none, so that the
-// other lists need not be read.
+// Reads the list that says where a call's kernels run. False if there are no kernels for its
+// device, so that the other lists need not be read.
 bool read_first(py::handle object, TensorList* list) {
   return read_tensors(object, list) && (list->empty() || has_kernels(list->front()));
 }
@@ -60,7 +61,7 @@ struct NormCall {
     return std::sqrt(sum);
   }
 
-  // The norm as a double in device memory, which lives as long as the call.
+  // The norm as a double, in device memory that lives as long as the call.
   const double* run_on_gpu(GpuCall* call, float* norm) const {
     const int64_t bytes = KSAM_ON_GPU(norm_scratch_bytes, table.rows());
     void* scratch = call->scratch(bytes);
@@ -312,9 +313,9 @@ bool restore_adam_(py::handle params_, py::handle backup_, py::handle grads_, py
 
 }  // namespace
 
-// Called by position: keywords take longer. Names and order are those of the operators' schemas in
-// ksam_kernels/perturb/operators.py; `norm` is the memory of what the first two return. They show
-// in the functions' docstrings, and naming them costs some 0.1 us a call.
+// Called by position, as keywords take longer. Names and order are those of the operators' schemas
+// in ksam_kernels/perturb/operators.py; `norm` is the memory for what the first two return. The
+// names show in the functions' docstrings, and cost some 0.1 us a call.
 void bind_perturb(py::module_& m) {
   using py::arg;
   m.def("grad_norm", &grad_norm, arg("grads"), arg("params"), arg("adaptive"), arg("eta"),

@@ -13,13 +13,13 @@ namespace ksam {
 
 using TensorList = std::vector<Tensor>;
 
-// From so many bytes of operands on, a call writes past the caches what it only writes.
+// With at least this many bytes of operands, a call bypasses the caches for what it only writes.
 constexpr int64_t kStreamFrom = int64_t{8} << 20;
 
 // Whether the elements fill a piece of memory, each once: they can then be walked in memory order.
 bool is_dense(const Tensor& t);
 
-// Whether a stride of 0 makes elements share memory. Other overlaps torch does not look for either.
+// Whether a stride of 0 makes elements share memory. torch does not look for other overlaps either.
 bool overlaps_itself(const Tensor& t);
 
 Operand operand_of(const Tensor& t, bool flat);
@@ -30,7 +30,7 @@ class RowTable {
  public:
   // An empty list stands for an operand that no row has; bit i of `written`: list i is written.
   // False where a tensor is not floating, does not fit its row, is on a device without kernels or
-  // on another one than the first tensor, or is written and overlaps itself.
+  // not on the first tensor's device, or is written and overlaps itself.
   bool build(const std::array<const TensorList*, N>& lists, unsigned written) {
     const size_t count = lists[0]->size();
     if (count != 0 && !has_kernels(lists[0]->front())) return false;
@@ -56,7 +56,7 @@ class RowTable {
   }
 
  private:
-  // Whether a GPU kernel can hold as many dimensions.
+  // Whether a GPU kernel can hold the row's dimensions.
   static bool can_walk(const Row<N>& row) {
     Layout<N> layout;
     return lay_out(row, &layout);

@@ -17,7 +17,7 @@ inline int64_t chunks_of(int64_t numel) { return (numel + kBlockChunk - 1) / kBl
 // For formulas that need nothing of a row but its operands.
 struct NoValue {};
 
-// Rows whose N operands all have one dtype, and their elements in one order in memory.
+// Rows whose N operands all have the same dtype, and their elements in the same order in memory.
 template <int N, class Value>
 struct FlatTable {
   static constexpr int kRowBytes =
@@ -98,7 +98,7 @@ struct Chunk {
   int count;
 };
 
-// The chunk is in the last row that begins at or before it: empty rows before that begin there too.
+// The last row that begins at or before the chunk has it: an empty row begins where the next does.
 template <class Table>
 __device__ __forceinline__ Chunk chunk_of(const Table& table, int chunk) {
   int low = 0, high = table.rows - 1;

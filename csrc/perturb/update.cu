@@ -15,7 +15,7 @@ __device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 // its step count, null where the call counts no steps because all momentum buffers have a history.
 template <class Hyperparameters>
 struct Update {
-  static constexpr int kFrom = 1, kTo = 0;  // where found_inf is not 0, weights are restored only
+  static constexpr int kFrom = 1, kTo = 0;  // where found_inf is not 0, weights are just restored
   static constexpr bool kCopies = false;
   static constexpr int kVectors = 2;
   using Value = float*;

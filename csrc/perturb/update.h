@@ -9,8 +9,8 @@
 
 namespace ksam {
 
-// Whether weights move at this norm. They do not at a double that rounds to 0 or to infinity in
-// float32: callers are shown such a norm, and must find the weights unmoved.
+// Whether weights move at this norm. They do not if it rounds to 0 or to infinity in float32:
+// callers are shown that 0 or infinity, and must then find the weights unmoved.
 KSAM_FORMULA bool moves_at(double norm) {
   const float shown = static_cast<float>(norm);
   return shown > 0 && shown - shown == 0;
@@ -45,8 +45,8 @@ struct Direction {
 
   KSAM_FORMULA bool decays() const { return weight_decay != 0; }
 
-  // The caller passes decays(): the CPU asks once before a loop, a GPU for every element, where one
-  // more value to keep would make registers spill.
+  // The caller passes decays(): the CPU calls it once before a loop; a GPU, for every element, as
+  // keeping one more value would make registers spill.
   template <class V>
   KSAM_FORMULA V operator()(V g, V w, bool decays) const {
     V d = scaled ? g / grad_scale : g;

@@ -1,9 +1,9 @@
 // Radix selection by one block, or by all blocks of a cooperative launch.
 //
-// The k-th largest key is found digit by digit, from the highest: count the keys of every digit
-// among those that agree with the digits found so far, and take the digit in which the k-th lies.
-// Positions then follow from how many selected keys come before an index, so the result is
-// ascending and no order of atomics shows in it.
+// The k-th largest key is found digit by digit, from the highest: among the keys that agree with
+// the digits found so far, count those that have each digit, and take the digit of the k-th. A
+// selected key's position is the number of selected keys before it, so the result is ascending and
+// does not depend on the order of atomics.
 #pragma once
 
 #include "common/block.cuh"
@@ -52,8 +52,8 @@ struct SelectShared {
 };
 
 // The calling warp's stretch of a slice, 32 neighbouring keys a round. The keys of the first kHeld
-// rounds stay in registers from one walk to the next. Of the other rounds several are loaded at a
-// time: one by one, each would have the walk wait for memory.
+// rounds stay in registers from one walk to the next. The other rounds are loaded several at a
+// time: loaded one by one, each would make the walk wait for memory.
 template <class T, int kHeld>
 class Stretch {
  public:
@@ -68,8 +68,8 @@ class Stretch {
     for (int r = 0; r < kHeld; r += kAhead) load(r, held_ + r);
   }
 
-  // visit(i, real, key) for the thread's key of every round: that of loss i, or, where real is
-  // false, none, as i lies behind the slice.
+  // visit(i, real, key) for the thread's key of every round: the key of loss i or, where `real` is
+  // false, of no loss, as i lies past the end of the slice.
   template <class Visit>
   __device__ __forceinline__ void for_each(const Visit& visit) const {
 #pragma unroll
@@ -93,9 +93,9 @@ class Stretch {
 
   __device__ __forceinline__ int64_t index(int r) const { return first_ + r * kWarp; }
   __device__ __forceinline__ bool is_real(int r) const { return index(r) < end_; }
-  // keys <- those of kAhead rounds from `first` on, all loaded before the first key is made. Under
-  // a condition a load would be waited for before the next begins, so each has an address: behind
-  // the slice that of its last loss, which visit() is told is none.
+  // keys <- those of kAhead rounds from `first` on, all loaded before the first key is made. A
+  // conditional load would be waited for before the next one begins, so every load has a valid
+  // address: past the end of the slice, that of its last loss, which visit() is told is not real.
   __device__ __forceinline__ void load(int first, Key* keys) const {
     T losses[kAhead];
 #pragma unroll
@@ -180,8 +180,8 @@ __device__ __forceinline__ void find_digit(int64_t wanted, SelectShared& shared)
   __syncthreads();
 }
 
-// Adds the digit to those that are known. True if all keys that have it are selected, so that their
-// other digits do not matter: mostly so before the last pass, unless losses are tied.
+// Adds the digit to the known ones. True if all keys that have it are selected, so that their other
+// digits do not matter: usually the case before the last pass, unless losses are tied.
 template <class Key>
 __device__ __forceinline__ bool narrow(Threshold<Key>* at, int shift, const SelectShared& shared) {
   at->key |= static_cast<Key>(shared.digit) << shift;
@@ -202,8 +202,8 @@ struct Counts {
 };
 
 // visit(i, greater, equal, counts) for every key of the warp's stretch: whether key i is greater
-// than the threshold, or equal to it, in the known digits; and how many keys before it are,
-// starting from `before`. Returns the counts after the whole stretch.
+// than the threshold, or equal to it, in the known digits; and how many keys before it are greater,
+// and how many equal, starting from `before`. Returns the counts after the whole stretch.
 template <class T, int kHeld, class Visit>
 __device__ __forceinline__ Counts walk_warp(const Stretch<T, kHeld>& stretch,
                                             const Threshold<KeyOf<T>>& at, Counts before,
@@ -240,8 +240,8 @@ __device__ __forceinline__ Selected count_selected(const Stretch<T, kHeld>& stre
   return {{greater.before, equal.before}, {greater.all, equal.all}};
 }
 
-// out[...] <- the selected indices of the stretch, where `before` counts the keys before it. Of
-// keys at the threshold the first `wanted` are selected.
+// out[...] <- the selected indices of the stretch; `before` counts the keys before the stretch. Of
+// the keys at the threshold, the first `wanted` are selected.
 template <class T, int kHeld>
 __device__ __forceinline__ void write_selected(const Stretch<T, kHeld>& stretch,
                                                const Threshold<KeyOf<T>>& at, Counts before,
@@ -254,7 +254,7 @@ __device__ __forceinline__ void write_selected(const Stretch<T, kHeld>& stretch,
 
 // out [k] <- indices of the k largest of losses [n], ascending. For one block, of whole warps.
 // Bytes moved: the losses, which lie in the cache, are read once; those beyond the kHeld that each
-// thread holds 6 times (double: 10).
+// thread holds are read 6 times (double: 10).
 template <int kHeld, class T>
 __device__ __forceinline__ void select_by_block(const T* losses, int64_t n, int64_t k,
                                                 SelectShared& shared, int64_t* out) {

@@ -1,7 +1,7 @@
 // Indices of the k largest losses, by one block or by a grid of them.
 //
 // Launches: 1. Bytes moved: the losses are read once and 8 k are written. Losses beyond those that
-// threads hold in registers are read 5 times more (double: 9), from the cache.
+// threads hold in registers are read another 5 times (double: 9), from the cache.
 #include <algorithm>
 
 #include "topk/select.cuh"
@@ -13,14 +13,14 @@ namespace {
 constexpr int kBlockThreads = 1024;  // at most, of a block that works alone
 constexpr int kGridThreads = 512;    // of a block of a grid
 
-// Up to so many losses one block is faster than a grid, whose blocks wait for each other.
+// Up to this many losses, one block is faster than a grid, whose blocks wait for each other.
 constexpr int64_t kOneBlock = gpu_or_simt(12288, 1500);
-// Fewer losses are not worth one more block of a grid.
+// Fewer losses than this are not worth one more block of a grid.
 constexpr int64_t kPerGridBlock = gpu_or_simt(4 * kGridThreads, 700);
 // Keys that a thread holds in registers: 64 bytes of them.
 template <class T>
 constexpr int kHeld = gpu_or_simt(64 / static_cast<int>(sizeof(KeyOf<T>)), 2);
-// A block alone has no more of them, and no registers to spare.
+// A thread of a block that works alone never has more keys than this, nor registers to spare.
 template <class T>
 constexpr int kHeldByBlock =
     std::min(kHeld<T>, gpu_or_simt(static_cast<int>(kOneBlock / kBlockThreads), 2));
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
 constexpr int64_t kCountBytes = sizeof(uint32_t) * kDigits;
 
-// As few as have a number of losses each, because the barriers of a small block are quicker.
+// As few threads as will have about kEach losses each: the barriers of a small block are quicker.
 unsigned block_threads(int64_t n) {
   constexpr int64_t kFewest = 256, kEach = 8;
   int64_t threads = kFewest;

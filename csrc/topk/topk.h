@@ -28,7 +28,7 @@ KSAM_DECLARE_PER_ISA(void topk_indices(const Tensor& losses, int64_t k, void* sc
                                        int64_t* out);)
 
 KSAM_DECLARE_GPU(
-    // Bytes of device memory that topk_indices needs for n losses; none for most n.
+    // Bytes of device memory that topk_indices needs for n losses; 0 where one block selects.
     int64_t topk_scratch_bytes(int64_t n);
     // The same, in device memory; losses contiguous.
     void topk_indices(const Tensor& losses, int64_t k, void* scratch, int64_t* out, Stream stream);)

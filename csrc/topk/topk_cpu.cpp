@@ -5,9 +5,9 @@
 // wait for one another).
 //
 // Bytes moved for n float losses: 4n read and 4n written to make the keys, then 4n read for their
-// range, for each of kHalvings counts, to drop keys (few are left) and for the indices, 8k written.
-// Everything but the losses and the indices stays in a cache. Losses with gaps between them are
-// first copied to the memory that is for candidates later.
+// range, again for each of kHalvings counts, to drop keys (few are left) and for the indices; 8k
+// written. Everything but the losses and the indices stays in a cache. Losses with gaps between
+// them are first copied to the memory that later holds candidates.
 #include <limits>
 #include <type_traits>
 
@@ -30,7 +30,7 @@ KSAM_INLINE int64_t signed_key(uint64_t bits) {
   return static_cast<int64_t>(float_key(bits) ^ 0x8000000000000000ull);
 }
 
-// Fills up the last block: below the key of every loss.
+// Fills up the last block. It is below the key of every loss.
 template <class Key>
 constexpr Key kPadding = std::numeric_limits<Key>::min();
 
@@ -99,7 +99,7 @@ template <class Key>
 int64_t count_from(const Keys<Key>& from, Key least) {
   // As wide as a key, so that a vector of counts has as many lanes as one of keys.
   std::make_unsigned_t<Key> count = 0;
-#pragma GCC unroll 4  // else half of the instructions would be the loop's own
+#pragma GCC unroll 4  // or half of the instructions would be loop overhead
   for (int64_t i = 0; i < from.count; ++i) count += from.keys[i] >= least;
   return count;
 }
@@ -160,7 +160,7 @@ KSAM_INLINE void for_each_bit(uint64_t mask, const Body& body) {
   for (; mask != 0; mask &= mask - 1) body(__builtin_ctzll(mask));
 }
 
-// The keys in the range, copied to `out`, which may be where they are.
+// The keys in the range, copied to `out`, which may be the memory that they are in.
 template <class Key>
 Keys<Key> filtered(const Keys<Key>& from, Range<Key> range, Key* out) {
   int64_t count = 0;
@@ -185,7 +185,8 @@ template <class Key>
 Threshold<Key> find_threshold(Keys<Key> from, int64_t k, Key* candidates) {
   for (;;) {
     auto [low, high] = range_of(from);
-    // How many keys are >= low, and how many > high; k is between, as the k-th largest key is.
+    // How many keys are >= low, and how many > high; k is between the two, as the k-th largest key
+    // is in [low, high].
     int64_t from_low = from.count, above_high = 0;
     for (int i = 0; i < kHalvings && low < high && from_low > k; ++i) {
       using Unsigned = std::make_unsigned_t<Key>;
