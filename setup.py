@@ -36,8 +36,8 @@ CSRC = ROOT / "csrc"
 # Compiled once per instruction set into a namespace of that name: csrc/common/isa.h.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    # No more than csrc/common/isa.cpp asks the processor for, and no -march of a level, which GCC
-    # knows from 11 on.
+    # No more than csrc/common/isa.cpp looks for in the processor, and no -march=x86-64-v3 or -v4,
+    # which GCC knows only from version 11 on.
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *avx512, "-mprefer-vector-width=512"]
@@ -64,7 +64,7 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Wno-deprecated-gpu-targets",
 ]
-# As -ffp-contract=off: the update must round where torch.optim rounds.
+# Like -ffp-contract=off: the update must round where torch.optim rounds.
 ROOM_NVCC_FLAGS = {"perturb": ["-fmad=false"]}
 
 DEFAULT_ARCHITECTURES = ("80", "90", "100", "120")
@@ -96,7 +96,7 @@ def compiler() -> list[str]:
 
 
 def host_compiler(cxx: list[str]) -> str:
-    """The one program that nvcc takes for host code: without such as ccache before it."""
+    """The one program that nvcc takes for host code: CXX without ccache or the like before it."""
     found = next((word for word in cxx if not word.endswith("ccache")), None)
     if found is None:
         sys.exit(f"ksam: CXX={shlex.join(cxx)} names no compiler.")
@@ -104,12 +104,12 @@ def host_compiler(cxx: list[str]) -> str:
 
 
 def mode_flags() -> list[str]:
-    """Optimized, or instrumented."""
+    """The flags of an optimized build, or of an instrumented one."""
     names = os.environ.get("KSAM_SANITIZE")
     if not names:
         return ["-O3"]
     return [
-        "-O0",  # compiles in half the time, and leaves no undefined behaviour out
+        "-O0",  # compiles in half the time, and optimizes no undefined behaviour away
         "-g1",
         "-DKSAM_SANITIZED",
         f"-fsanitize={names}",
@@ -140,7 +140,7 @@ def output_of(*command: str) -> str:
         result = subprocess.run(
             command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-    except OSError:  # no program
+    except OSError:  # there is no such program
         return ""
     return result.stdout if result.returncode == 0 else ""
 
@@ -166,13 +166,13 @@ def parse_architectures(text: str) -> list[str]:
 
 
 def number_of(architecture: str) -> int:
-    """90, of "90a+PTX"."""
+    """An architecture's number: 90 for "90a+PTX"."""
     return int(architecture.removesuffix("+PTX").rstrip("af"))
 
 
 def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
-    """Those asked for, but for any that are too old, which container images list for others; or the
-    default. Exits where none is left, and where nvcc does not know one."""
+    """Those asked for, except any that are too old (container images list them for other software);
+    or the default. Exits where none is left, and where nvcc does not know one."""
     if asked:
         chosen = [
             name for name in parse_architectures(asked) if number_of(name) >= OLDEST_ARCHITECTURE
@@ -199,7 +199,7 @@ def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
 
 
 def look_for_cuda() -> Cuda | str:
-    """The toolkit, or what it lacks."""
+    """The toolkit, or why there is none to build with."""
     nvcc = find_nvcc()
     if nvcc is None:
         home = os.environ.get("CUDA_HOME")
@@ -244,7 +244,7 @@ def summary(cuda: Cuda | str) -> str:
 
 
 def find_ninja() -> str:
-    """The program, of its wheel or on the path; exits with one sentence where there is none."""
+    """ninja, from its wheel or on the path; exits with one sentence where there is none."""
     try:
         return str(Path(import_module("ninja").BIN_DIR) / "ninja")
     except ModuleNotFoundError:
@@ -310,7 +310,7 @@ def _nvcc_lines(cxx: list[str], cuda: Cuda, defines: list[str]) -> list[str]:
         f"nvcc = {_escape(cuda.nvcc)}",
         f"nvcc_flags = {' '.join(map(_escape, flags))}",
         "rule compile_cuda",
-        # From the environment, as another number is no reason to compile again.
+        # From the environment, not written out: another number is no reason to compile again.
         "  command = $nvcc --threads=$${NVCC_THREADS:-0} $nvcc_flags $room_flags "
         "-MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -325,7 +325,7 @@ def _ninja_file(cxx: list[str], cuda: Cuda | str, pybind11: Path, library: Path)
     if isinstance(cuda, Cuda):
         architectures = " ".join(cuda.architectures)
         defines = ["-DKSAM_CUDA", f'-DKSAM_CUDA_ARCHITECTURES="{architectures}"']
-        # Its symbols stay inside: torch has a runtime of its own.
+        # The symbols of CUDA's runtime stay inside: torch has a runtime of its own.
         cudart = ["-lcudart_static", "-Wl,--exclude-libs,libcudart_static.a"]
         libraries = [f"-L{cuda.libraries}", *cudart, "-lrt", "-lpthread", "-ldl"]
     # System headers are left out of the dependencies that -MMD writes.
@@ -372,17 +372,17 @@ def extensions() -> list[Extension]:
     if switch("KSAM_NATIVE") == "0":
         if switch("KSAM_CUDA") == "1":
             sys.exit("ksam: KSAM_CUDA=1 demands kernels, KSAM_NATIVE=0 leaves them out.")
-        if "editable_wheel" in sys.argv:  # it would be imported from the source tree
-            suffix = sysconfig.get_config_var("EXT_SUFFIX")  # other Pythons' are left to them
+        if "editable_wheel" in sys.argv:  # one in the source tree would be imported
+            suffix = sysconfig.get_config_var("EXT_SUFFIX")  # other Pythons keep theirs
             (ROOT / "ksam_kernels" / f"_C{suffix}").unlink(missing_ok=True)
         return []
     if not (CSRC / "module.cpp").is_file():
         sys.exit(f"ksam: the sources of the kernels are not in {CSRC}; KSAM_NATIVE=0 needs none.")
-    return [Extension("ksam_kernels._C", sources=["csrc/module.cpp"])]  # and what ninja is told of
+    return [Extension("ksam_kernels._C", sources=["csrc/module.cpp"])]  # and what ninja is given
 
 
 class BuildPy(build_py):
-    """Into an empty folder: build/ stays for the objects, and would keep modules that are gone."""
+    """Builds into empty folders: build/ stays for the objects, and would keep modules now gone."""
 
     def run(self) -> None:
         for package in () if self.editable_mode else ("ksam", "ksam_kernels"):
@@ -391,7 +391,7 @@ class BuildPy(build_py):
 
 
 class EditableWheel(editable_wheel):
-    """With the folder of ksam on the path. setuptools finds packages of several folders by an
+    """Puts the folder of ksam on the path. setuptools finds packages in several folders by an
     import hook, which comes after the path: beside a clone called ksam, Python would take the
     clone, a folder without code, for the package."""
 

@@ -50,11 +50,11 @@ def some_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 @contextmanager
 def results_folder(path: Path, stale: Sequence[str] = ()) -> Iterator[None]:
-    """Make the folder for results, and keep it from other runs within.
+    """Make the folder for results, and keep other runs out of it within the block.
 
     Args:
-        stale: patterns of files that a run before may have left beside the rows that this one
-            writes over; they go first.
+        stale: patterns of files that an earlier run may have left beside the rows that this one
+            writes over; these files are deleted first.
 
     Raises:
         UsageError: it cannot be made or written to, or another run is writing there.

@@ -36,13 +36,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-#: The largest of AMD's GPUs (MI300): a cache behind L2, of which HIP says nothing.
+#: The largest cache on AMD's GPUs (MI300's), behind L2: HIP says nothing of it.
 _INFINITY_CACHE_BYTES = 256 << 20
 
 
 def last_level_cache_bytes(device: torch.device) -> int:
-    """Size of the GPU's L2 or the CPU's L3 cache; 32 MB where the system does not say. Of AMD's
-    GPUs at least that of the largest."""
+    """Size of the GPU's L2 or the CPU's L3 cache; 32 MB where the system does not say. For AMD's
+    GPUs at least the largest cache that any of them has."""
     if device.type == "cuda":
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         return l2 if torch.version.hip is None else max(l2, _INFINITY_CACHE_BYTES)
@@ -79,8 +79,8 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """What KSAM_COMMIT says, for copies without a clone or with another one's; or the commit of the
-    clone that this is, with "-dirty" where files differ; or None."""
+    """What KSAM_COMMIT says, for copies outside a clone or in one at another commit; or the commit
+    of the clone that this is, with "-dirty" where files differ; or None."""
     named = os.environ.get("KSAM_COMMIT")
     if named:
         return named

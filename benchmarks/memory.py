@@ -2,8 +2,8 @@
 
 Activations are most of what training needs beside weights and states. A step of SGD or SAM keeps
 those of the whole batch; K-SAM's selection pass keeps none, and its two gradients those of k
-samples. Counted are the bytes of the storages that autograd saves, each once, at the most of a
-step; not the weights, nor the batch, which are there anyway.
+samples. What is counted: the bytes of the storages that autograd saves, each once, at their peak in
+a step; not the weights or the batch, which are there anyway.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Counter:
     def __init__(self, present: list[Tensor]) -> None:
         """``present``: tensors that are there anyway."""
         self.now = self.most = 0
-        # By place in memory. Those of what is there have a holder that never lets go.
+        # By place in memory. What is there anyway has one holder that never lets go.
         self._holders = {tensor.untyped_storage().data_ptr(): 1 for tensor in present}
 
     def pack(self, tensor: Tensor) -> Held:
@@ -114,7 +114,7 @@ METHODS: dict[str, Callable[[nn.Module], Step]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a method keeps: bytes at the most of a step, and how many times SGD's that is."""
+    """What a method keeps: bytes at the peak of a step, and how many times SGD's that is."""
 
     model: str
     samples: int
@@ -165,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check_sizes(samples: int, side: int) -> None:
     """Raise UsageError where BatchNorm would have one value per channel, on which it cannot train:
-    ResNet-18's last stage has (side / 8)^2 of a sample."""
+    in ResNet-18's last stage, a channel has (side / 8)^2 values per sample."""
     if side == 8 and subset_size(_SMALLEST_K, samples) < 2:
         raise UsageError(
             f"--samples {samples}: at --side 8 BatchNorm needs two samples in every pass, and "

@@ -18,7 +18,7 @@ class ResultsFile:
 
     Args:
         constant: figures that all rows share.
-        kept: rows that it starts with. What the file held is there until these are.
+        kept: rows that it starts with. Until they are written, the file is what it was before.
     """
 
     def __init__(

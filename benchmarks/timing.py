@@ -78,7 +78,7 @@ def seconds_for(run: Callable[[Any], Any], inputs: Sequence[Any], device: torch.
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect now, and not within."""
+    """Collect garbage now, and not within the block."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -90,7 +90,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def native() -> Iterator[None]:
-    """The compiled kernels are in force: for tests of what is true of them alone."""
+    """Put the compiled kernels in force: for tests of what is true of them alone."""
     if MISSING["native"] is not None:
         pytest.skip(MISSING["native"])
     with use_backend("native"):
@@ -99,7 +99,7 @@ def native() -> Iterator[None]:
 
 @pytest.fixture
 def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an installation without compiled extension and Triton, with nothing asked for."""
+    """As in an installation without compiled extension and Triton, with no backend asked for."""
     monkeypatch.setattr(backends, "_choices", [["auto"]])
     for name in ("native", "triton"):
         monkeypatch.setitem(backends._kernels, name, {})
@@ -107,7 +107,7 @@ def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def half_native(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A native backend of one operator, which notes its calls."""
+    """A native backend with one operator, which notes its calls."""
     calls = []
 
     def topk_indices(losses: torch.Tensor, k: int) -> torch.Tensor:
@@ -120,7 +120,7 @@ def half_native(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> list[s
 
 @pytest.fixture
 def extra(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend that is none of BACKENDS, of one operator."""
+    """A backend that is not one of BACKENDS, with one operator."""
     monkeypatch.setattr(backends, "_kernels", dict(backends._kernels))
 
     @backends.implements("another", "topk_indices")

@@ -47,7 +47,7 @@ class DeviceOfTests(DeviceContext):
 
 
 def use_device_of_tests() -> None:
-    """From now on, for the modules of tests that are imported later, too."""
+    """Put it in force from now on, also for the modules of tests that are imported later."""
     if _named:
         DeviceOfTests(DEVICE).__enter__()
 
@@ -64,13 +64,13 @@ def provokes_assertion(item: pytest.Item) -> bool:
     """Whether the test hands an operator an index or a class that is out of range."""
     if not isinstance(item, pytest.Function):
         return False
-    drawn = getattr(item.function, "hypothesis", None)  # whose wrapper has another source
+    drawn = getattr(item.function, "hypothesis", None)  # the wrapper has another source
     return _expects_index_error(item.function if drawn is None else drawn.inner_test)
 
 
 @functools.cache
 def _expects_index_error(function: FunctionType) -> bool:
-    """Whether it names IndexError, or a function of the tests that does."""
+    """Whether it names IndexError, or another function of the tests that does."""
     try:
         source = inspect.getsource(function)
     except OSError:  # hypothesis' strategies, whose source is nowhere

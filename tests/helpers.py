@@ -41,7 +41,7 @@ def setup_py() -> ModuleType:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with a number of threads of PyTorch's pool, and as before afterwards."""
+    """Run with so many threads of PyTorch's pool, and afterwards with as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -69,7 +69,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def raises_out_of_range(backend: str, message: str) -> AbstractContextManager[Any]:
-    """An IndexError with the message; of GPU kernels, which cannot raise it, their assertion."""
+    """An IndexError with the message; for GPU kernels, which cannot raise it, their assertion."""
     if backend == "simt":
         return pytest.raises(RuntimeError, match=r"device-side assert: .*in_range")
     if backend == "triton-interpreter":
@@ -103,7 +103,7 @@ def bits(tensor: Tensor) -> Tensor:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(bits(a).view(-1), bits(b).view(-1))  # a GPU's takes up to 64 dimensions
+    return torch.equal(bits(a).view(-1), bits(b).view(-1))  # on GPUs it takes up to 64 dimensions
 
 
 def all_same_bits(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -29,7 +29,7 @@ needs_ranks = pytest.mark.skipif(
 
 _STACKS = "stacks of rank "  # a file's name
 
-#: Seconds after which ranks wait in vain for each other: many times what the slowest test takes.
+#: Seconds until ranks are taken to wait in vain: many times what the slowest test takes.
 PATIENCE = 300
 
 
@@ -51,7 +51,7 @@ def _start(
         timeout=datetime.timedelta(seconds=60),  # of this group; a mesh makes others
     )
     with open(folder / f"{_STACKS}{rank}", "w") as stacks:
-        faulthandler.register(signal.SIGTERM, stacks, chain=True)  # where another rank has failed
+        faulthandler.register(signal.SIGTERM, stacks, chain=True)  # sent where another rank failed
         faulthandler.dump_traceback_later(patience, exit=True, file=stacks)
         try:
             function(rank, *arguments)
@@ -90,5 +90,5 @@ def run(
 
 
 def put_together(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The whole of every DTensor; the other tensors."""
+    """Every DTensor as a whole tensor; the other tensors as they are."""
     return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]

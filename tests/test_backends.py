@@ -138,7 +138,7 @@ def test_another_backend_may_be_registered_and_runs_where_it_is_named(extra: str
 
 
 def call_on_lists(tensors: list[torch.Tensor], **scalars: torch.Tensor) -> list[torch.Tensor]:
-    """Every operation on lists, through its public function; the norms of two."""
+    """Every operation on lists, through its public function; for two of them, the norms."""
     lists = [[t.clone() for t in tensors] for _ in range(5)]
     steps = [torch.zeros(()) for _ in tensors]
     norms = [

@@ -348,7 +348,7 @@ def run_setup(clone: Path, *arguments: str) -> None:
 
 
 def test_a_build_has_the_modules_that_there_are(clone: Path) -> None:
-    """Not those that a build before found."""
+    """Not those that an earlier build found."""
     module = clone / "ksam_kernels" / "gone.py"
     module.touch()
     run_setup(clone, "build")
@@ -370,8 +370,8 @@ def test_a_source_distribution_has_every_source_whatever_is_built(clone: Path) -
 def test_an_editable_install_is_found_beside_a_clone_of_its_name(
     clone: Path, tmp_path: Path
 ) -> None:
-    """There the path has a folder called ksam, without code. Without kernels it has none of this
-    Python, and those of others stay."""
+    """There the path has a folder called ksam, without code. Installed without kernels, the tree
+    keeps none of this Python's, and those of other Pythons stay."""
     own = clone / "ksam_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     other = clone / "ksam_kernels" / "_C.cpython-27-other.so"
     own.touch()

@@ -96,7 +96,7 @@ def hugging_face(names: Names) -> None:
         intermediate_size=32, max_position_embeddings=16, num_labels=3,
     )  # fmt: skip
     names["model"] = BertForSequenceClassification(config)
-    tokens = torch.randint(50, (24, 8), device="cpu")  # whence the Trainer moves them
+    tokens = torch.randint(50, (24, 8), device="cpu")  # from where the Trainer moves them
     names["data"] = [{"input_ids": row, "labels": i % 3} for i, row in enumerate(tokens)]
     names["arguments"] = TrainingArguments(
         "out", per_device_train_batch_size=6, gradient_accumulation_steps=2, num_train_epochs=1,
@@ -122,7 +122,7 @@ PREPARED: dict[str, Callable[[Names], None]] = {
 
 
 def by_hand(names: Names, batches: int) -> None:
-    """What a trainer's loop is to do: AutoKSAM's steps over so many batches each, clipped."""
+    """What a trainer's loop has to do: AutoKSAM's steps, clipped, each over so many batches."""
     model = names["start"]
     optimizer = ksam.AutoKSAM(
         model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model

@@ -82,7 +82,7 @@ def refusal(isa: str) -> str:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Run]:
-    """What one that is asked for gives, or that of a processor for which none is."""
+    """What the instruction set asked for gives; None: the one that runs if none is asked for."""
 
     @cache
     def of(isa: str | None) -> Run:
@@ -112,7 +112,7 @@ def test_another_name_is_a_mistake() -> None:
 
 @pytest.mark.parametrize("isa", SETS[:2])
 def test_the_best_has_the_bits_of(isa: str, results: Callable[[str | None], Run]) -> None:
-    """A checkpoint goes on alike on another machine; but baseline has no FMA for exponentials."""
+    """A run resumed on another machine goes on alike; but baseline has no FMA for exponentials."""
     best, other = results(None)
     if SETS.index(isa) >= SETS.index(best):
         pytest.skip(f"this processor's best is {best}")

@@ -78,7 +78,7 @@ W, G = [[torch.randn(shape) for shape in SHAPES] for _ in range(2)]
 
 
 def updated(name: str, grads: list[Tensor]) -> list[Tensor]:
-    """What a function of lists makes of the weights W."""
+    """What a function on lists makes of the weights W, or the norm."""
     w, backup, v = clones(W), clones(W), [torch.zeros_like(p) for p in W]
     if name == "grad_norm":
         return [ksam_kernels.grad_norm(grads)]
@@ -110,7 +110,7 @@ def test_weights_that_are_negated_are_refused_or_moved_in_the_right_direction(
     ksam_kernels.perturb_([expected], [G[0]], empty_like([expected]), rho=0.5)
     try:
         ksam_kernels.perturb_([w], [G[0]], empty_like([expected]), rho=0.5)
-    except RuntimeError as error:  # the dispatcher's, of written lists
+    except RuntimeError as error:  # the dispatcher's, about lists that are written
         assert "negation" in str(error)  # noqa: PT017
         expected = W[0]
     torch.testing.assert_close(w.resolve_neg(), expected)

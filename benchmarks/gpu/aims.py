@@ -28,7 +28,7 @@ class Aim:
 
 
 def _met(good: bool, whole: bool) -> bool | None:
-    """Whether figures that are good meet an aim: if they are all there."""
+    """Whether an aim is met: good figures meet it only if they are all there."""
     return (True if whole else None) if good else False
 
 
@@ -48,7 +48,7 @@ def _label(row: Row) -> str:
 
 
 def _failed(name: str, aim: str, what: Iterable[str]) -> Aim:
-    """An aim that is not met, whatever the other figures: no wrong result is fast enough."""
+    """An aim that is not met, whatever the other figures are: no wrong result is fast enough."""
     return Aim(name, aim, f"failed: {', '.join(what)}", False)
 
 
@@ -138,7 +138,7 @@ def _graphs(results: Results) -> Aim:
     name, aim = "steps replayed from a CUDA graph", "the bits of eager steps"
     if not found:
         return Aim(name, aim, "not measured", None)
-    # Bits may be the same of what is not a number, too.
+    # Steps that end in NaN may have the same bits, too.
     same = [v for v in found.values() if v["captured"] and v["finite"] and not v["different"]]
     figure = f"{len(same)} of {len(found)} kinds of steps" + _missing(SUBJECTS, found)
     return Aim(name, aim, figure, _met(len(same) == len(found), len(found) == len(SUBJECTS)))

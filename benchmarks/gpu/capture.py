@@ -16,7 +16,7 @@ WARM_UP_CALLS = 3
 
 
 def capture(work: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """A function that replays `work`, which has run some times before on the capturing stream.
+    """A function that replays `work`, after some calls of it on the capturing stream.
 
     It holds `work`, whose tensors the graph reads and writes but keeps no memory of: only what was
     allocated in the capture is the graph's.
@@ -36,7 +36,7 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], No
     torch.cuda.current_stream(device).wait_stream(stream)
     synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    # What the collector frees could break off the capture.
+    # What the garbage collector frees could break off the capture.
     with no_garbage_collection(), torch.cuda.graph(graph, stream=stream):
         work()
     synchronize(device)

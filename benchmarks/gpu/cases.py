@@ -19,7 +19,7 @@ _BF16 = torch.bfloat16
 
 # 2^26 logits, 268 MB in float32: more than twice any cache. Rows x classes.
 _LOGITS = {1000: 65536, 4096: 16384, 32000: 2048, 128256: 512}
-# GPT-2's vocabulary: no row but the first of 8 begins at a vector's boundary.
+# GPT-2's vocabulary: of every 8 rows only the first begins at a vector's boundary.
 _UNALIGNED = (1335, 50257)
 # torch.compile takes seconds for each of these, so few of the cases have it.
 _COMPILED = (
@@ -64,7 +64,7 @@ def _labels(samples: int) -> Callable[[torch.device], compact.Batch]:
 
 
 def compact_cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
-    """Rows of 12 KB, of few and of many images, 602 KB, 4 KB and 8 bytes."""
+    """Rows of 12 KB (from few and from many images), 602 KB, 4 KB and 8 bytes."""
 
     def samples(count: int) -> int:
         return 8 if tiny else count

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="all of it on the CPU, in seconds: does it run?"
     )
-    # What the run starts for each of its parts.
+    # The run starts itself with this option for each of its parts.
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.here:
         (name,) = args.only
-        # Ignored, as an inheritance, where the whole run is in a shell's background.
+        # SIGINT is ignored, by inheritance, where the whole run is in a shell's background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         run_in_process(name, context)
         return
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def default_folder(device: torch.device) -> Path:
-    """benchmarks/results/nvidia-h100-80gb-hbm3, say; of a backend asked for by name, -triton."""
+    """benchmarks/results/nvidia-h100-80gb-hbm3, say; a backend asked for by name adds -triton."""
     backend = requested_backend()
     name = device_name(device) if backend == "auto" else f"{device_name(device)} {backend}"
     return _RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

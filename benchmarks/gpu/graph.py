@@ -26,8 +26,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def compare(make: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Two of what `make` gives take the same number of steps, one of them in a graph; where it is a
-    tensor, the learning rate falls from replay to replay."""
+    """Two subjects that `make` gives take the same number of steps, one of them in a graph; where
+    the learning rate is a tensor, it falls from replay to replay."""
     torch.manual_seed(0)
     eager = make()
     torch.manual_seed(0)

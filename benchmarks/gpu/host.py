@@ -20,7 +20,7 @@ _REPETITIONS = 300
 def microseconds(
     calls: dict[str, Callable[[], object]], repetitions: int, device: torch.device
 ) -> dict[str, Quartiles]:
-    """Microseconds that each call keeps the host, made in turn, and all of them together.
+    """Microseconds that each call keeps the host, the calls made in turn, and all of them together.
 
     The GPU is idle before each round, so that no call waits for room in its queue.
     """
@@ -42,7 +42,7 @@ def microseconds(
 
 @torch.no_grad()
 def run(context: Context, file: PartFile) -> None:
-    """The calls of a step over 161 tensors; apart from them the norm alone and AdamW's update."""
+    """The calls of a step over 161 tensors; beside them the norm alone and AdamW's update."""
     device, tiny = context.device, context.dry_run
     repetitions = 20 if tiny else _REPETITIONS
     operations = Operations(device, tiny=tiny)

@@ -237,7 +237,7 @@ def _measured_before(cases: list[Case], file: PartFile) -> dict[str, Rows]:
 
 
 def _measured(case: Case, device: torch.device, plan: Plan, bandwidth: float) -> Rows:
-    """The case's rows; where it fails, ksam's, which says so."""
+    """The case's rows; if it fails, only ksam's, which says so."""
     try:
         return measure(case, device, plan, bandwidth)
     except Exception as error:

@@ -38,7 +38,7 @@ def count(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
     with profile(activities=activities) as trace:
         with record_function(_WORK):
             work()
-        synchronize(device)  # the trace is of what has ended
+        synchronize(device)  # the trace has only what has ended
     return tally(list(trace.events() or []), on_cpu=not cuda)
 
 

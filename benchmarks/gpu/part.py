@@ -38,7 +38,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Context:
-    """Where a part runs. A dry run does all the same on the CPU, with sizes that take no time."""
+    """Where a part runs. A dry run does all of it on the CPU, with sizes that take no time."""
 
     device: torch.device
     out: Path
@@ -76,7 +76,7 @@ def _code() -> str:
     """A hash of ksam as it would run: its Python files, Triton's kernels among them, what the
     extension is made of, and for what it was built.
 
-    Not of the extension itself: nvcc makes other bytes of the same sources each time.
+    Not of the extension itself: nvcc makes different bytes from the same sources each time.
     """
     names = ("compiler", "cuda_architectures", "sanitized")
     build = "none" if extension is None else repr([getattr(extension, name) for name in names])
@@ -128,7 +128,7 @@ class PartFile:
         return measured(self.context.device, self.name)
 
     def load(self) -> dict[str, Any] | None:
-        """What an earlier run left; None if that is nothing, or not of what is measured now."""
+        """What an earlier run left; None if nothing, or nothing of what is measured now."""
         try:
             content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -152,7 +152,7 @@ class PartFile:
         write_json(self.path, content)
 
     def fail(self, failure: str) -> None:
-        """Write how the part broke off beside what it has written, or an earlier run has."""
+        """Write how the part broke off, beside what it or an earlier run has written."""
         left = self.load()
         self.results = {**(self.results if left is None else left["results"]), "failure": failure}
         self.write(complete=False)

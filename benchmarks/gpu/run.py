@@ -17,14 +17,14 @@ from benchmarks.gpu.part import PARTS, Context, PartFile, Run, reason
 from benchmarks.gpu.process import run_for
 from benchmarks.gpu.report import Report, write_report
 
-# The profiler's own notes stay out of the output; a library of matrix products that has this much
-# workspace chooses alike inside and outside of graphs.
+# The profiler's own notes stay out of the output; with this much workspace, the library of matrix
+# products makes the same choices inside and outside of graphs.
 _ENVIRONMENT = {**os.environ, "KINETO_LOG_LEVEL": "99", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def run_parts(names: Sequence[str], context: Context) -> bool:
-    """Run the parts that are not there yet, and write the report after each of them, in a folder
-    that is there.
+    """Run the parts whose results are not there yet, and write the report after each of them. The
+    folder must exist.
 
     Returns whether all is well by the last report.
     """
@@ -77,7 +77,7 @@ def _run_in_child(name: str, context: Context, seconds: float) -> None:
         print(f"{name}: {failure}", flush=True)
         after = file.load()
         if after is None or after == before or "failure" not in after["results"]:
-            file.fail(failure)  # else it has written itself why
+            file.fail(failure)  # else the part itself has written why
 
 
 def run_in_process(name: str, context: Context) -> None:
@@ -89,5 +89,5 @@ def run_in_process(name: str, context: Context) -> None:
     except Exception as error:
         file.fail(reason(error))
         raise
-    # What failed is worth another try by the next run, as what there was no time for.
+    # What failed is worth another try by the next run, like what there was no time for.
     file.write(complete=not (file.results.get("left_out") or file.results.get("failures")))

@@ -1,8 +1,8 @@
 """A plugin of pytest: ``-p benchmarks.gpu.share --share GROUP:I/N`` runs a share of the tests.
 
-Of the tests with a backend of the group (``triton``, its interpreter among them, or ``others``: all
-that are not Triton's, those without a backend among them) every Nth, from the Ith on. Neighbours,
-which take about as long as each other, so come to different shares.
+It keeps every Nth, from the Ith on, of the tests with a backend of the group: ``triton``, its
+interpreter among them, or ``others``: all that are not Triton's, those without a backend among
+them. So neighbours, which take about as long as each other, come to different shares.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", type=Selection.parse, help="GROUP:I/N, see benchmarks/gpu/share.py")
 
 
-# Before the tests' own hook counts those that have no form on the device: each in its share.
+# First, as the tests' own hook counts those with no form on the device: each share counts its own.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the share."""

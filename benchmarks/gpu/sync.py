@@ -50,7 +50,7 @@ def run(context: Context, file: PartFile) -> None:
     for name, make in subjects(device, tiny=context.dry_run).items():
         subject = make()
         first = _outcome(subject.step, 1, device)
-        subject.step()  # where the first was broken off
+        subject.step()  # again: the first may have been broken off
         later = _outcome(subject.step, _STEPS, device)
         file.results[name] = {"first step": first, "later steps": later}
         print(f"{name}: {file.results[name]}", flush=True)

@@ -1,8 +1,8 @@
 """The contract tests with ``KSAM_TEST_DEVICE``, in processes side by side, each with a share.
 
-Shares are small and stand in a queue, from which as many processes as the machine has cores, but
-two, take them: first those of the native backend and the reference, then those of Triton, which
-take longer, for its kernels are compiled meanwhile. A process that hangs, crashes or is cut off
+Shares are small and wait in a queue. As many processes as the machine has cores, less two, take
+them from it: first those of the native backend and the reference, then those of Triton, which take
+longer because its kernels are compiled meanwhile. A process that hangs, crashes or is cut off
 loses only the tests of its share that it did not reach. A run that goes on where an earlier one was
 cut off does not repeat the shares that passed.
 """
@@ -28,8 +28,8 @@ from ksam_kernels import backends
 
 _ROOT = Path(__file__).parent.parent.parent
 
-# room: (what pytest is told, shares of it per backend), what tells most first. Shares take about as
-# long as each other; to start a process takes seconds, so the balance has no more than it needs.
+# room: (what pytest is told, shares of it per backend), the most telling first. Shares take about
+# as long as each other; starting a process takes seconds, so there are no more than balance needs.
 SHARES: dict[str, tuple[tuple[str, ...], int]] = {
     "loss": (("tests/loss",), 4),
     "compact": (("tests/test_device_assertions.py", "tests/compact"), 3),
@@ -98,7 +98,7 @@ def all_shares(context: Context) -> Iterator[Share]:
         if group == "triton" and backends.why_not("triton", "restore_", context.device) is not None:
             continue
         for room, (arguments, count) in table.items():
-            many = count if group == "triton" or context.dry_run else 2 * count  # backends
+            many = count if group == "triton" or context.dry_run else 2 * count  # two backends
             for first in range(many):
                 yield Share(room, arguments, Selection(group, first, many))
 
@@ -109,7 +109,7 @@ class Tally:
 
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)  # by backend
     failed: list[str] = field(default_factory=list)
-    left_out: int = 0  # tests that the device has no form of
+    left_out: int = 0  # tests that have no form on the device
 
     def read(self, line: str) -> None:
         """Count a line of pytest -v."""
@@ -144,7 +144,7 @@ def _start(share: Share, log: Path, context: Context) -> subprocess.Popen[bytes]
 
 
 def run(context: Context, file: PartFile) -> None:
-    """All shares, some at once; at the deadline those that still run are ended, the rest left."""
+    """All shares, some at once; at the deadline those still running are ended, others left out."""
     shares = list(all_shares(context))
     wanted = demanded(context)
     before = file.unfinished().get("shares", {})

@@ -1,6 +1,6 @@
 """Whole training steps, forward and backward passes included: SGD, SAM and K-SAM side by side.
 
-The claim that K-SAM rests on is about these: M + 6k forward passes over a sample against SGD's 3M,
+The claim that K-SAM rests on is about these: M + 6k forward passes over a sample where SGD has 3M,
 so the same cost at k = M/3, as long as a third of the batch still fills the GPU.
 """
 
@@ -95,7 +95,7 @@ def workloads(*, tiny: bool) -> Iterator[Workload]:
 
 
 def _fused_sgd(workload: Workload, device: torch.device) -> tuple[torch.optim.SGD, Step]:
-    """PyTorch's fastest SGD over a model of its own, and what leaves the batch's gradient there."""
+    """PyTorch's fastest SGD over its own model, and what leaves the batch's gradient in that."""
     model, batch = workload.model(device), workload.batch(device)
     optimizer = torch.optim.SGD(model.parameters(), **_SGD, fused=device.type == "cuda")
 
@@ -203,7 +203,7 @@ def _times(
             return _rounds({**steps, **graphs}, plan, device)
         except RuntimeError as error:
             failures[f"{workload.label}, rounds with graphs"] = reason(error)
-        graphs.clear()  # and so their memory
+        graphs.clear()  # which frees their memory
     return _rounds(steps, plan, device)
 
 

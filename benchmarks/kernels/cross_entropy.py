@@ -25,7 +25,7 @@ from benchmarks.kernels.case import (
 )
 
 # Most gradients are below 1e-3. Eager's bfloat16 ones are exponentials of log-probabilities with
-# eight bits, some per cent off.
+# eight bits, which are off by some per cent.
 FLOAT32_GRADIENT = Tolerance(rtol=1e-4, atol=1e-8)
 BFLOAT16_GRADIENT = Tolerance(rtol=1e-1, atol=1e-6)
 

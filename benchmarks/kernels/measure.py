@@ -94,7 +94,7 @@ def backend_in_force(case: Case, device: torch.device) -> str:
 
 @dataclass
 class Started:
-    """The contestants that can run, why the others cannot, and those of them that disagree."""
+    """The contestants that can run, why the others cannot, and which of the others disagree."""
 
     runs: dict[str, Run] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def start_all(case: Case, input: object, *, quick: bool, keep_going: bool = Fals
     """Start every contestant and compare what it makes of the first input with ksam's result.
 
     Args:
-        keep_going: a rival that fails or disagrees is left out, rather than ends everything.
+        keep_going: a rival that fails or disagrees is left out instead of ending everything.
     """
     started = Started()
     expected = None
@@ -150,7 +150,7 @@ def row_of(case: Case, contestant: Contestant, backend: str, **figures: Any) -> 
 def figures_of(
     case: Case, times: list[float], yardstick: list[float], bandwidth: float
 ) -> dict[str, Any]:
-    """What seconds per call, one number a round, come to; `yardstick`: ksam's in these rounds."""
+    """Figures from seconds per call, one number a round; `yardstick`: ksam's in these rounds."""
     microseconds = Quartiles.of([1e6 * seconds for seconds in times])
     return {
         "microseconds": microseconds,

@@ -24,8 +24,9 @@ _BFLOAT16_TOLERANCE = Tolerance(rtol=2**-6, atol=4e-4)
 
 _HOST_COUNTS = (62, 161, 300)
 
-# Reads and writes of N elements of four bytes: gradient; gradient, weight, weight, backup; backup,
-# gradient, weight and the state twice. ASAM's norm reads the weights, too.
+# Bytes moved per element of four bytes. The norm reads the gradient (ASAM's the weight, too);
+# perturb_ reads gradient and weight, and writes weight and backup; an update reads backup and
+# gradient, writes the weight, and reads and writes the state.
 _NORM, _PERTURB = 4, 16
 _UPDATE = {"SGD": 20, "AdamW": 28}
 

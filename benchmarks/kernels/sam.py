@@ -1,7 +1,7 @@
 """A SAM step on given gradients, written six ways: the contestants of the perturb room.
 
-Backward, which would write new gradients between the two halves of a step, is not what is timed:
-the same ones serve both. Every contestant reads them from `.grad`, as in a training loop.
+The backward pass, which would write new gradients between the two halves of a step, is not timed:
+both halves use the same gradients. Every contestant reads them from `.grad`, as in a training loop.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Start:
     ) -> Start:
         """Weights as initializers make them; the state has no negative squares.
 
-        Nor has it squares of nearly 0 beside large means, which no training has: a weight that they
-        move by more than its own size would tell contestants apart by their rounding of the bias
-        corrections, which PyTorch's computes in float32 where the steps are counted on a GPU.
+        It also has no squares of nearly 0 beside large means, which no training has: where these
+        move a weight by more than its own size, contestants would differ by their rounding of the
+        bias corrections: PyTorch's computes them in float32 where steps are counted on a GPU.
         """
 
         def normal(scale: float) -> list[Tensor]:

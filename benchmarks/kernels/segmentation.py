@@ -13,7 +13,7 @@ import ksam_kernels as kk
 from benchmarks.kernels.case import FLOAT32, KSAM, Case, Tolerance, compiled, stateless
 from benchmarks.kernels.cross_entropy import gradient_of, unchanged
 
-# The gradient at a pixel's class is its probability minus 1, of few classes often near 0. The sum
+# The gradient at a pixel's class is its probability minus 1, often near 0 with few classes. The sum
 # of exponentials, 1 and a little, is rounded by up to 2^-24, a probability below 1 by as much: two
 # contestants are up to four such roundings apart, however small the gradient is.
 _GRADIENT = Tolerance(rtol=1e-4, atol=2**-22)

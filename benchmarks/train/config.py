@@ -68,7 +68,7 @@ class TrainConfig:
     rho: float
     asam_rho: float
     msam_rho: float
-    late: float  # share of the training, the last, that late-sam and late-ksam are sharp in
+    late: float  # share of the training, at its end, in which late-sam and late-ksam are sharp
     threshold: float  # of K-SAM's policy
     budget: float | None  # of K-SAM's policy; None: no limit
     base: str

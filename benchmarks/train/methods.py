@@ -90,7 +90,7 @@ SPECS: dict[str, Spec] = {
     "ksam-auto-plain": Spec(
         "auto K-SAM, k={k}, else {base}", lambda run: run.build_auto(None), takes_k=True
     ),
-    # Without what AutoKSAM does for the subset's gradient, and with one of the two.
+    # Without the two things that AutoKSAM does for the subset's gradient, and with one of them.
     "ksam-auto-mean": Spec(
         "auto K-SAM, k={k}, else {base}, mean over k, subset's BN",
         lambda run: run.build_auto(None, scale="mean", statistics="subset"),
@@ -181,7 +181,7 @@ class Method:
         cost, rounded."""
         epochs = self.config.epochs
         if self.config.equal_cost:
-            # AUSAM's first epoch costs more than the others: how dear a step is depends on them.
+            # AUSAM's first epoch costs more than the others: the mean cost depends on their number.
             for _ in range(3):
                 cost = statistics.fmean(self._costs(self.config.batch_size, epochs))
                 epochs = max(1, round(self.config.epochs / cost))

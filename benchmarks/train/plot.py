@@ -43,8 +43,8 @@ def plot_accuracy(
 ) -> None:
     """Draw test accuracy: a line per method, its band ± 1 sd over seeds.
 
-    Over training seconds, or over the cost by count so far, which runs beside each other do not
-    disturb.
+    Over training seconds, or over the cost by count so far, which is not disturbed by runs beside
+    each other.
     """
     # A bare Figure draws to files without pyplot's choice of a screen.
     from matplotlib.figure import Figure

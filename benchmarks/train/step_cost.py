@@ -38,13 +38,13 @@ def measure_step_costs(
 
     Args:
         methods: the first one is the yardstick, the base optimizer alone. Those whose steps are not
-            all alike are left out: what the first steps of a training cost, the others need not.
+            all alike are left out: their first steps need not cost what later ones do.
         config: with `timing_rounds` 0 there are no costs, just a few steps of each method to warm
             up the libraries for what is timed next.
 
     A round gives every method one step on the same batch, and the ratios are taken within rounds:
     what else the machine is doing slows all of a round's steps alike. The order rotates, so that
-    none of them always runs in the caches another one left behind.
+    none of them always runs in the caches that the same other one left behind.
     """
     batches = list(
         itertools.islice(workload.train_batches(config.batch_size, data_generator(0)), _BATCHES)

@@ -139,7 +139,7 @@ class _SharpStep(Step):
         return result.loss
 
     def end_epoch(self) -> None:
-        """The page is drawn anew; Ordered SGD's q follows the epoch's training accuracy."""
+        """Draw the page of diagnostics anew; let Ordered SGD's q follow the training accuracy."""
         if self._diagnostics is not None:
             self._diagnostics.plot(self._page, self._workload.wrong)
         if self._schedule is not None and self._correct is not None:

@@ -32,7 +32,7 @@ from benchmarks.train.report import TrainResults, format_table
 from benchmarks.train.summary import summarize
 
 _POLL_SECONDS = 1.0
-# What another call may change and go on with the same file.
+# Settings that another call may change when it goes on with the same file.
 _FREE = ("methods", "seeds", "out", "data_root", "timing_rounds", "diagnostics")
 
 Task = tuple[str, int]  # method, seed
@@ -148,7 +148,7 @@ def _work(worker: _Worker, todo: Any, found: Any) -> None:
                     return
     except UsageError as error:
         found.put(error)
-    except KeyboardInterrupt:  # of the study too, which says so
+    except KeyboardInterrupt:  # the study has it too, and says so
         return
     except BaseException:
         found.put(traceback.format_exc())
@@ -185,7 +185,7 @@ def _prepare(config: TrainConfig) -> Path:
 
 
 def _settings_in(path: Path) -> dict[str, Any]:
-    """Those of the runs beside the file."""
+    """The settings, in this file, of the runs beside it."""
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ class Workload(ABC):
     device: torch.device
     train_size: int
     test_size: int
-    wrong: Tensor  # indices of the training samples with a wrong label on purpose, int64
+    wrong: Tensor  # indices of the training samples whose label is wrong on purpose, int64
 
     @abstractmethod
     def build_model(self) -> nn.Module:

@@ -122,7 +122,7 @@ def write_glue(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def pid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a command writes its process's number, before which no limit of its time begins."""
+    """Where a command writes its process's number; its time limit begins only after that."""
     file = tmp_path / "pid"
     wait = subprocess.Popen.wait
 

@@ -37,13 +37,13 @@ def training(*over_sgd: float, left_out: tuple[str, ...] = ()) -> dict[str, Any]
 
 
 def steps(**operations: Any) -> dict[str, Any]:
-    """Of the part `graph`: all kinds are in order but for the operations'."""
+    """Results of the part `graph`: all kinds are in order but for the operations'."""
     fine = {"captured": True, "different": 0, "finite": True}
     return {**dict.fromkeys(step.SUBJECTS, fine), "operations": {**fine, **operations}}
 
 
 def waits(*, later: bool = False) -> dict[str, Any]:
-    """Of the part `sync`: a wait in a first step is none."""
+    """Results of the part `sync`: a wait in a first step does not count."""
     fine = {"first step": {"waits": True}, "later steps": {"waits": False}}
     operations = {"first step": {"waits": False}, "later steps": {"waits": later}}
     return {**dict.fromkeys(step.SUBJECTS, fine), "operations": operations, "a wait is seen": True}

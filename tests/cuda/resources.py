@@ -2,8 +2,8 @@
 
 ``resources.csv`` has a row per kernel and architecture: registers and bytes of shared memory, which
 limit how many blocks run at once; bytes of stack and of registers spilled to memory; and the widest
-load from and store to global memory. It comes from the compiler (nvcc, for its PTX, and ptxas, for
-what it made of it), so no GPU is needed.
+load from and store to global memory. All of it comes from the compiler (nvcc for the PTX, ptxas for
+what it makes of that), so no GPU is needed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def short_name(demangled: str) -> str:
 
 
 def widths(ptx: str) -> dict[str, dict[str, int]]:
-    """The bytes of the widest ``ld`` and ``st`` of every entry, of what may be global memory."""
+    """Bytes of every entry's widest ``ld`` and ``st``, of those that may be to global memory."""
     found: dict[str, dict[str, int]] = {}
     for entry in re.split(r"^(?=.*\.(?:entry|func)\b)", ptx, flags=re.MULTILINE):
         name = re.match(r".*\.entry\s+(\w+)", entry)

@@ -94,7 +94,7 @@ def lazily(tree: object, flags: int) -> object:
 
 
 def is_usual(source: Tensor) -> bool:
-    """What the kernel has to take itself, rather than leave it to the reference."""
+    """Whether the kernel has to take it itself, rather than leave it to the reference."""
     dtypes = (torch.bool, *FLOATS, torch.int32, torch.int64)
     return source.dtype in dtypes and source.is_contiguous() and source.numel() > 0
 
@@ -153,7 +153,7 @@ def test_an_index_out_of_range(backend: str, tree: object, spec: Spec, at: int, 
         with pytest.raises(IndexError, match=message):
             compact_batch(batch, chosen)
     elif any(source.shape[1:].numel() > 0 for source in sources):  # else no kernel runs
-        # Which of the two: by the first leaf with bytes, whether the kernel takes it.
+        # Which of the two depends on whether the kernel takes the first leaf with bytes.
         assertion = "device-side assert|AssertionError.*in range"
         with pytest.raises(Exception, match=f"{message}|{assertion}"):
             compact_batch(batch, chosen)

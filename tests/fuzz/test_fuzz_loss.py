@@ -40,8 +40,8 @@ HUGE = (*KINDS, "huge")
 
 
 def logits_of(kind: str, n: int, dtype: torch.dtype, g: Generator) -> Tensor:
-    """Logits so large that no weighted sum of their differences overflows, wherever the weights
-    come in; but "huge": only their differences are sure to be numbers."""
+    """Logits at most so large that no weighted sum of their differences overflows, wherever the
+    weights come in; of "huge" ones only the differences are sure to be numbers."""
     x = torch.randn(n, dtype=torch.float64, generator=g)
     most = torch.finfo(dtype).max / (3 if kind == "huge" or dtype == torch.float16 else 1e9)
     if kind == "scaled":  # exp reaches denormal numbers and 0

@@ -22,7 +22,7 @@ STEPS = 6
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 THRESHOLD = 0.36  # of AutoKSAM: the shares of these batches are 0.34 to 0.38
 SCALE = 2.0**10
-#: Those whose step the kernels take, and those who take it themselves.
+#: Base optimizers whose step the kernels take, and others that take it themselves.
 BASES = [
     pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="SGD"),
     pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}, id="dampened"),
@@ -33,8 +33,8 @@ BASES = [
 
 
 def network(*, batchnorm: bool = False, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """The same weights on every device, whose random numbers are others: the shares of the batches
-    depend on them."""
+    """The same weights on every device, although each draws other random numbers: the shares of the
+    batches depend on the weights."""
     torch.manual_seed(1)
     with torch.device("cpu"):
         norm = [nn.BatchNorm1d(16)] if batchnorm else []
@@ -55,7 +55,7 @@ def loss_of(model: nn.Module) -> Callable[[Batch], Tensor]:
 
 
 def noting_weights(model: nn.Module) -> tuple[Callable[[Batch], Tensor], list[list[Tensor]]]:
-    """Its loss, and the weights in every call of that."""
+    """The model's loss, and the weights in every call of that."""
     seen: list[list[Tensor]] = []
 
     def function(b: Batch) -> Tensor:
@@ -145,7 +145,7 @@ def tensors_of_state(optimizer: SharpnessAware) -> list[Tensor]:
 
 
 def fails_in_call(model: nn.Module, call: int, error: BaseException) -> Callable[[Any], Tensor]:
-    """Its loss, which raises in the call of that number; the first is 1."""
+    """The model's loss, which raises in the call of that number; the first is 1."""
     calls = iter(range(1, 10))
 
     def per_sample_loss(b: dict[str, Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ def euclidean(direction: list[Tensor], rho: float) -> list[Tensor]:
 def adaptive(
     model: nn.Module, direction: list[Tensor], rho: float, eta: float, scaled: list[bool]
 ) -> list[Tensor]:
-    """ASAM's, of a direction that is not 0: T = |w| + eta where it is scaled, else 1."""
+    """ASAM's shifts along a direction that is not 0: T = |w| + eta where it is scaled, else 1."""
     ts = [
         p.detach().abs() + eta if is_scaled else torch.ones_like(p)
         for p, is_scaled in zip(model.parameters(), scaled, strict=True)

@@ -118,7 +118,7 @@ def test_weights_are_as_they_were_until_the_step(backend: str) -> None:
 
 @pytest.mark.parametrize("method", [KSAM, MSAM])
 def test_gradients_of_several_calls_add_up(backend: str, method: type[SharpnessAware]) -> None:
-    """Each is that of a call alone: also the second's ascent is along its own."""
+    """Each is that of a call alone: the second's ascent, too, is along its own gradient."""
     model = network()
     optimizer = method(model.parameters(), torch.optim.SGD, rho=0.2, **SGD)
     take(optimizer, loss_of(model), batch(9))  # MSAM climbs along the momentum

@@ -79,7 +79,7 @@ def test_a_load_that_fails_changes_nothing(backend: str, wrong: str) -> None:
 
 
 def test_parts_begin_anew_where_the_checkpoint_has_none() -> None:
-    """That of a plain base optimizer, as at step 0."""
+    """One of a plain base optimizer has none: they are as at step 0."""
     model = network(dtype=torch.float64)
     policy = Representative(every=1)
     optimizer = build("StaleKSAM", model, when=policy)

@@ -248,7 +248,7 @@ def test_both_gradients_are_means_over_the_ranks(
 @pytest.mark.parametrize("name", TWO_CALLS)
 @pytest.mark.parametrize("views", [False, True])
 def test_gradients_of_two_calls_add_up(found: list[Found], name: str, views: bool) -> None:
-    """Where the first averages nothing, the second averages the sum, and its own ascent's."""
+    """Where the first call averages nothing, the second averages the sum, and its own ascent's."""
     first, second = (of_rank[name, views] for of_rank in found)
     assert first["averages"] == second["averages"] == (2 if name == "no_sync" else 4) * 5
     assert all_same_bits(first["weights"], second["weights"])

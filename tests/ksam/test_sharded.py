@@ -223,7 +223,7 @@ def check_scaler(rank: int) -> None:
     gradients = 0
 
     def overflow(p: Tensor) -> None:
-        """Of the descent's gradient, in the part of one rank."""
+        """Makes the descent's gradient overflow, in the part of one rank."""
         nonlocal gradients
         gradients += 1
         if gradients == 2 and rank == 0:

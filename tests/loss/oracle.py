@@ -17,7 +17,7 @@ from tests.triton import interpreter as triton
 
 
 def mean_per_sample(elements: Tensor) -> Tensor:
-    """Of losses by element, ``[B, ...]``."""
+    """The mean, sample by sample, of losses by element, ``[B, ...]``."""
     return elements.reshape(len(elements), math.prod(elements.shape[1:])).mean(1)
 
 

@@ -1,4 +1,4 @@
-"""Rows of more elements than 32 bits count: of Triton's kernels, whose index may have 64."""
+"""Rows of more elements than 32 bits count: for Triton's kernels, whose index may have 64."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def negative() -> Tensor:
     return torch._neg_view(torch.zeros(2, 3, dtype=torch.complex64).real)
 
 
-#: By what a tensor of the second list is replaced: nothing that is ordinary.
+#: What a tensor of the second list is replaced by; none of it is ordinary.
 OTHERS: dict[str, Callable[[], Any]] = {
     "another shape": lambda: torch.zeros(3, 2),
     "another number of dimensions": lambda: torch.zeros(2, 3, 1),

@@ -38,7 +38,7 @@ def no_memory(*_: Any) -> None:
 def test_weights_come_back_where_the_kernel_cannot_be_loaded(
     monkeypatch: pytest.MonkeyPatch, restore: Callable[..., object]
 ) -> None:
-    """Of a step that failed for want of memory, whose activations may still be held."""
+    """After a step that failed for want of memory, whose activations may still be held."""
     backup = mixed()
     params = [torch.zeros_like(b).requires_grad_() for b in backup]
     versions = [p._version for p in params]

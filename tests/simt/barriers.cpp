@@ -8,9 +8,9 @@
 namespace simt {
 namespace {
 
-// Who waits together is ordered by it: all have arrived before any of them goes on. With one
-// address for a barrier and its next use, who goes on late would also be ordered after what an
-// early one did between the two, and a race there would go unseen.
+// Fibers that wait together are ordered by that: all have arrived before any of them goes on. If a
+// barrier and its next use had one address, a fiber that goes on late would also be ordered after
+// what an early one did between the two, and a race there would go unseen.
 class Meeting {
  public:
   Meeting() : last_(machine.current) {}
@@ -79,7 +79,7 @@ void open_grid_barrier() {
 
 namespace {
 
-// The lanes of a mask that the last warp of a block has.
+// The lanes of the mask that exist: the last warp of a block may have fewer than kWarp.
 unsigned existing(const Fiber& f) {
   const int lanes = static_cast<int>(f.block->fibers.size()) - f.warp() * kWarp;
   return lanes < kWarp ? f.mask & ((1u << lanes) - 1) : f.mask;
@@ -129,7 +129,7 @@ uint64_t result_of(const Fiber& f) {
   }
 }
 
-// Once all lanes that `f` names have come to its operation.
+// Lets them go on, once all lanes that `f` names have come to its operation.
 void finish_warp_operation(const Fiber& f) {
   bool all = true;
   for_each_lane(f, [&](int lane, const Fiber* other) {

@@ -30,7 +30,7 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t in = 0, out = 0;
   int source = 0;
-  uint64_t turn = 0;  // its block's, when it last ran
+  uint64_t turn = 0;  // of its block, when the fiber last ran
   // Addresses that stand for its arrival where it waits, for the last meetings that it completed as
   // the last to arrive, and for the one that lets it go on.
   char arrival = 0;
@@ -77,7 +77,7 @@ void note_fault(const std::string& what);  // the first one is reported
 void make_ready(Fiber* fiber);
 void to_scheduler();  // from the running fiber; returns when it is taken again
 
-// Let go on who waits, if nobody is missing any more.
+// Let those that wait go on, if none is missing any more.
 void open_block_barrier(Block* block);
 void open_grid_barrier();
 

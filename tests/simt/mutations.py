@@ -59,7 +59,7 @@ def _outcome(mutation: Mutation) -> str | None:
 
 
 def _copy() -> None:
-    """The tree as it is, and what is built of it."""
+    """Copy the tree as it is, and what has been built of it."""
     shutil.rmtree(COPY, ignore_errors=True)
     COPY.mkdir(parents=True)
     for name in COPIED:

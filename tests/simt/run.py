@@ -43,7 +43,7 @@ def command(sanitize: str, arguments: list[str], *, program: bool) -> list[str]:
     run = [sys.executable, "-m", "pytest", "-q", "-k", "simt", *arguments]
     if program:
         run = [str(build.output(sanitize, program=True))]
-    # ThreadSanitizer wants memory where the kernel's randomization may not leave it.
+    # ThreadSanitizer wants addresses that the operating system's randomization may take.
     return ["setarch", "-R", *run] if sanitize == "thread" else run
 
 
@@ -56,7 +56,7 @@ def run(
     timeout: float | None = None,
     **options: bool,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the tests on the runner as it is built; 66: ThreadSanitizer found a race."""
+    """Run the tests on the runner as it is built; status 66: ThreadSanitizer found a race."""
     environment = _environment(sanitize, program=program) | {"KSAM_SIMT_SEED": str(seed)}
     return subprocess.run(
         command(sanitize, arguments, program=program),

@@ -66,8 +66,8 @@ void begin_turn(Fiber* self) {
   self->turn = machine.turn;
 }
 
-// Static shared memory has one address for all blocks. Where blocks take turns, all of one turn is
-// therefore told to ThreadSanitizer as being before the next.
+// Static shared memory has one address for all blocks. Where blocks take turns, ThreadSanitizer is
+// therefore told that all of one turn comes before the next.
 void to_scheduler() {
   Fiber* self = machine.current;
   if (machine.cooperative) sanitizers::release(&machine.turn_order);
@@ -89,7 +89,7 @@ constexpr double kYieldChance = 0.05;
 constexpr uint64_t kTurn = 512;  // switches that a block's turn lasts, on average
 constexpr uint64_t kWarpTurn = 64;
 
-// Bytes that no sanitizer may see: what fibers of other blocks did to them is no race.
+// Copies unseen by any sanitizer: what fibers of other blocks did to these bytes is no race.
 __attribute__((no_sanitize("address", "thread", "memory"), noinline)) void copy_unseen(
     void* to, const void* from, size_t bytes) {
   asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(bytes) : : "memory");
@@ -122,7 +122,7 @@ void to_fiber(Fiber* fiber) {
   sanitizers::after_switch(&machine.scheduler_context, &unused);
 }
 
-// Where every fiber starts; it is used again for thread after thread.
+// Where every fiber starts; a fiber is used again, for thread after thread.
 void fiber_main() {
   sanitizers::after_switch(&machine.current->context, &machine.scheduler_context);
   for (;;) {
@@ -140,8 +140,8 @@ void fiber_main() {
   }
 }
 
-// Its stack as after a call: the return address at the top, below it the six saved registers. What
-// a fault left on it in mid-kernel is gone.
+// Makes its stack as after a call: the return address at the top, below it the six saved registers.
+// What a fault left on it in mid-kernel is gone.
 void start(Fiber* fiber) {
   char* stack = static_cast<char*>(const_cast<void*>(fiber->context.stack));
   sanitizers::allow(stack, kStackBytes);

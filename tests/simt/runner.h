@@ -28,7 +28,7 @@ uint64_t faults();  // how many launches have ended with one
 // Orders of execution: 0 takes fibers and blocks in their own order.
 void set_seed(uint64_t seed);
 
-// `body` once per thread. Cooperative launches have all blocks at once, and grid barriers.
+// Runs `body` once per thread. Cooperative launches have all blocks at once, and grid barriers.
 void run(dim3 grid, dim3 block, bool cooperative, const std::function<void()>& body);
 
 // Where in the kernel a thread waits.

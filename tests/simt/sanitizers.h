@@ -31,7 +31,7 @@ struct Context {
   void* thread = nullptr;      // ThreadSanitizer's
 };
 
-// A fiber at its beginning, also where it was stopped before.
+// Puts a fiber at its beginning, also where it was stopped before.
 inline void create(Context* fiber) {
 #ifdef SIMT_TSAN
   if (fiber->thread != nullptr) __tsan_destroy_fiber(fiber->thread);
@@ -51,7 +51,7 @@ SIMT_INLINE void before_switch(Context* from, const Context& to) {
   (void)from, (void)to;
 }
 
-// On the stack that was switched to; `from` learns its extent where that was not known.
+// Called on the stack that was switched to; `from` is given its extent where that was not known.
 SIMT_INLINE void after_switch(Context* to, Context* from) {
 #ifdef SIMT_ASAN
   __sanitizer_finish_switch_fiber(to->fake_stack, &from->stack, &from->size);
@@ -59,7 +59,7 @@ SIMT_INLINE void after_switch(Context* to, Context* from) {
   (void)to, (void)from;
 }
 
-// Order between fibers, as barriers and fences give it, known by an address.
+// Order between fibers, as barriers and fences give it, identified by an address.
 inline void release(void* object) {
 #ifdef SIMT_TSAN
   __tsan_release(object);

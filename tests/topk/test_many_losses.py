@@ -26,8 +26,8 @@ def test_many_strided_losses(backend: str) -> None:
 
 @pytest.fixture
 def few_programs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the Triton kernels, so that each has several blocks of losses: as if there were 6 million
-    of them. Other backends have nothing to change."""
+    """Few programs of the Triton kernels, so that each has several blocks of losses, as if there
+    were 6 million losses. Other backends have nothing to change."""
     if backend == "triton-interpreter":
         from ksam_kernels.topk import triton as topk
 

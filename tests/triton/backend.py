@@ -1,8 +1,8 @@
 """The backend ``triton-interpreter``: the Triton kernels on CPU tensors. For tests only.
 
 It says whether the kernels compute what the contracts ask: programs run one after another, so it
-sees no race. What it does otherwise than a GPU is in tests/triton/gpu_like.py. ``auto`` never picks
-it.
+sees no race. For what it does otherwise than a GPU see tests/triton/gpu_like.py. ``auto`` never
+picks it.
 """
 
 from __future__ import annotations

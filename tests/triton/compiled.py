@@ -24,7 +24,7 @@ AMD = {"gfx90a": 64, "gfx942": 64, "gfx950": 64, "gfx1100": 32, "gfx1201": 32}
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 #: The most that a kernel has on the stack for want of registers: none from Triton 3.9 on. Before,
-#: what it was with the last one of 3.6 (24) and of 3.8 (64: topk.select_kernel of bfloat16, sm_90).
+#: what it was with the last 3.6 (24) and the last 3.8 (64: topk.select_kernel of bfloat16, sm_90).
 SPILL_BYTES = 0 if _VERSION >= (3, 9) else 64 if _VERSION >= (3, 7) else 24
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -7,7 +7,7 @@ convert, so conversions are all that tests need.
 
 Assertions: the interpreter leaves them out, whatever a launch says.
 
-Warnings: numpy has some for infinities and NaN, of which a GPU makes nothing.
+Warnings: numpy warns of infinities and NaN, which a GPU passes over in silence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for AMD's GPUs, which nobody ran them on: vectors, no spills, IEEE."""
+"""Triton's kernels compile for AMD's GPUs, on which nobody ran them: vectors, no spills, IEEE."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 def check(made: Compiled, load: int = 16, store: int | None = None) -> None:
     assert made.spill_bytes == 0
-    # Four warps a SIMD: of 64 threads it has 512 registers each, of 32 as many as can be named.
+    # Four warps a SIMD: of 64 threads they share 512 a lane, of 32 each has all that can be named.
     assert made.registers <= (128 if "wavefront_size: 64" in made.assembly else 256)
     assert made.widest("ld") >= load
     assert store is None or made.widest("st") >= store
@@ -34,8 +34,8 @@ def count(made: Compiled, instruction: str) -> int:
 
 
 def check_trap(made: Compiled) -> None:
-    """Of a check that fails, and nothing else: a trap that a branch leads around. No buffer of the
-    host's is asked for, as a message would."""
+    """A check that fails makes a trap, which a branch leads around, and nothing else does. Unlike a
+    message, it asks for no buffer of the host's."""
     assert "hostcall" not in made.assembly
     code = [line.split(";")[0].strip() for line in made.assembly.splitlines()]
     code = [line for line in code if line and not re.match(r"\.(?!LBB)", line)]

@@ -1,4 +1,4 @@
-"""What a launch says of its kernel's checks: where it runs, not how the library was imported."""
+"""A launch states its kernel's checks by where it runs, not by how the library was imported."""
 
 from __future__ import annotations
 

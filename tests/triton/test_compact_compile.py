@@ -42,7 +42,7 @@ def test_rows_move_in_vectors_and_nothing_spills(architecture: int | str, index:
 
 @ON
 def test_the_only_assertion_is_that_of_the_indices(architecture: int | str) -> None:
-    """Integer arithmetic is not checked, as Triton would where it asserts."""
+    """Integer arithmetic is not checked, though Triton would check it where it asserts."""
     assert len(re.findall(r"\bcall[\w.]*\s+__assertfail\b", gather(architecture).assembly)) == 1
 
 

@@ -82,7 +82,7 @@ def check(
     kernel: Compiled, dtype: torch.dtype, warps: int, stores: int | None = None, spilled: int = 0
 ) -> None:
     assert kernel.spill_bytes <= max(spilled, SPILL_BYTES)
-    # Two programs a multiprocessor and more, of 65,536 registers; of float64 one.
+    # At least two programs, or one of float64, fit a multiprocessor's 65,536 registers.
     programs = 1 if dtype == torch.float64 else 2
     assert kernel.registers * 32 * warps * programs <= 65536
     assert kernel.shared_bytes <= 8192
@@ -146,7 +146,7 @@ def test_means(architecture: int | str, dtype: torch.dtype, binary: bool) -> Non
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_without_alignment(architecture: int | str) -> None:
-    """Of an odd number of columns: element by element."""
+    """With an odd number of columns they are read element by element."""
     columns, tile = 50257, loss.tile_of(50257, loss.TILE)
     more = {**of((0, False)), "LOOPS": True}
     kernel = build(kernels.cross_entropy_kernel, torch.float32, columns, architecture, tile, **more)
@@ -173,7 +173,7 @@ def test_an_index_of_64_bits(kernel: Any, more: dict[str, Any], dtype: torch.dty
 
 
 def test_32_bits_count_a_loop_to_its_end() -> None:
-    """A block after the last column at most."""
+    """The end is a block after the last column at most."""
     longest = 2**31 - 1 - 2 * loss.TILE
     assert loss.index_of(longest) == tl.int32
     assert loss.index_of(longest + 1) == tl.int64

@@ -24,7 +24,7 @@ def test_what_was_launched_is_undone(
     backup = [torch.full_like(t, float("nan")) for t in w]
 
     def launch(kernel: Any, table: Table, *args: Any, **constants: Any) -> None:
-        """The kernel's work on all rows of a table, but for the last table."""
+        """The kernel's work on all rows of a table; the last table's launch fails."""
         if table.dtypes[0] == torch.float16:
             raise error
         for p, b in zip(w, backup, strict=True):
@@ -81,7 +81,7 @@ def test_weights_that_were_copied_back_are_undone(monkeypatch: pytest.MonkeyPatc
 def test_weights_come_back_where_the_kernel_cannot_be_loaded(
     monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
-    """Of a step that failed for want of memory, whose activations may still be held."""
+    """After a step that failed for want of memory, whose activations may still be held."""
 
     def launch(*args: Any, **constants: Any) -> None:
         raise RuntimeError(message)
@@ -127,7 +127,7 @@ def test_an_update_takes_all_its_memory_before_its_first_launch(
 def test_a_program_has_no_more_than_1024_threads(
     monkeypatch: pytest.MonkeyPatch, width: int, warps: int
 ) -> None:
-    device = torch.device("cuda", 60 + width // 32)  # the answer is kept
+    device = torch.device("cuda", 60 + width // 32)  # one each, as the answer is kept
 
     class Properties:
         warp_size = width

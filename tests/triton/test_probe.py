@@ -21,7 +21,7 @@ TARGETS = [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)]
 
 
 class Driver:
-    """Triton's, of a GPU that can do nothing: who loads or launches finds no attribute."""
+    """Triton's driver for a GPU that can do nothing: loading or launching finds no attribute."""
 
     def __init__(self, target: GPUTarget | None) -> None:
         self.target = target
@@ -29,7 +29,7 @@ class Driver:
 
     def get_current_device(self) -> Any:
         self.asked += 1
-        return self.target  # kernels are kept by it
+        return self.target  # compiled kernels are looked up by it
 
     def get_current_stream(self, device: object) -> int:
         return 0

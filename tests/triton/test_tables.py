@@ -28,7 +28,7 @@ def tables(*operands: list[Tensor], values: list[int] | None = None) -> list[Tab
 
 @pytest.fixture
 def eager() -> Iterator[None]:
-    """Calls as those of the public functions."""
+    """Calls are made as the public functions make them."""
     with backends.caching_allowed():
         yield
 

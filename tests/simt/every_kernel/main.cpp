@@ -1,7 +1,6 @@
-// Every kernel once or more, for the sanitizers. A program of its own: MemorySanitizer, which looks
-// whether what a kernel reads has been written and every output is written, knows nothing of Python
-// and torch, and the others build it in a fraction of the time. It calls what <room>_python.cpp
-// calls.
+// Every kernel once or more, for the sanitizers. A program of its own: MemorySanitizer, which
+// checks that what a kernel reads and every output have been written, knows nothing of Python and
+// torch, and the others build it in a fraction of the time. It calls what <room>_python.cpp calls.
 #if __has_feature(memory_sanitizer)
 #include <sanitizer/msan_interface.h>
 #endif
@@ -79,7 +78,7 @@ void compact() {
   std::vector<int64_t> indices{0, 3, 4, 8};
   for (const int64_t row_bytes : {1, 8, 20, 48, 5000}) {
     const int64_t stride =
-        row_bytes == 48 ? 52 : row_bytes;  // rows of vectors, but not from vectors
+        row_bytes == 48 ? 52 : row_bytes;  // whole vectors, but not at their boundaries
     std::vector<float> source = numbers((batch * stride + 3) / 4);
     Fresh<char> out(k * row_bytes);
     const Leaf leaf{bytes_of(source), stride, out.data(), row_bytes};
@@ -88,7 +87,7 @@ void compact() {
   }
 }
 
-// As many rows in planes instead, all of one group.
+// Lays as many rows in planes instead, all in one group.
 void lay_in_planes(Matrix* m) {
   m->group = m->rows;
   m->plane_stride = m->rows;
