@@ -22,6 +22,7 @@ def wait_for_each_other(rank: int) -> None:
 
 
 def fail_alone(rank: int) -> None:
+    torch.distributed.barrier()  # both are here
     if rank == 0:
         time.sleep(100)
     else:
