@@ -29,9 +29,6 @@ needs_ranks = pytest.mark.skipif(
 
 _STACKS = "stacks of rank "  # a file's name
 
-#: Seconds until ranks are taken to wait in vain: many times what the slowest test takes.
-PATIENCE = 300
-
 
 def _start(
     rank: int,
@@ -66,14 +63,15 @@ def run(
     ranks: int,
     folder: Path,
     *arguments: Any,
-    patience: float = PATIENCE,
+    patience: float = 300,
 ) -> None:
     """``function(rank, *arguments)`` in as many processes; raises what one of them raises, and says
     what the others did then.
 
     Args:
         folder: an empty one.
-        patience: seconds that the function may take.
+        patience: seconds until ranks are taken to wait in vain; the default is many times what the
+            slowest test takes.
     """
     forks.context()  # tells the server what to import
     try:

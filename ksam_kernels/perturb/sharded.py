@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -18,13 +17,14 @@ from ksam_kernels import library
 from ksam_kernels.dtensor import local
 from ksam_kernels.perturb.joint_norm import with_extra_norm
 
+try:
+    from torch.distributed import all_gather_single
+except ImportError:  # before torch 2.13, which warns of this name
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+
 __all__ = ["grad_norm", "perturb_", "restore_", "restore_adam_", "restore_sgd_"]
 
 TensorList = list[Tensor]
-
-# Torch 2.13 has the first name, and warns of the second.
-_NAMES = ("all_gather_single", "all_gather_into_tensor")
-_all_gather: Any = getattr(dist, next(name for name in _NAMES if hasattr(dist, name)))
 
 
 class Spread(NamedTuple):
@@ -88,7 +88,7 @@ def _over_ranks(own: Tensor, spread: Spread) -> tuple[Tensor, Tensor]:
         assert spread.mesh is not None
         found = own.new_empty(spread.mesh.size(dim))
         group = spread.mesh.get_group(dim)
-        _all_gather(found, own.reshape(1), group=group)
+        all_gather_single(found, own.reshape(1), group=group)
         own = _norm([found])
         found[spread.mesh.get_local_rank(dim)] = 0
         elsewhere.append(_norm([found]))
