@@ -23,6 +23,7 @@ import sys
 import sysconfig
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from setuptools import Extension, setup
@@ -252,6 +253,14 @@ def find_ninja() -> str:
         return found or sys.exit("ksam: building the kernels needs ninja and none was found.")
 
 
+def find_pybind11() -> ModuleType:
+    """pybind11; exits with one sentence where there is none."""
+    try:
+        return import_module("pybind11")
+    except ModuleNotFoundError:
+        sys.exit("ksam: building the kernels needs pybind11 and none was found.")
+
+
 class NinjaBuildExt(build_ext):
     """Compiles with ninja, which rebuilds only what changed, headers included.
 
@@ -260,9 +269,7 @@ class NinjaBuildExt(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
-        cxx, cuda = compiler(), choose_cuda()
+        pybind11, cxx, cuda = find_pybind11(), compiler(), choose_cuda()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         # Objects made with different versions of pybind11 must not be linked.

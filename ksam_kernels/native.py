@@ -16,8 +16,18 @@ from ksam_kernels import backends, library
 
 try:
     import ksam_kernels._C as extension  # noqa: N811
-except ModuleNotFoundError:  # any other ImportError is a broken installation: let it be seen
+except ModuleNotFoundError:
     extension = None  # type: ignore[assignment]
+except ImportError as error:
+    if error.path is None:  # not the loader's error: it says itself what to do
+        raise
+    raise ImportError(
+        f"the compiled kernels of ksam do not load: {error}. Build them again in this environment "
+        f"(pip install --no-cache-dir --force-reinstall --no-deps), or install without them "
+        f"(KSAM_NATIVE=0)",
+        name=error.name,
+        path=error.path,
+    ) from error
 
 __all__ = ["DEVICES", "can_inspect", "direct", "direct_in_place", "extension", "run"]
 

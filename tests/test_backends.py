@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,13 +29,14 @@ def elsewhere(only_reference: None, monkeypatch: pytest.MonkeyPatch) -> str:
     return "elsewhere"
 
 
+#: Takes the path of a library to load in place of the extension.
 BROKEN_EXTENSION = """
-import sys
+import importlib.util, sys
 
 class Finder:
     def find_spec(self, name, path, target=None):
         if name == "ksam_kernels._C":
-            raise ImportError("undefined symbol")
+            return importlib.util.spec_from_file_location(name, sys.argv[1])
 
 sys.meta_path.insert(0, Finder())
 import ksam_kernels
@@ -234,11 +237,16 @@ def test_a_bad_ksam_backend_fails_on_import_with_the_value() -> None:
     assert "got 'fastest'" in result.stderr
 
 
-def test_an_extension_that_cannot_be_loaded_is_no_missing_one() -> None:
-    """Built for another PyTorch, say: slow kernels in silence would be worse than an error."""
-    result = run_python("-c", BROKEN_EXTENSION)
+def test_an_extension_that_cannot_be_loaded_is_no_missing_one(tmp_path: Path) -> None:
+    """Built for another machine, say: slow kernels in silence would be worse than an error."""
+    library = tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library.touch()
+    result = run_python("-c", BROKEN_EXTENSION, str(library))
     assert result.returncode != 0
-    assert "ImportError: undefined symbol" in result.stderr
+    *_, message = result.stderr.splitlines()
+    assert message.startswith("ImportError: the compiled kernels of ksam do not load: ")
+    assert f"{library}: file too short" in message
+    assert "Build them again" in message
 
 
 def test_ksam_backend_chooses_by_name_and_never_falls_back() -> None:

@@ -170,6 +170,14 @@ def test_a_folder_without_sources_exits_with_one_sentence(
         build.extensions()
 
 
+def test_without_pybind11_the_build_exits_with_one_sentence(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    with pytest.raises(SystemExit, match="needs pybind11 and none was found"):
+        build.find_pybind11()
+
+
 def test_ninja_is_that_of_its_package_or_a_program(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
