@@ -3,7 +3,8 @@
 // Vectors are the compiler's own (vector_size of GCC and Clang): sixteen floats are one register of
 // AVX-512, two of AVX2, four of SSE or NEON (common/lanes.h). The same number of lanes everywhere
 // means that a sum is added up in the same order on every machine. Everything lives in the
-// namespace of the instruction set that it is compiled for. Nothing but fma() contracts a * b + c.
+// namespace of the instruction set that it is compiled for. Nothing but fma(), of lanes.h,
+// contracts a * b + c.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "common/tensor.h"
@@ -208,24 +211,6 @@ template <class V>
 KSAM_INLINE V square_root(V x) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = square_root(x[i]);
   return x;
-}
-
-// a * b + c, rounded once; twice where the machine has no fused multiply-add.
-template <class V>
-KSAM_INLINE V fma(V a, V b, V c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  V r;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) {
-    if constexpr (sizeof(a[0]) == 4) {
-      r[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    } else {
-      r[i] = __builtin_fma(a[i], b[i], c[i]);
-    }
-  }
-  return r;
-#else
-  return a * b + c;
-#endif
 }
 
 }  // namespace ksam::KSAM_ISA

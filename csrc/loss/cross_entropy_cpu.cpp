@@ -13,16 +13,26 @@ namespace {
 // Rows of fewer classes are narrow: sums across lanes would cost more than transposing them does.
 constexpr int64_t kNarrow = 2 * kLanes;
 
-// RowSums of sixteen rows, a lane each.
+// RowSums of sixteen rows, a lane each, and the logits of their classes.
 template <class A>
 struct LaneSums {
-  A max[kLanes] = {}, exp[kLanes] = {}, mass[kLanes] = {}, dot[kLanes] = {};
+  A max[kLanes], exp[kLanes], mass[kLanes], dot[kLanes], x_y[kLanes];
 
   KSAM_INLINE void put(int64_t lane, const RowSums<A>& row) {
     max[lane] = row.max;
     exp[lane] = row.exp;
     mass[lane] = row.mass;
     dot[lane] = row.dot;
+  }
+
+  // The logits of the rows' classes.
+  template <class T>
+  KSAM_INLINE void put_classes(const Matrix& m, int64_t first, const int64_t* y) {
+    const T* x = m.in_planes() ? plane_of<T>(m, first) : row_of<T>(m, first);
+    const int64_t row = m.in_planes() ? 1 : m.stride, column = m.in_planes() ? m.plane_stride : 1;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      x_y[i] = y[i] == kIgnored ? 0 : load_one(x + i * row + y[i] * column);
+    }
   }
 
   template <class V>
@@ -78,6 +88,17 @@ KSAM_INLINE RowSums<A> wide_row(const CrossEntropy& args, const Target<A>& targe
     }
   });
   return sums;
+}
+
+// Up to sixteen rows of at least kNarrow classes, one after the other.
+template <bool kSpread, class T, class A>
+KSAM_INLINE void wide_rows(const CrossEntropy& args, const Target<A>& target, const Sixteen& rows,
+                           const int64_t* y, A* buffer, LaneSums<A>* sums) {
+  *sums = {};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (y[i] == kIgnored) continue;
+    sums->put(i, wide_row<kSpread, T>(args, target, rows.first + i, buffer));
+  }
 }
 
 // Up to sixteen rows of fewer than kNarrow classes, a lane each.
@@ -139,7 +160,11 @@ KSAM_INLINE void plane_rows(const CrossEntropy& args, const Target<A>& target, i
       store_lanes(x[c], at);
       high = larger(at, high);
     }
-    raise_maxima(high, &max, &exp, &mass, &dot);
+    if (first == 0) {
+      max = high;
+    } else {
+      raise_maxima(high, &max, &exp, &mass, &dot);
+    }
     const V from = origins(max);
     for (int64_t c = 0; c < n; ++c) {
       const V z = load_lanes<V>(x[c]) - from;
@@ -160,27 +185,17 @@ template <class T, class A>
 KSAM_INLINE void write_rows(const CrossEntropy& args, const Target<A>& target, const Sixteen& rows,
                             const int64_t* y, const LaneSums<A>& sums) {
   using V = Lanes<T>;
-  A x_y[kLanes] = {}, hot[kLanes] = {}, counts[kLanes] = {};
-  const Matrix& m = args.logits;
-  const T* x = m.in_planes() ? plane_of<T>(m, rows.first) : row_of<T>(m, rows.first);
-  const int64_t row = m.in_planes() ? 1 : m.stride, column = m.in_planes() ? m.plane_stride : 1;
-  for (int64_t i = 0; i < kLanes; ++i) {
-    if (y[i] == kIgnored) continue;
-    counts[i] = 1;
-    if (target.has_hot()) x_y[i] = load_one(x + i * row + y[i] * column);
-    hot[i] = target.hot(y[i]);
-  }
   const RowSums<V> row_sums = sums.template load<V>();
-  const V hot_lanes = load_lanes<V>(hot), counted = load_lanes<V>(counts);
+  const V hot = target.template hot_lanes<V>(y), counted = counted_lanes<V>(y);
   // exp is 0 only where all logits are -inf.
   const V log_s = where_zero(row_sums.exp, all_lanes<V>(NAN), log(row_sums.exp));
-  const V z_y = load_lanes<V>(x_y) - row_sums.max;
-  const V loss = loss_of(row_sums, log_s, hot_lanes, target.has_hot() ? z_y : V{});
+  const V z_y = load_lanes<V>(sums.x_y) - row_sums.max;
+  const V loss = loss_of(row_sums, log_s, hot, target.has_hot() ? z_y : V{});
   A lanes[4][kLanes];
   store_lanes(lanes[0], masked(loss, counted));
   store_lanes(lanes[1], masked(row_sums.max, counted));
   store_lanes(lanes[2], masked(log_s, counted));
-  store_lanes(lanes[3], masked(hot_lanes + row_sums.mass, counted));
+  store_lanes(lanes[3], masked(hot + row_sums.mass, counted));
   const int64_t end = rows.lane + rows.count;
   for (int64_t i = rows.lane; i < end; ++i) {
     args.losses[rows.first + i] = static_cast<float>(lanes[0][i]);
@@ -208,12 +223,11 @@ void forward_rows(const CrossEntropy& args, int64_t begin, int64_t end) {
     if (args.logits.in_planes()) {
       plane_rows<kSpread, T>(args, target, rows.first, buffer, &sums);
     } else if (classes < kNarrow) {
-      narrow_rows<kSpread, T>(args, target, row, rows.count, buffer, &sums);
+      narrow_rows<kSpread, T>(args, target, rows.first, rows.count, buffer, &sums);
     } else {
-      for (int64_t i = 0; i < rows.count; ++i) {
-        if (y[i] != kIgnored) sums.put(i, wide_row<kSpread, T>(args, target, row + i, buffer));
-      }
+      wide_rows<kSpread, T>(args, target, rows, y, buffer, &sums);
     }
+    sums.template put_classes<T>(args.logits, rows.first, y);
     write_rows<T>(args, target, rows, y, sums);
   }
 }

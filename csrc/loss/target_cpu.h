@@ -28,18 +28,51 @@ class Target {
   bool has_hot() const { return !soft_; }
   bool has_spread() const { return soft_ || args_.label_smoothing > 0; }
 
-  // The row's class, kIgnored or kOutOfRange. 0 for probabilities, of which no class is hot.
-  KSAM_INLINE int64_t class_of(int64_t row) const {
-    if (soft_) return 0;
-    const int64_t y = args_.target.dtype == DType::i64 ? *row_of<int64_t>(args_.target, row)
-                                                       : *row_of<int32_t>(args_.target, row);
-    if (y == args_.ignore_index) return kIgnored;
-    return y >= 0 && y < args_.logits.columns ? y : kOutOfRange;
+  // y <- the classes of sixteen rows: kIgnored for rows that do not count, kOutOfRange; 0 for
+  // probabilities, of which no class is hot. False where one is out of range.
+  KSAM_INLINE bool read_classes(const Sixteen& rows, int64_t* y) const {
+    const int64_t ignored = args_.ignore_index, classes = args_.logits.columns;
+    for (int64_t i = 0; i < kLanes; ++i) y[i] = soft_ ? kIgnored : ignored;
+    if (soft_) {
+      for (int64_t i = rows.lane; i < rows.lane + rows.count; ++i) y[i] = 0;
+      return true;
+    }
+    if (args_.target.dtype == DType::i64) {
+      copy_classes<int64_t>(rows, y);
+    } else {
+      copy_classes<int32_t>(rows, y);
+    }
+    using Classes = int64_t __attribute__((vector_size(kRegisterBytes)));
+    constexpr int64_t kCount = kRegisterBytes / sizeof(int64_t);
+    const Classes out_of_range = broadcast<Classes>(kOutOfRange);
+    Classes bad{};
+    for (int64_t i = 0; i < kLanes; i += kCount) {
+      Classes c = load_raw<Classes>(y + i);
+      const Classes in_range = (c >= 0) & (c < classes);
+      const Classes valid = in_range ? c : out_of_range;
+      c = c == ignored ? broadcast<Classes>(kIgnored) : valid;
+      bad |= c == kOutOfRange;
+      std::memcpy(y + i, &c, sizeof(c));
+    }
+    int64_t any_bad = 0;
+    for (int64_t i = 0; i < kCount; ++i) any_bad |= bad[i];
+    return any_bad == 0;
   }
 
   KSAM_INLINE A hot(int64_t y) const {
     if (soft_) return 0;
     return weight_ == nullptr ? confidence_ : confidence_ * weight_[y];
+  }
+
+  // hot of sixteen rows' classes; of rows that do not count, any number.
+  template <class V>
+  KSAM_INLINE V hot_lanes(const int64_t* y) const {
+    if (soft_ || weight_ == nullptr) return all_lanes<V>(hot(0));
+    A lanes[kLanes] = {};
+    for (int64_t i = 0; i < kLanes; ++i) {
+      if (y[i] != kIgnored) lanes[i] = hot(y[i]);
+    }
+    return load_lanes<V>(lanes);
   }
 
   // spread_c of classes [begin, begin + n) of a row, in `buffer` or in place. A spread that all
@@ -100,6 +133,18 @@ class Target {
   }
 
  private:
+  // y <- the classes of the rows that count, as they are stored.
+  template <class I>
+  KSAM_INLINE void copy_classes(const Sixteen& rows, int64_t* y) const {
+    const I* from = row_of<I>(args_.target, rows.first + rows.lane);
+    const int64_t stride = args_.target.stride;
+    if (rows.count == kLanes && stride == 1) {  // in vectors
+      for (int64_t i = 0; i < kLanes; ++i) y[i] = from[i];
+    } else {
+      for (int64_t i = 0; i < rows.count; ++i) y[rows.lane + i] = from[i * stride];
+    }
+  }
+
   const CrossEntropy& args_;
   const A* weight_;
   bool soft_;
@@ -115,19 +160,24 @@ KSAM_INLINE void note_bad(int64_t row, int64_t* first_bad) {
   }
 }
 
+// 1 in the lanes of rows that count, 0 in the others.
+template <class V>
+KSAM_INLINE V counted_lanes(const int64_t* y) {
+  typename LaneTraits<V>::element lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = y[i] != kIgnored;
+  return load_lanes<V>(lanes);
+}
+
 // y <- the classes of sixteen rows; kIgnored for rows that do not count. False where a class is out
 // of range; its row is then noted in first_bad.
 template <class A>
 KSAM_INLINE bool classes_of(const Target<A>& target, const Sixteen& rows, int64_t* first_bad,
                             int64_t* y) {
-  for (int64_t i = 0; i < kLanes; ++i) y[i] = kIgnored;
-  for (int64_t i = rows.lane; i < rows.lane + rows.count; ++i) {
-    y[i] = target.class_of(rows.first + i);
-    if (y[i] != kOutOfRange) continue;
-    note_bad(rows.first + i, first_bad);
-    return false;
-  }
-  return true;
+  if (target.read_classes(rows, y)) return true;
+  int64_t bad = 0;
+  while (y[bad] != kOutOfRange) ++bad;
+  note_bad(rows.first + bad, first_bad);
+  return false;
 }
 
 }  // namespace ksam::KSAM_ISA
