@@ -47,15 +47,15 @@ def _check_samplers(ascent: object, descent: object, scale: str) -> None:
     _check_type("descent", descent, (Sampler,), "a Sampler")
     if descent is None and not isinstance(ascent, Sampler):
         raise ValueError(
-            f"descent must be given where the ascent is not on samples, got None with "
-            f"ascent={ascent!r}"
+            f"descent must be given unless ascent is a Sampler, whose samples it then takes, got "
+            f"None with ascent={ascent!r}"
         )
     _check_comparisons(ascent, descent)
     descends = ascent if descent is None else descent
     if scale != "mean" and isinstance(descends, (Ordered, Importance)):
         raise ValueError(
-            f'scale must be "mean" with {type(descends).__name__}, whose mean loss is the one to '
-            f"descend, got {scale!r}"
+            f'scale must be "mean" with {type(descends).__name__}, which already sets how its '
+            f"losses are weighted, got {scale!r}"
         )
 
 
@@ -63,26 +63,27 @@ def _check_comparisons(ascent: object, descent: object) -> None:
     """Losses that are compared before and after the ascent must be of the same samples."""
     if isinstance(ascent, LossIncrease):
         raise ValueError(
-            f"ascent must not be LossIncrease, which selects by what the ascent did to the losses: "
-            f"it is a descent; got {ascent!r}"
+            f"ascent must not be LossIncrease, which selects samples by how much the ascent raised "
+            f"their losses, got {ascent!r}; pass it as descent"
         )
     # StaleTopK, for one, evaluates the whole batch at step 0 but not at 1.
     if isinstance(descent, LossIncrease) and not (
         isinstance(ascent, Sampler) and ascent.sees_batch(0) and ascent.sees_batch(1)
     ):
         raise ValueError(
-            f"ascent must evaluate the whole batch in every step with descent=LossIncrease, which "
-            f"compares its losses there, got {ascent!r}"
+            f"ascent must evaluate the whole batch in every step (All and TopK do) with "
+            f"descent=LossIncrease, which compares the losses before and after the ascent, got "
+            f"{ascent!r}"
         )
     if isinstance(descent, SharpnessSample):
         raise ValueError(
-            f"descent must not be SharpnessSample, which records what the ascent on its samples "
-            f"does to their losses: it is an ascent; got {descent!r}"
+            f"descent must not be SharpnessSample, which records how much the ascent changes the "
+            f"losses of its samples, got {descent!r}; pass it as ascent"
         )
     if isinstance(ascent, SharpnessSample) and descent is not None:
         raise ValueError(
             f"descent must be None with ascent=SharpnessSample, which compares the losses of the "
-            f"same samples, got {descent!r}"
+            f"same samples before and after the ascent, got {descent!r}"
         )
 
 
@@ -91,7 +92,10 @@ def _check_when(when: object, otherwise: object) -> None:
         raise TypeError(f"when must be a function of the step or a policy, got {when!r}")
     _check_type("otherwise", otherwise, (Momentum,), "a Momentum")
     if otherwise is not None and when is None:
-        raise ValueError(f"otherwise needs a when that leaves it steps, got {otherwise!r} alone")
+        raise ValueError(
+            f"otherwise must be None without when, as every step is then sharpness-aware, got "
+            f"{otherwise!r}"
+        )
 
 
 def _check_micro_batches(arguments: Composed) -> None:
@@ -103,17 +107,17 @@ def _check_micro_batches(arguments: Composed) -> None:
     if any(wrapped.static_graph for wrapped in data_parallel(arguments.model)):
         raise ValueError(
             f"micro_batch_size must be None with static_graph=True of DistributedDataParallel, "
-            f"which cannot leave out a synchronization, got {size!r}"
+            f"which cannot skip averaging the gradients between micro-batches, got {size!r}"
         )
     if any(isinstance(part, Ordered) for part in (arguments.ascent, arguments.descent)):
         raise ValueError(
-            f"micro_batch_size must be None with Ordered, whose highest losses are known after the "
-            f"last micro-batch only (TopK finds them in a pass of its own), got {size!r}"
+            f"micro_batch_size must be None with Ordered, which knows the highest losses only "
+            f"after the last micro-batch, got {size!r}; TopK finds them in a pass of its own"
         )
     if statistics in ("matched", "full"):
         raise ValueError(
-            f'statistics must be "subset" or "running" with micro_batch_size, as no micro-batch '
-            f"has the whole batch's, got {statistics!r}"
+            f'statistics must be "subset" or "running" with micro_batch_size, as no pass then '
+            f"sees the whole batch at once, got {statistics!r}"
         )
 
 
@@ -121,9 +125,8 @@ def _check_model(model: Any) -> None:
     _check_type("model", model, (nn.Module,), "a torch.nn.Module")
     if has_fully_sharded(model):
         raise TypeError(
-            "model must not be a FullyShardedDataParallel, whose parameters look like whole "
-            "tensors although each is a shard: shard it by torch.distributed.fsdp.fully_shard "
-            "(FSDP2)"
+            "model must not be a FullyShardedDataParallel (FSDP1) or contain one: its shards "
+            "cannot be told from whole parameters; use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
 
 
@@ -150,7 +153,7 @@ def _which(position: int, name: str | None, p: Tensor) -> str:
     """A parameter, for messages."""
     shape = "of no shape yet" if is_lazy(p) else f"of shape {tuple(p.shape)}"
     called = "" if name is None else f", {name!r},"
-    return f"number {position} of its group{called} {shape}"
+    return f"parameter {position} of its group{called} {shape}"
 
 
 def check_group(
@@ -168,14 +171,14 @@ def check_group(
     named = entries(group)
     if model is None and first_dtensor([p for _, p in named]) is not None:
         raise ValueError(
-            "model must be given where parameters are DTensors, as FSDP2 makes them: it has to "
-            "forget the weights that it has gathered when they move; got None"
+            "model must be given when parameters are DTensors (FSDP2), so that it gathers its "
+            "weights again after they change, got None"
         )
     for position, (name, p) in enumerate(named):
         if isinstance(p, Tensor) and p.dtype.is_complex and p.requires_grad:
             raise TypeError(
-                f"params must be real, got {p.dtype} for {_which(position, name, p)}: train what "
-                f"torch.view_as_real makes of it"
+                f"params must be real, got {p.dtype} for {_which(position, name, p)}; train its "
+                f"torch.view_as_real, and apply torch.view_as_complex in the model"
             )
         if isinstance(p, Tensor) and p.layout is not torch.strided:
             raise TypeError(
@@ -183,15 +186,15 @@ def check_group(
             )
         if hasattr(p, "_st_info"):  # where DistributedDataParallel notes what the tensor was
             raise TypeError(
-                f"params must not be those of a tensor-parallel model in DistributedDataParallel, "
-                f"which look like whole tensors although each is a shard, got "
-                f"{_which(position, name, p)}: shard it by torch.distributed.fsdp.fully_shard"
+                f"params must not be tensor-parallel within DistributedDataParallel, where shards "
+                f"cannot be told from whole parameters, got {_which(position, name, p)}; use "
+                f"torch.distributed.fsdp.fully_shard (FSDP2)"
             )
     group = {**base.defaults, **group}
     if group.get("maximize"):
         raise ValueError(
-            f"maximize must be False, got {group['maximize']!r}: sharpness is that of a loss; "
-            f"minimize its negative"
+            f"maximize must be False, got {group['maximize']!r}: sharpness is defined for a loss; "
+            f"minimize the negative instead"
         )
     if momentum:
         Momentum.check(base, group)
@@ -212,8 +215,9 @@ def check_names(group: Mapping[str, Any], model: nn.Module | None) -> None:
     for position, p in nameless:
         if p not in of_model:
             raise ValueError(
-                f"names of all parameters are needed to tell weights from others, got none for "
-                f"{_which(position, None, p)}; pass model.named_parameters() as params, or model="
+                f"params must have names, by which the geometry tells weights from biases, got "
+                f"none for {_which(position, None, p)}; pass model.named_parameters() as params, "
+                f"or pass model="
             )
 
 
@@ -258,6 +262,6 @@ def check_batch(batch: Any, samples: int, takes_parts: bool, params: Iterable[Te
         if id(tensor) in held:
             raise ValueError(
                 f"batch must not hold parameters of the optimizer, got one of shape "
-                f"{tuple(tensor.shape)}: a part of its rows is another tensor, whose gradient it "
-                f"does not get; use it in the function"
+                f"{tuple(tensor.shape)}: its selected rows are a new tensor, so it would get no "
+                f"gradient; use the parameter itself in the function"
             )

@@ -24,18 +24,19 @@ def build_base(
         _check_taken(base, base_kwargs)
         return base(params, **base_kwargs)
     if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be an optimizer or the class of one, got {base!r}")
+        raise TypeError(f"base must be an optimizer or an optimizer class, got {base!r}")
     for name, value in base_kwargs.items():
         raise TypeError(
-            f"{name} must not be given with a base that is already built, got {value!r}"
+            f"{name} must not be given, as the method has no such argument and base is already "
+            f"built, got {value!r}"
         )
     own = parameters(base.param_groups)
     given = own if params is None else parameters(params)
     ours, theirs = set(map(id, given)), set(map(id, own))
     if ours != theirs:
         raise ValueError(
-            f"params must be None or those of the base instance, {len(theirs)}, "
-            f"got {len(ours)}, {len(ours & theirs)} of them its own"
+            f"params must be None or the {len(theirs)} parameters of base, "
+            f"got {len(ours)} parameters, {len(ours & theirs)} of which are in base"
         )
     return base
 
@@ -48,7 +49,7 @@ def _check_taken(base: type[Optimizer], base_kwargs: dict[str, Any]) -> None:
     for name, value in base_kwargs.items():
         if name not in taken:
             raise TypeError(
-                f"{name} must be an argument of the method or of its base, {base.__name__}, "
+                f"{name} is not an argument of the method or of its base, {base.__name__}, "
                 f"got {value!r}"
             )
 
@@ -87,13 +88,13 @@ def check_base(base: Optimizer) -> None:
     """Check that the base steps without arguments, and leaves the name rho to the radius."""
     if not hasattr(base, "defaults"):
         raise TypeError(
-            f"base must have defaults, as torch.optim.Optimizer's constructor sets them, got "
-            f"{type(base).__name__} without"
+            f"base must have defaults, which torch.optim.Optimizer.__init__ sets, got "
+            f"{type(base).__name__} without them"
         )
     if "rho" in base.defaults:
         raise ValueError(
-            f"base must have no hyperparameter of the name rho, which is the radius's in "
-            f"param_groups, got {type(base).__name__} with rho={base.defaults['rho']!r}"
+            f"base must not have a hyperparameter named rho, which is the radius in param_groups, "
+            f"got {type(base).__name__} with rho={base.defaults['rho']!r}"
         )
     # That of the class: what a scheduler puts in place of the instance's shows self as an argument.
     _, *arguments = inspect.signature(type(base).step).parameters.values()
@@ -105,8 +106,8 @@ def check_base(base: Optimizer) -> None:
     ]
     if needed:
         raise TypeError(
-            f"base {type(base).__name__} needs a {' and a '.join(needed)} to step, "
-            f"which a K-SAM step has not"
+            f"base must step without arguments, got {type(base).__name__}, whose step() needs a "
+            f"{' and a '.join(needed)}"
         )
 
 
@@ -126,5 +127,5 @@ def check_no_overlap(params: Sequence[Tensor]) -> None:
     )
     for (_, end, i), (start, _, j) in pairwise(spans):
         if start < end:
-            advice = "give it once" if params[i] is params[j] else "tie them as one Parameter"
+            advice = "pass it once" if params[i] is params[j] else "use one Parameter for both"
             raise ValueError(f"params {min(i, j)} and {max(i, j)} share memory; {advice}")

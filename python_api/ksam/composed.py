@@ -47,7 +47,7 @@ class Composed(OptimizerWrapper):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; options are then checked as the constructor checks them."""
         if name == "rho" and self._built and self._perturbs() and not hasattr(type(self), name):
-            raise AttributeError(f"rho stands in param_groups: set it there, got rho = {value!r}")
+            raise AttributeError(f"rho must be set in param_groups, per group, got rho = {value!r}")
         before = vars(self).get(name)
         super().__setattr__(name, value)
         if name in OPTIONS and self._built:
@@ -177,8 +177,9 @@ class Composed(OptimizerWrapper):
         mean = mean_over_ranks(share, self.model, self._parameters())
         if mean is share and has_ranks():  # but neither the model nor the parameters show it
             self._tell(
-                "the policy decides by this rank's samples alone: pass the DistributedDataParallel "
-                "as model=, or ranks that train one model take different steps"
+                "the policy sees only this rank's samples, so ranks that train one model may take "
+                "different steps and wait for each other forever: pass the "
+                "DistributedDataParallel module as model="
             )
         return mean
 
@@ -196,9 +197,9 @@ class Composed(OptimizerWrapper):
         params = (p for group in self.param_groups for p in group["params"])
         if not any(p.grad is not None for p in params):  # usually the first one has a gradient
             self._tell(
-                "the step trains nothing: the function used none of the optimizer's parameters "
-                "that require grad; if it should, build the optimizer after the model is copied, "
-                "its layers replaced or adapters added to it"
+                "the step trains nothing: the losses depend on none of the optimizer's trainable "
+                "parameters; if they should, build the optimizer after copying the model, "
+                "replacing layers or adding adapters"
             )
 
     def _look_for_momentum(self) -> None:
@@ -208,9 +209,9 @@ class Composed(OptimizerWrapper):
         """
         if self._update.left_no_state:
             self._tell(
-                f"weights are not perturbed: there is no momentum of them in the state of the "
-                f"base, {type(self.base).__name__}, after its step; if it wraps an optimizer "
-                f"that has one, give that as base"
+                f"weights are not perturbed: after its step, the base, {type(self.base).__name__}, "
+                f"has no momentum of them in its state; if it wraps another optimizer, pass that "
+                f"one as base"
             )
 
     def _tell(self, message: str) -> None:

@@ -66,12 +66,12 @@ class Diagnostics:
         index: Index = "index",
     ) -> None:
         if not isinstance(optimizer, SharpnessAware):
-            raise TypeError(f"optimizer must be one of ksam, got {type(optimizer).__name__}")
+            raise TypeError(f"optimizer must be one of ksam's, got {type(optimizer).__name__}")
         check_count("every", every, 1)
         if dataset_size is not None:
             check_count("dataset_size", dataset_size, 1)
         if measure_alignment:
-            check_whole("measure_alignment", parameters(optimizer.param_groups))
+            check_whole("measure_alignment=True", parameters(optimizer.param_groups))
         self._optimizer = optimizer
         self._writers = list(writers)
         self._every = every

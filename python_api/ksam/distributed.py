@@ -191,8 +191,8 @@ def check_synchronizes(model: nn.Module | None, params: list[Tensor]) -> None:
         ):
             if not averages:
                 raise RuntimeError(
-                    f"FSDP2's gradients must be averaged in every call, as the ascent is along "
-                    f"them; got {name}(False)"
+                    f"FSDP2 must average the gradients in every call, as the weights are perturbed "
+                    f"along them, got {name}(False); set it to True"
                 )
 
 

@@ -83,7 +83,7 @@ class Geometry(Part):
         self.adaptive = adaptive
         self.eta = check_not_negative("eta", eta)
         if eta != 0 and not adaptive:
-            raise ValueError(f"eta is used with adaptive=True only, got {eta!r} without")
+            raise ValueError(f"eta must be 0 unless adaptive=True, got {eta!r}")
 
     def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:
         """Perturb, and enter moved parameters into ``moved`` with their backup, even on a failure.
@@ -147,8 +147,9 @@ class NamedAdaptive(Geometry):
     def perturb(self, moving: Moving, moved: dict[Tensor, Tensor], seed: str) -> Tensor:
         if len(moving.names) < len(moving.params):
             raise ValueError(
-                f"names of {len(moving.params)} parameters are needed to tell weights from others, "
-                f"got {len(moving.names)}; pass model.named_parameters() as params, or model="
+                f"params must have names, by which the geometry tells weights from biases, got "
+                f"{len(moving.names)} names for {len(moving.params)} parameters; pass "
+                f"model.named_parameters() as params, or pass model="
             )
         is_scaled = [self.scaled(name) for name in moving.names]
         others = moving.take([not scaled for scaled in is_scaled])

@@ -95,7 +95,9 @@ def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
 def check_whole(name: str, params: Sequence[Tensor]) -> None:
     """Raise NotImplementedError for parameters of which this rank holds only a part."""
     if first_dtensor(params) is not None:
-        raise NotImplementedError(f"{name} needs whole parameters, got DTensors, as FSDP2 makes")
+        raise NotImplementedError(
+            f"{name} needs whole parameters, got DTensors (FSDP2), of which each rank has a shard"
+        )
 
 
 def _random_state_kept(params: Iterable[Tensor]) -> AbstractContextManager[None]:

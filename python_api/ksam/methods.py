@@ -35,8 +35,8 @@ def _with_parts(method: SharpnessAware, options: dict[str, Any], **parts: Any) -
     for name in parts:
         if name in options:
             raise TypeError(
-                f"{name} must not be given to {type(method).__name__}, which sets it, "
-                f"got {options[name]!r}; SharpnessAware takes parts of your own"
+                f"{name} must not be given to {type(method).__name__}, which sets it itself, "
+                f"got {options[name]!r}; to combine parts of your own, use SharpnessAware"
             )
     return {**options, **parts}
 

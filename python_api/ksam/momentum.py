@@ -64,15 +64,15 @@ class Momentum(Part):
         """
         if is_zero(base):
             raise ValueError(
-                "base must keep the momentum of all parameters to perturb along it, got "
-                "ZeroRedundancyOptimizer, of which every rank keeps a part"
+                "base must keep the momentum of all parameters on every rank, as weights are "
+                "perturbed along it, got ZeroRedundancyOptimizer, which keeps a part on each"
             )
         if "betas" in group or group.get("momentum", 0) != 0:
             return
         found = f"momentum={group['momentum']!r}" if "momentum" in group else "neither"
         raise ValueError(
-            f"base must have momentum or betas, and so a momentum to perturb along; "
-            f"got {type(base).__name__} with {found}"
+            f"base must have momentum or betas, as weights are perturbed along its momentum, got "
+            f"{type(base).__name__} with {found}; use SGD with momentum=0.9, say, or AdamW"
         )
 
     def directions(self, base: Optimizer, params: list[Tensor]) -> list[Tensor | None]:
@@ -88,15 +88,15 @@ class Momentum(Part):
             if v is not None and (not isinstance(v, Tensor) or v.numel() != p.numel()):
                 what = tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"
                 raise ValueError(
-                    f"base must keep a momentum of its parameters' shapes to perturb along it; got "
-                    f"{type(base).__name__} with {what} for a parameter of {tuple(p.shape)}"
+                    f"base must keep a momentum of each parameter's shape to perturb it along, "
+                    f"got {type(base).__name__} with {what} for a parameter of {tuple(p.shape)}"
                 )
         if all(v is None for v in found) and any(states):
             names = {name for state in states for name in state}
             if names.isdisjoint(_NAMES):
                 raise ValueError(
-                    f"base must keep its momentum as {' or '.join(_NAMES)} to perturb along it; "
-                    f"got {type(base).__name__} with {', '.join(sorted(map(str, names)))}"
+                    f"base must keep its momentum in its state as {' or '.join(_NAMES)}, got "
+                    f"{type(base).__name__} with {', '.join(sorted(map(str, names)))}"
                 )
         return found
 

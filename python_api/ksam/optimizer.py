@@ -195,7 +195,7 @@ class SharpnessAware(Composed):
         """
         if per_sample_loss is None and batch is None:
             return self._step_by_grad(closure)
-        check_call(per_sample_loss, batch, " (a closure is given by name: step(closure=...))")
+        check_call(per_sample_loss, batch, " (pass a closure by name: step(closure=...))")
         assert per_sample_loss is not None
         if closure is not None:
             raise TypeError(f"closure must be None with per_sample_loss and batch, got {closure!r}")
@@ -245,8 +245,9 @@ class SharpnessAware(Composed):
                 returned = closure()
         if not self._has_grad:
             raise RuntimeError(
-                "step without a function and a batch updates by the gradients of "
-                "backward(per_sample_loss, batch), which was not called since the last step"
+                "step() without a function and a batch needs the gradients of "
+                "optimizer.backward(per_sample_loss, batch), which was not called since the last "
+                "step; call it instead of loss.backward()"
             )
         self._update.check_unscaled(self)
         with interrupts.deferred():
@@ -262,8 +263,8 @@ class SharpnessAware(Composed):
         """Take the gradients and update; with a weight, only add the gradient to ``.grad``."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "step needs gradients, which do not exist in torch.inference_mode(); call it "
-                "outside of that"
+                "step and backward need gradients, which torch.inference_mode() turns off; call "
+                "them outside of it"
             )
         samples = ksam_kernels.batch_size(batch)
         self._adopt_groups()

@@ -27,22 +27,22 @@ Backward = Callable[[Tensor, Subset], None]
 def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
     """Split ``losses`` or ``(losses, aux)`` and check the losses."""
     losses, aux = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-    check_dtype("losses that per_sample_loss returns", losses, FLOATING)
+    check_dtype("losses returned by per_sample_loss", losses, FLOATING)
     shape = tuple(losses.shape)
     if shape != (samples,):
         if shape == ():
-            advice = "a scalar is a mean: use reduction='none'"
+            advice = "do not average or sum over the samples: use reduction='none'"
         elif shape == (samples, samples):
             advice = f"did ({samples}, 1) and ({samples},) broadcast?"
         elif shape[0] == samples:
             advice = (
-                "if these are losses and not the model's output, reduce the other dimensions, as "
-                ".flatten(1).mean(1) does"
+                "if these are losses and not the model's output, average over the other "
+                "dimensions: losses.flatten(1).mean(1)"
             )
         else:
             advice = (
-                "they must be those of the batch that the function is given, whose samples are in "
-                "dimension 0 of every tensor"
+                "compute them from the function's argument, which may be a part of the batch, "
+                "with the samples in dimension 0 of every tensor"
             )
         raise ValueError(
             f"per_sample_loss must return one loss per sample, shape ({samples},), got {shape}; "
@@ -195,9 +195,9 @@ class Passes:
             if "does not require grad" not in str(error):
                 raise
             raise RuntimeError(
-                "per_sample_loss takes a derivative, and the pass that selects samples runs "
-                "without gradients: let it do so within torch.enable_grad() (not the backward "
-                "pass of the losses, which the optimizer takes itself)"
+                "per_sample_loss takes a derivative, but the pass that selects samples runs "
+                "without gradients: take it within torch.enable_grad() (do not call "
+                "losses.backward(), which the optimizer does itself)"
             ) from error
 
     def gradient(self, subset: Subset, factor: Tensor | float | None = None) -> Tensor:
@@ -216,9 +216,9 @@ class Passes:
                 self._options.scale(objective).backward()  # type: ignore[no-untyped-call]
             else:
                 raise RuntimeError(
-                    "per_sample_loss returned losses without a graph: nothing that it used "
-                    "requires grad (are all parameters frozen?), or they were detached or computed "
-                    "under no_grad"
+                    "per_sample_loss must return losses that require grad, got some without a "
+                    "graph: they were detached or computed under no_grad, or nothing that they "
+                    "depend on requires grad (are all parameters frozen?)"
                 )
 
         return self._pass(subset, backward)
@@ -306,7 +306,9 @@ class Passes:
             RuntimeError: nobody said that they are needed; see :attr:`ksam.parts.Sampler.scored`.
         """
         if self._scores is None:
-            raise RuntimeError("scores were not computed: a sampler that reads them sets scored")
+            raise RuntimeError(
+                "scores were not computed: a Sampler that reads them must set scored = True"
+            )
         return self._scores
 
     @property
@@ -336,7 +338,8 @@ class Passes:
 
 def _warn_of_batchnorm() -> None:
     warn(
-        "the function uses BatchNorm whose running statistics every pass of a step updates; "
-        "pass model= to the optimizer with all of it (of several modules an nn.ModuleList), and "
-        "set its mode before the step, to update them once, from the whole batch"
+        "every pass of a step updates the running statistics of a BatchNorm that the function "
+        "uses; to update them once, from the whole batch, pass model= to the optimizer, a module "
+        "that contains every BatchNorm (an nn.ModuleList of several modules), and call train() or "
+        "eval() before the step, not in the function"
     )

@@ -35,7 +35,10 @@ def sample_rows(batch: Any, index: Index) -> Tensor:
             rows = batch[index]
         except (KeyError, IndexError, TypeError) as error:
             kind = type(batch).__name__
-            raise KeyError(f"index must be a key of the batch, a {kind}, got {index!r}") from error
+            raise KeyError(
+                f"index must be a key of the batch, a {kind}, or a function that returns its "
+                f"samples' indices, got {index!r}"
+            ) from error
     check_dtype("the batch's sample index", rows, INDEX)
     if rows.dim() != 1:
         raise ValueError(
@@ -97,15 +100,15 @@ class _Table(Some):
         missing = [name for name in self.COLUMNS if name not in state]
         if missing:
             raise ValueError(
-                f"state_dict must have the table of {type(self).__name__}, with "
-                f"{', '.join(self.COLUMNS)}, got one with {', '.join(map(str, state))}"
+                f"state_dict must hold {', '.join(self.COLUMNS)} for {type(self).__name__}, got "
+                f"{', '.join(map(str, state))}; was it saved by another method?"
             )
         columns = {name: state[name] for name in self.COLUMNS}
         for name, column in columns.items():
             if tuple(column.shape) != (self.dataset_size,):
                 raise ValueError(
-                    f"{name} must have an entry for each of {self.dataset_size} samples, "
-                    f"got shape {tuple(column.shape)}"
+                    f"{name} in state_dict must have an entry for each of {self.dataset_size} "
+                    f"samples (dataset_size), got shape {tuple(column.shape)}"
                 )
         self._columns = {name: column.clone() for name, column in columns.items()}
         super().load_state_dict(state["amount"])

@@ -217,8 +217,8 @@ class Update:
         """
         if self._stage(optimizer) not in (None, OptState.UNSCALED):
             raise RuntimeError(
-                "gradients are scaled by grad_scaler: call grad_scaler.step(optimizer), which "
-                "unscales them and calls step()"
+                "gradients are still scaled by grad_scaler: call grad_scaler.step(optimizer) "
+                "instead of step(); it unscales them first"
             )
 
     def check_scaled(self, optimizer: Optimizer) -> None:
@@ -229,8 +229,8 @@ class Update:
         """
         if self._stage(optimizer) not in (None, OptState.READY):
             raise RuntimeError(
-                "gradients were unscaled by grad_scaler: call grad_scaler.update(), after its "
-                "step(optimizer), before the next backward"
+                "gradients have already been unscaled by grad_scaler: after "
+                "grad_scaler.step(optimizer), call grad_scaler.update() before the next backward()"
             )
 
     def _stage(self, optimizer: Optimizer) -> OptState | None:

@@ -47,7 +47,8 @@ class OptimizerWrapper(Optimizer):
     def __init__(self, base: Optimizer, rho: Rho) -> None:
         if isinstance(base, OptimizerWrapper):
             raise TypeError(
-                f"base must be the optimizer under a sharpness-aware one, got {type(base).__name__}"
+                f"base must not be sharpness-aware itself, got {type(base).__name__}; pass the "
+                f"optimizer under it"
             )
         check_base(base)
         self.base = base

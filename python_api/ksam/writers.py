@@ -34,7 +34,10 @@ class CSVWriter:
             with self.path.open(newline="", encoding="utf-8") as file:
                 columns = next(csv.reader(file))
             if columns != list(row):
-                raise ValueError(f"{self.path} has columns {columns}, a row has {list(row)}")
+                raise ValueError(
+                    f"row must have the columns of {self.path}, {columns}, got {list(row)}; write "
+                    f"to another file"
+                )
             self._end_line()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(row))

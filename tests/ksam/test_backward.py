@@ -217,7 +217,7 @@ def test_a_function_without_a_batch_is_refused() -> None:
     function = loss_of(model)
     for wrong, message in [
         ((function, None), "batch must be given with per_sample_loss, got None"),
-        ((lambda: 1.0,), r"got None \(a closure is given by name: step\(closure=\.\.\.\)\)"),
+        ((lambda: 1.0,), r"got None \(pass a closure by name: step\(closure=\.\.\.\)\)"),
         ((5, batch()), "per_sample_loss must be a function of the batch, got 5"),
         ((None, batch()), "per_sample_loss must be a function of the batch, got None"),
         ((batch(), function), "per_sample_loss must be a function of the batch, got {'x': "),

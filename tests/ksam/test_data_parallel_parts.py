@@ -50,12 +50,12 @@ def check_what_is_refused(rank: int) -> None:
     base = ZeroRedundancyOptimizer(
         network().parameters(), optimizer_class=torch.optim.SGD, lr=0.1, momentum=0.9
     )
-    with pytest.raises(ValueError, match="got ZeroRedundancyOptimizer, of which every rank keeps"):
+    with pytest.raises(ValueError, match="got ZeroRedundancyOptimizer, which keeps a part on each"):
         AutoKSAM(None, base)
     mesh = init_device_mesh(DEVICE.type, (1, RANKS), mesh_dim_names=("dp", "tp"))
     parts = parallelize_module(network(), mesh["tp"], {"0": ColwiseParallel()})
     model = DistributedDataParallel(parts, device_mesh=mesh["dp"])
-    with pytest.raises(TypeError, match=r"got number 0 of its group.* of shape \(8, 8\)"):
+    with pytest.raises(TypeError, match=r"got parameter 0 of its group.* of shape \(8, 8\)"):
         KSAM(model.parameters(), torch.optim.SGD, model=model, lr=0.1)
 
 
@@ -74,7 +74,7 @@ def check_what_is_told(rank: int) -> None:
     assert told(AutoKSAM, wrapped) == told(KSAM, None) == []
     for model in (None, net):
         (message,) = told(AutoKSAM, model)
-        assert "pass the DistributedDataParallel as model=" in message
+        assert "pass the DistributedDataParallel module as model=" in message
 
 
 def check_measurements(rank: int) -> None:

@@ -172,7 +172,7 @@ def test_indices_of_the_data_set_may_be_on_another_device_than_the_selection() -
 
 def test_diagnostics_are_of_this_family() -> None:
     base = torch.optim.SGD(network().parameters(), lr=0.1)
-    with pytest.raises(TypeError, match="optimizer must be one of ksam, got SGD"):
+    with pytest.raises(TypeError, match="optimizer must be one of ksam's, got SGD"):
         Diagnostics(base)  # type: ignore[arg-type]
 
 
@@ -181,7 +181,7 @@ def test_csv_goes_on_with_its_file(tmp_path: Path) -> None:
     CSVWriter(path)({"step": 0, "loss": 1.5})
     CSVWriter(path)({"step": 1, "loss": math.nan})
     assert path.read_text(encoding="utf-8").split() == ["step,loss", "0,1.5", "1,nan"]
-    with pytest.raises(ValueError, match=r"columns \['step', 'loss'\], a row has \['step'\]"):
+    with pytest.raises(ValueError, match=r"run\.csv, \['step', 'loss'\], got \['step'\]"):
         CSVWriter(path)({"step": 2})
 
 

@@ -44,7 +44,7 @@ def test_asam_returns_the_norm_of_all_that_moves(backend: str, bias: bool) -> No
 
 
 def test_options_without_effect_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"eta is used with adaptive=True only, got 0\.5"):
+    with pytest.raises(ValueError, match=r"eta must be 0 unless adaptive=True, got 0\.5"):
         Geometry(eta=0.5)
     with pytest.raises(TypeError, match=r"adaptive must be a bool, got 0\.5"):
         Geometry(adaptive=0.5)  # type: ignore[arg-type]

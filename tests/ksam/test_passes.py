@@ -290,16 +290,19 @@ def test_aux_has_no_graph_whatever_the_step(
 
 
 LOSSES_OF_WRONG_SHAPE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "mean": (lambda losses: losses.mean(), r"\(\); a scalar is a mean: use reduction='none'"),
+    "mean": (
+        lambda losses: losses.mean(),
+        r"\(\); do not average or sum over the samples: use reduction='none'",
+    ),
     "per token": (
         lambda losses: losses[:, None].expand(-1, 5),
-        r"\(24, 5\); if these are losses and not the model's output, reduce the other dimensions, "
-        r"as \.flatten\(1\)\.mean\(1\) does",
+        r"\(24, 5\); if these are losses and not the model's output, average over the other "
+        r"dimensions: losses\.flatten\(1\)\.mean\(1\)",
     ),
     "of another batch": (
         lambda losses: losses[:-1],
-        r"\(23,\); they must be those of the batch that the function is given, whose samples are "
-        r"in dimension 0 of every tensor",
+        r"\(23,\); compute them from the function's argument, which may be a part of the batch, "
+        r"with the samples in dimension 0 of every tensor",
     ),
 }
 

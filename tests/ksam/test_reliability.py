@@ -229,7 +229,7 @@ BAD_STEPS: list[tuple[Callable[[Any], Any], Any, type[Exception], str]] = [
         lambda b: b["x"][:, 0].to(torch.float8_e5m2),
         batch(),
         TypeError,
-        "losses that per_sample_loss returns must be .* got torch.float8_e5m2",
+        "losses returned by per_sample_loss must be .* got torch.float8_e5m2",
     ),
     (
         lambda b: b["x"][:, 0],

@@ -118,7 +118,7 @@ def test_lazy_modules_get_their_parameters_in_the_first_step(
         model.parameters(), SGD, model=model if with_model else None, **options, **MOMENTUM
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the function uses BatchNorm")
+        warnings.filterwarnings("ignore", "every pass of a step updates")
         first = optimizer.step(loss_of(model), batch()).loss
         before = weights(model)
         last = optimizer.step(loss_of(model), batch()).loss
