@@ -107,7 +107,10 @@ def use_backend(name: str) -> Iterator[None]:
             when they run, long after the block. Enter it around the call of the compiled function.
     """
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"use_backend({name!r}) must be entered outside of a compiled function")
+        raise RuntimeError(
+            f"use_backend({name!r}) must not be entered in a compiled function; enter it around "
+            f"the call"
+        )
     own = [_checked(name, "name")]
     try:
         with _changing:
@@ -220,6 +223,7 @@ def _warn_of_reference(operator: str, device: torch.device) -> None:
     _warned.add(device)
     reasons = [f"{name}: {why_not(name, operator, device)}" for name in BACKENDS[:-1]]
     warn(
-        f"ksam_kernels runs on {device} as plain PyTorch, without kernels. {'. '.join(reasons)}. "
-        'KSAM_BACKEND=reference or use_backend("reference") asks for that without this warning.'
+        f"ksam_kernels runs on {device} as plain PyTorch, which is slow, because no kernels can "
+        f"run there. {'. '.join(reasons)}. To accept this without a warning, set "
+        'KSAM_BACKEND=reference or enter use_backend("reference").'
     )

@@ -134,4 +134,7 @@ def check_constant(name: str, tensor: Tensor | None) -> None:
     """Raise ValueError naming the argument if it requires grad: no gradient flows to it, so one
     that it asks for would be silently lost."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, but gradients flow to the first argument only")
+        raise ValueError(
+            f"{name} must not require grad, as only the first argument gets a gradient; pass "
+            f"{name}.detach()"
+        )

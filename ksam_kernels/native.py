@@ -41,13 +41,13 @@ def _has_no_code(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     if torch.version.hip is not None:
-        return "its GPU kernels are CUDA's, and this torch is for AMD GPUs"
+        return "its GPU kernels are for CUDA, and this torch is for AMD GPUs"
     index = torch.cuda.current_device() if device.index is None else device.index
     if extension.has_code_for(index):
         return None
     major, minor = torch.cuda.get_device_capability(index)
     return (
-        f"CUDA says of it on {device}, {extension.why_no_code(index)!r}: it was built for "
+        f"CUDA cannot load it on {device} ({extension.why_no_code(index)!r}): it was built for "
         f"sm_{', sm_'.join(extension.cuda_architectures.split())}, and {device} is "
         f"sm_{major}{minor} (TORCH_CUDA_ARCH_LIST={major}.{minor} builds for that)"
     )

@@ -43,7 +43,7 @@ def _missing() -> str | None:
     if find_spec("triton") is not None:
         return None
     if torch.version.hip is not None:  # whose Triton has another name, and the same files
-        return "this installation has no Triton: install torch for ROCm with what it depends on"
+        return "this installation has no Triton: install torch for ROCm with its dependencies"
     return "this installation has no Triton: pip install triton"
 
 

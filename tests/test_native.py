@@ -22,7 +22,7 @@ def test_cuda_is_not_asked_for_amds_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert native._has_no_code(torch.device("cpu")) is None
     assert native._has_no_code(torch.device("cuda", 0)) == (
-        "its GPU kernels are CUDA's, and this torch is for AMD GPUs"
+        "its GPU kernels are for CUDA, and this torch is for AMD GPUs"
     )
 
 
@@ -40,8 +40,8 @@ def test_the_extension_says_which_gpus_it_has_no_code_for(monkeypatch: pytest.Mo
     assert native._has_no_code(torch.device("cpu")) is None
     for device in (torch.device("cuda", 1), torch.device("cuda")):
         assert native._has_no_code(device) == (
-            f"CUDA says of it on {device}, 'no image for 1': it was built for sm_80, sm_120+PTX, "
-            f"and {device} is sm_75 (TORCH_CUDA_ARCH_LIST=7.5 builds for that)"
+            f"CUDA cannot load it on {device} ('no image for 1'): it was built for sm_80, "
+            f"sm_120+PTX, and {device} is sm_75 (TORCH_CUDA_ARCH_LIST=7.5 builds for that)"
         )
 
 

@@ -99,7 +99,7 @@ def batched_tensors(batch: Any) -> list[Tensor]:
     return found
 
 
-_ADVICE = "let the samples' indices, torch.arange(B), be the batch"
+_ADVICE = "pass torch.arange(B) as the batch, and look the samples up in the function"
 #: How many tensors an error describes.
 _DESCRIBED = 6
 
@@ -107,7 +107,7 @@ _DESCRIBED = 6
 def _paths(batch: Any, tensors: list[Tensor]) -> list[str]:
     """Where each tensor stands in the batch, if the tree knows it: ``batch['x']``."""
     paths = {id(leaf): f"batch{keystr(path)}" for path, leaf in tree_flatten_with_path(batch)[0]}
-    return [paths.get(id(tensor), "a nested tensor") for tensor in tensors]
+    return [paths.get(id(tensor), "an inner object of batch") for tensor in tensors]
 
 
 def _describe(batch: Any, tensors: list[Tensor]) -> str:
@@ -142,9 +142,9 @@ def check_without_graph(batch: Any, tensors: list[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if tensor.requires_grad and not tensor.is_leaf:
             raise ValueError(
-                f"batch must hold tensors without a graph, got one with {tensor.grad_fn} at "
-                f"{_paths(batch, tensors)[i]}; compute it in the function, which is called for "
-                f"every pass, or detach it"
+                f"batch must hold tensors without a graph, as a step makes several backward "
+                f"passes, got one with {tensor.grad_fn} at {_paths(batch, tensors)[i]}; compute it "
+                f"in the function, or detach it"
             )
 
 
@@ -154,8 +154,8 @@ def check_same_rows(batch: Any, tensors: list[Tensor]) -> None:
     # size of dimension 0 and may have no shape.
     if any(tensor.size(0) != tensors[0].size(0) for tensor in tensors):
         raise ValueError(
-            f"batch must have one size in dimension 0, got {_describe(batch, tensors)}; where "
-            f"samples differ in size, {_ADVICE}"
+            f"batch must have the same size in dimension 0 of all tensors, got "
+            f"{_describe(batch, tensors)}; if samples differ in size, {_ADVICE}"
         )
 
 

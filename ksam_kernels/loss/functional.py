@@ -43,18 +43,19 @@ def _check_cross_entropy(
     check_device("target", target, "logits", logits)
     check_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must be an int of 64 bits, got {ignore_index}")
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     if target.is_floating_point():
         check_dtype("target", target, FLOATING)
-        check_shape("target", target, logits.shape, "the shape of the logits (probabilities)")
+        check_shape("target", target, logits.shape, "the shape of logits (it holds probabilities)")
         check_constant("target", target)
         if ignore_index >= 0:
             raise ValueError(
-                f"ignore_index must be negative with probabilities as target, got {ignore_index}"
+                f"ignore_index must be negative when target holds probabilities, which have no "
+                f"class to ignore, got {ignore_index}"
             )
     else:
         check_dtype("target", target, INDEX)
-        meaning = "one class per row of the logits, whose last dimension is the classes"
+        meaning = "one class per row of logits [..., C] (pass [B, C, ...] as logits.movedim(1, -1))"
         check_shape("target", target, logits.shape[:-1], meaning)
     if weight is not None:
         check_dtype("weight", weight, FLOATING)
@@ -180,7 +181,7 @@ def _check_elementwise(name: str, input: Tensor, target: Tensor) -> None:
     check_dtype(name, input, FLOATING)
     if input.dim() == 0 or (input.shape[0] > 0 and input.numel() == 0):
         raise ValueError(
-            f"{name} must be [B, ...] with at least one element a sample, "
+            f"{name} must be [B, ...] with at least one element per sample, "
             f"got shape {tuple(input.shape)}"
         )
     check_dtype("target", target, FLOATING)
@@ -230,7 +231,7 @@ def binary_cross_entropy_with_logits(
             fits = False
         if not fits:
             raise ValueError(
-                f"pos_weight must broadcast to the trailing dimensions {tuple(trailing)}, "
+                f"pos_weight must broadcast to the shape of one sample, {tuple(trailing)}, "
                 f"got shape {tuple(pos_weight.shape)}"
             )
     if library.is_transformed():

@@ -20,13 +20,13 @@ def check_list(name: str, tensors: list[Tensor], *, written: bool = False) -> No
         check_dtype(f"{name}[{i}]", tensor, FLOATING)
         if tensor.device.type != tensors[0].device.type:
             raise ValueError(
-                f"{name}[{i}] must be on {tensors[0].device.type} as {name}[0] is, "
+                f"{name}[{i}] must be on {tensors[0].device.type} like {name}[0], "
                 f"got {tensor.device}"
             )
         if written and _overlaps_itself(tensor):
             raise ValueError(
-                f"{name}[{i}] is written, and {tuple(tensor.shape)} elements must not share "
-                f"memory, got strides {tensor.stride()}"
+                f"{name}[{i}] must not have elements that share memory, as it is written in place, "
+                f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
 
 
@@ -48,7 +48,7 @@ def check_as_many(
     """Raise ValueError naming list and length unless it is as long as the one named ``model``."""
     if len(tensors) != len(params):
         raise ValueError(
-            f"{name} must hold one tensor for each of {model}, {len(params)}, got {len(tensors)}"
+            f"{name} must hold as many tensors as {model}, {len(params)}, got {len(tensors)}"
         )
 
 
@@ -69,12 +69,12 @@ def check_like(
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         if tensor.shape != param.shape or tensor.device != param.device:
             raise ValueError(
-                f"{name}[{i}] must be {tuple(param.shape)} on {param.device} as {model}[{i}] is, "
-                f"got {tuple(tensor.shape)} on {tensor.device}"
+                f"{name}[{i}] must have shape {tuple(param.shape)} on {param.device} like "
+                f"{model}[{i}], got {tuple(tensor.shape)} on {tensor.device}"
             )
         if same_dtype and tensor.dtype != param.dtype:
             raise TypeError(
-                f"{name}[{i}] must be {param.dtype} as {model}[{i}] is, got {tensor.dtype}"
+                f"{name}[{i}] must be {param.dtype} like {model}[{i}], got {tensor.dtype}"
             )
 
 
@@ -86,8 +86,8 @@ def check_steps(steps: list[Tensor], params: list[Tensor]) -> None:
         check_dtype(f"steps[{i}]", step, (torch.float32,))
         if step.numel() != 1 or step.device != param.device:
             raise ValueError(
-                f"steps[{i}] must be one element on {param.device} as params[{i}] is, "
-                f"got {tuple(step.shape)} on {step.device}"
+                f"steps[{i}] must have one element on {param.device} like params[{i}], "
+                f"got shape {tuple(step.shape)} on {step.device}"
             )
 
 
@@ -104,7 +104,7 @@ def check_scalar(name: str, scalar: Tensor | None) -> None:
     if scalar is not None:
         check_dtype(name, scalar, (torch.float32,))
         if scalar.numel() != 1:
-            raise ValueError(f"{name} must be one element, got shape {tuple(scalar.shape)}")
+            raise ValueError(f"{name} must have one element, got shape {tuple(scalar.shape)}")
 
 
 def checked_rate(lr: Any) -> tuple[float, Tensor | None]:

@@ -78,7 +78,7 @@ def grad_norm(grads: TensorList, params: TensorList | None = None, eta: float = 
     if quick is not None:
         return quick
     if library.is_transformed():
-        raise NotImplementedError("grad_norm has no derivatives, and no rules for torch.func")
+        raise NotImplementedError("grad_norm is not differentiable and does not support torch.func")
     has_gradient = torch.is_grad_enabled() and any(map(library.wants_grad, grads))
     plain = not has_gradient and native.fits(grads, *([params] if adaptive else []), written=())
     if not plain:
@@ -143,7 +143,7 @@ def perturb_(
     radii = given if isinstance(given, list) else [given] * len(params)
     if len(radii) != len(params):
         raise ValueError(
-            f"rho must be one radius or one per parameter, {len(params)}, got {len(radii)}"
+            f"rho must be one radius, or one for each of {len(params)} params, got {len(radii)}"
         )
     radii = checked_radii(radii)
     norm: Tensor
@@ -229,7 +229,8 @@ def restore_sgd_(
     check_finite("dampening", dampening)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(
-            f"nesterov needs momentum > 0 and dampening = 0, got {momentum} and {dampening}"
+            f"nesterov needs momentum > 0 and dampening = 0, got momentum={momentum} and "
+            f"dampening={dampening}"
         )
     params, backup, grads = list(params), list(backup), list(grads)
     counters = None if steps is None else list(steps)

@@ -60,13 +60,13 @@ def _as(name: str, i: int, tensor: Tensor, param: Tensor, written: bool) -> Tens
     elif not isinstance(tensor, DTensor) and not isinstance(param, DTensor):
         return tensor
     raise ValueError(
-        f"{name}[{i}] must be placed as the parameter is, {_placed(param)}, got {_placed(tensor)}"
+        f"{name}[{i}] must be placed like its parameter, {_placed(param)}, got {_placed(tensor)}"
     )
 
 
 def _placed(tensor: Tensor) -> str:
     if not isinstance(tensor, DTensor):
-        return "a tensor of this rank alone"
+        return "a tensor that is not a DTensor"
     return f"{tensor.placements} on {tensor.device_mesh}"
 
 

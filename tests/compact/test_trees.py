@@ -237,7 +237,7 @@ def test_a_dataclass_is_copied_as_it_is_whatever_its_constructor_makes(backend: 
     assert rows.extras["y"].tolist() == [4, 1]
     assert rows.extras is not batch.extras
     batch.extras["y"] = torch.arange(5)
-    with pytest.raises(ValueError, match="one size in dimension 0"):
+    with pytest.raises(ValueError, match="batch must have the same size in dimension 0"):
         batch_size(batch)
 
 
@@ -270,7 +270,7 @@ def test_a_dataclass_keeps_what_was_set_later(backend: str, frozen: bool, slots:
         assert same_bits(found.note, note[indices])
         assert found.scale is batch.scale
     object.__setattr__(batch, "mask", torch.ones(5))
-    with pytest.raises(ValueError, match="one size in dimension 0"):
+    with pytest.raises(ValueError, match="batch must have the same size in dimension 0"):
         batch_size(batch)
 
 
@@ -329,9 +329,11 @@ def test_rows_are_copies_without_gradient(backend: str) -> None:
 def test_tensors_that_disagree_on_the_batch_size_raise(
     backend: str, batch: Any, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"one size in dimension 0, got .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"same size in dimension 0 of all tensors, got .*{message}"
+    ):
         compact_batch(batch, torch.tensor([0]))
-    with pytest.raises(ValueError, match="one size in dimension 0"):
+    with pytest.raises(ValueError, match="batch must have the same size in dimension 0"):
         batch_size(batch)
 
 

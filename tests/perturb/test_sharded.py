@@ -150,9 +150,9 @@ def check_placements(mesh: Any) -> None:
     kk.perturb_([param], [partial], [torch.empty_like(param)], rho=0.1)
     torch.testing.assert_close(param.full_tensor(), expected, rtol=1e-6, atol=1e-7)
     other = cut(w, mesh, [Shard(1), Replicate()])
-    with pytest.raises(ValueError, match=r"backup\[0\] must be placed as the parameter is"):
+    with pytest.raises(ValueError, match=r"backup\[0\] must be placed like its parameter"):
         kk.restore_([param], [other])
-    with pytest.raises(ValueError, match=r"backup\[0\] must be placed .* this rank alone"):
+    with pytest.raises(ValueError, match=r"backup\[0\] must be placed .* got .* not a DTensor"):
         kk.restore_([param], [w])
 
 
@@ -164,11 +164,11 @@ def check_other_meshes(mesh: Any) -> None:
     twisted = DeviceMesh("cpu", torch.arange(RANKS).reshape(2, 2).T)
     w, how = torch.randn(4, 4), [Shard(0), Replicate()]
     param, other = (cut(w, m, how) for m in (mesh, twisted))
-    with pytest.raises(ValueError, match=r"backup\[0\] must be placed as the parameter is"):
+    with pytest.raises(ValueError, match=r"backup\[0\] must be placed like its parameter"):
         kk.restore_([param], [other])
-    with pytest.raises(ValueError, match=r"grads\[0\] must be placed as the parameter is"):
+    with pytest.raises(ValueError, match=r"grads\[0\] must be placed like its parameter"):
         kk.perturb_([param], [other], [param.clone()], rho=0.1)
-    with pytest.raises(ValueError, match=r"backup\[1\] must be placed .* this rank alone"):
+    with pytest.raises(ValueError, match=r"backup\[1\] must be placed .* not a DTensor, got"):
         kk.restore_([param, w], [param.clone(), param.clone()])
 
 
