@@ -44,7 +44,7 @@ void* GpuCall::scratch(int64_t bytes) {
   };
   if (torch_api().managed_tensor_allocator(&prototype, &scratch_, &error, set_error) != 0) {
     scratch_ = nullptr;
-    error = "no " + std::to_string(bytes) + " bytes of device memory: " + error;
+    error = "cannot allocate " + std::to_string(bytes) + " bytes of device memory: " + error;
     // The words of torch's allocators for GPUs and, in the runner of tests/simt, for the CPU.
     for (const char* words : {"out of memory", "can't allocate memory"}) {
       if (error.find(words) != std::string::npos) throw OutOfMemory(error);

@@ -39,7 +39,7 @@ Isa choose() {
     if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
     if (isa <= best) return isa;
     throw std::runtime_error(std::string("KSAM_CPU_ISA asks for ") + wanted +
-                             ", but this processor has " + isa_name(best));
+                             ", but this processor supports at most " + isa_name(best));
   }
   throw std::runtime_error(std::string("KSAM_CPU_ISA must be baseline, avx2 or avx512, got ") +
                            wanted);

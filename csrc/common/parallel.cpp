@@ -23,8 +23,8 @@ void load_thread_pool() {
   if (symbol == nullptr) {
     const char* reason = dlerror();
     throw std::runtime_error(
-        std::string("ksam_kernels._C needs torch_parallel_for of libtorch_cpu.so, which torch >= "
-                    "2.10 has and which must be imported first: ") +
+        std::string("ksam_kernels._C needs torch >= 2.11, imported before it, for "
+                    "torch_parallel_for in libtorch_cpu.so: ") +
         (reason == nullptr ? "not found" : reason));
   }
   torch_parallel_for = reinterpret_cast<TorchParallelFor>(symbol);

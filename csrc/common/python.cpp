@@ -85,7 +85,8 @@ void load_torch_types() {
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (api != nullptr && api->version.major != 1) api = api->older;
   if (api == nullptr || api->tensor_from_py_object == nullptr) {
-    throw std::runtime_error("this torch has no DLPack 1.x exchange of tensors without a copy");
+    throw std::runtime_error(
+        "ksam_kernels._C needs torch >= 2.11: this torch does not support DLPack 1.x");
   }
   // References that are never given back, as the types live as long as the process.
   const auto immortal = [](const py::object& of, const char* name) {
