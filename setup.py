@@ -89,9 +89,9 @@ def compiler() -> list[str]:
     found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if found is None:
         sys.exit(
-            "ksam: building the kernels needs a C++17 compiler (c++, g++, clang++ or $CXX) and "
-            "none was found; install one, or set KSAM_NATIVE=0 to install without: with Triton's "
-            "kernels on GPUs, slower pure PyTorch on the CPU."
+            "ksam: building the kernels needs a C++17 compiler (c++, g++, clang++ or $CXX), but "
+            "none was found; install one, or set KSAM_NATIVE=0 to install without these kernels: "
+            "GPUs then use Triton's, and the CPU plain PyTorch, which is slower."
         )
     return [found]
 
@@ -100,7 +100,7 @@ def host_compiler(cxx: list[str]) -> str:
     """The one program that nvcc takes for host code: CXX without ccache or the like before it."""
     found = next((word for word in cxx if not word.endswith("ccache")), None)
     if found is None:
-        sys.exit(f"ksam: CXX={shlex.join(cxx)} names no compiler.")
+        sys.exit(f"ksam: CXX={shlex.join(cxx)} names no compiler; set CXX='ccache g++', say.")
     return found
 
 
@@ -180,8 +180,8 @@ def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
         ]
         if not chosen:
             sys.exit(
-                f"ksam: TORCH_CUDA_ARCH_LIST={asked}: the kernels need sm_{OLDEST_ARCHITECTURE} or "
-                "later."
+                f"ksam: TORCH_CUDA_ARCH_LIST={asked} is too old: the kernels need "
+                f"sm_{OLDEST_ARCHITECTURE} or later."
             )
         for number in map(number_of, chosen):
             if str(number) not in known:
@@ -193,8 +193,9 @@ def choose_architectures(asked: str | None, known: list[str]) -> list[str]:
     default = [name for name in DEFAULT_ARCHITECTURES if name in known]
     if not default:
         sys.exit(
-            f"ksam: this nvcc knows none of {', '.join(DEFAULT_ARCHITECTURES)}, only "
-            f"{', '.join(known) or 'nothing'}; choose with TORCH_CUDA_ARCH_LIST."
+            f"ksam: this nvcc supports none of the default architectures, "
+            f"{', '.join(DEFAULT_ARCHITECTURES)}, only {', '.join(known) or 'nothing'}; set "
+            "TORCH_CUDA_ARCH_LIST to those that it should compile for."
         )
     return [*default[:-1], f"{default[-1]}+PTX"]
 
@@ -229,7 +230,7 @@ def choose_cuda() -> Cuda | str:
     cuda = look_for_cuda()
     if wanted == "1" and isinstance(cuda, str):
         sys.exit(
-            f"ksam: KSAM_CUDA=1 demands CUDA kernels, but they cannot be built: {cuda}; install "
+            f"ksam: KSAM_CUDA=1 requires CUDA kernels, but they cannot be built: {cuda}; install "
             "the CUDA toolkit 12 or later, set CUDA_HOME, or leave KSAM_CUDA unset."
         )
     return cuda
@@ -250,7 +251,7 @@ def find_ninja() -> str:
         return str(Path(import_module("ninja").BIN_DIR) / "ninja")
     except ModuleNotFoundError:
         found = shutil.which("ninja") or shutil.which("ninja-build")
-        return found or sys.exit("ksam: building the kernels needs ninja and none was found.")
+        return found or sys.exit("ksam: building the kernels needs ninja (pip install ninja).")
 
 
 def find_pybind11() -> ModuleType:
@@ -258,7 +259,7 @@ def find_pybind11() -> ModuleType:
     try:
         return import_module("pybind11")
     except ModuleNotFoundError:
-        sys.exit("ksam: building the kernels needs pybind11 and none was found.")
+        sys.exit("ksam: building the kernels needs pybind11 (pip install pybind11).")
 
 
 class NinjaBuildExt(build_ext):
@@ -289,9 +290,9 @@ class NinjaBuildExt(build_ext):
             environment.setdefault("NVCC_THREADS", "1")
         if subprocess.run(command, check=False, env=environment).returncode != 0:
             sys.exit(
-                "ksam: compiling the kernels failed, see the compiler's message above; "
-                "KSAM_CUDA=0 leaves out the CUDA kernels, KSAM_NATIVE=0 all of them: Triton's "
-                "kernels run on GPUs then, slower pure PyTorch on the CPU."
+                "ksam: compiling the kernels failed, see the compiler's message above; set "
+                "KSAM_CUDA=0 to build without CUDA kernels, or KSAM_NATIVE=0 to install without "
+                "any: GPUs then use Triton's, and the CPU plain PyTorch, which is slower."
             )
         shutil.copy2(library, target)
         print(f"ksam: built {target.name}: {summary(cuda)}")
@@ -378,13 +379,16 @@ def extensions() -> list[Extension]:
     """The extension, or none if KSAM_NATIVE=0."""
     if switch("KSAM_NATIVE") == "0":
         if switch("KSAM_CUDA") == "1":
-            sys.exit("ksam: KSAM_CUDA=1 demands kernels, KSAM_NATIVE=0 leaves them out.")
+            sys.exit("ksam: KSAM_CUDA=1 requires kernels that KSAM_NATIVE=0 leaves out; unset one.")
         if "editable_wheel" in sys.argv:  # one in the source tree would be imported
             suffix = sysconfig.get_config_var("EXT_SUFFIX")  # other Pythons keep theirs
             (ROOT / "ksam_kernels" / f"_C{suffix}").unlink(missing_ok=True)
         return []
     if not (CSRC / "module.cpp").is_file():
-        sys.exit(f"ksam: the sources of the kernels are not in {CSRC}; KSAM_NATIVE=0 needs none.")
+        sys.exit(
+            f"ksam: the sources of the kernels are not in {CSRC}; get them, or set KSAM_NATIVE=0 "
+            "to install without these kernels."
+        )
     return [Extension("ksam_kernels._C", sources=["csrc/module.cpp"])]  # and what ninja is given
 
 

@@ -62,7 +62,7 @@ def results_folder(path: Path, stale: Sequence[str] = ()) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{path}: cannot make the folder: {error}") from error
+        raise UsageError(f"{path}: cannot create the folder: {error}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: cannot write to the folder")
     with _locked(path):
@@ -83,7 +83,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"--out {path}: another run is writing there") from error
+            raise UsageError(f"--out {path}: another run is writing to this folder") from error
         yield
     finally:
         os.close(folder)

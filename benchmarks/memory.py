@@ -169,7 +169,7 @@ def _check_sizes(samples: int, side: int) -> None:
     if side == 8 and subset_size(_SMALLEST_K, samples) < 2:
         raise UsageError(
             f"--samples {samples}: at --side 8 BatchNorm needs two samples in every pass, and "
-            "K-SAM with k=1/3 would select one; take 5 samples or more, or a larger side"
+            "K-SAM with k=1/3 would select one; use 5 samples or more, or a larger side"
         )
 
 

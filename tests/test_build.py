@@ -98,7 +98,7 @@ def test_an_architecture_that_the_toolkit_does_not_know_is_refused(build: Module
 
 def test_an_architecture_that_the_kernels_cannot_do_with_is_refused(build: ModuleType) -> None:
     assert build.choose_architectures("5.2 7.0 8.6+PTX", ["70", "86"]) == ["70", "86+PTX"]
-    with pytest.raises(SystemExit, match=r"LIST=6\.1: the kernels need sm_70 or later"):
+    with pytest.raises(SystemExit, match=r"LIST=6\.1 is too old: .* need sm_70 or later"):
         build.choose_architectures("6.1", ["61", "70", "86"])
 
 
@@ -145,11 +145,11 @@ def test_ksam_cuda_1_without_nvcc_exits_with_one_sentence(
     with pytest.raises(SystemExit) as error:
         build.choose_cuda()
     message = str(error.value)
-    assert message.startswith("ksam: KSAM_CUDA=1 demands CUDA kernels, but")
+    assert message.startswith("ksam: KSAM_CUDA=1 requires CUDA kernels, but")
     assert "no nvcc found" in message
     assert message.count(". ") == 0
     monkeypatch.setenv("KSAM_NATIVE", "0")
-    with pytest.raises(SystemExit, match="KSAM_NATIVE=0 leaves them out"):
+    with pytest.raises(SystemExit, match=r"KSAM_CUDA=1 .* KSAM_NATIVE=0 leaves out"):
         build.extensions()
 
 
@@ -174,7 +174,7 @@ def test_without_pybind11_the_build_exits_with_one_sentence(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pybind11", None)
-    with pytest.raises(SystemExit, match="needs pybind11 and none was found"):
+    with pytest.raises(SystemExit, match=r"needs pybind11 \(pip install pybind11\)"):
         build.find_pybind11()
 
 
@@ -191,7 +191,7 @@ def test_ninja_is_that_of_its_package_or_a_program(
     monkeypatch.setattr(build, "import_module", imported)
     assert build.find_ninja() == "/bin of/ninja"
     packages.clear()
-    with pytest.raises(SystemExit, match="needs ninja and none was found"):
+    with pytest.raises(SystemExit, match=r"needs ninja \(pip install ninja\)"):
         build.find_ninja()
     monkeypatch.setattr(build.shutil, "which", {"ninja-build": "/usr/bin/ninja-build"}.get)
     assert build.find_ninja() == "/usr/bin/ninja-build"

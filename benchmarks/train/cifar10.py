@@ -35,7 +35,7 @@ def load_cifar10(root: Path) -> ImageData:
     if packed:
         return _load_packed(packed[0])
     raise UsageError(
-        f"--data-root {root}: holds neither {_FOLDER}/ (data_batch_1 ... test_batch) "
+        f"--data-root {root}: contains neither {_FOLDER}/ (data_batch_1 ... test_batch) "
         "nor a packed cifar10*.npz"
     )
 
@@ -58,7 +58,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in self._ALLOWED and (module.split(".")[0] == "numpy" or module == "_codecs"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in CIFAR-10")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of CIFAR-10")
 
 
 def _read_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -105,5 +105,5 @@ def _cut_tiles(picture: Any) -> np.ndarray:
 
 def _make_split(images: np.ndarray, labels: np.ndarray) -> ImageSplit:
     if len(images) != len(labels):
-        raise UsageError(f"--data-root: CIFAR-10 has {len(images)} images, {len(labels)} labels")
+        raise UsageError(f"--data-root: found {len(images)} images, but {len(labels)} labels")
     return ImageSplit(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels))

@@ -139,7 +139,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
 def _check_root(args: argparse.Namespace, defaults: DataDefaults) -> None:
     if not defaults.needs_root:
         if args.data_root is not None:
-            raise UsageError(f"--data-root {args.data_root}: {args.data} takes no folder")
+            raise UsageError(f"--data-root {args.data_root}: --data {args.data} needs no folder")
         return
     if args.data_root is None:
         raise UsageError(f"--data {args.data} needs --data-root, the path of the data set")
@@ -150,7 +150,9 @@ def _check_root(args: argparse.Namespace, defaults: DataDefaults) -> None:
 def _resolve_model(args: argparse.Namespace, defaults: DataDefaults) -> str:
     model: str | None = args.model or defaults.model
     if defaults.kind == "image" and model not in IMAGE_MODELS:
-        raise UsageError(f"--model {model}: {args.data} takes one of {', '.join(IMAGE_MODELS)}")
+        raise UsageError(
+            f"--model {model}: must be one of {', '.join(IMAGE_MODELS)} with --data {args.data}"
+        )
     if model is None:
         raise UsageError(f"--data {args.data} needs --model, a folder with a transformers model")
     return model

@@ -22,7 +22,8 @@ def load_workload(config: TrainConfig, device: torch.device) -> Workload:
     workload = _load(config, device)
     if workload.train_size < config.batch_size:
         raise UsageError(
-            f"--batch-size {config.batch_size}: there are {workload.train_size} training samples"
+            f"--batch-size {config.batch_size}: the training set has only {workload.train_size} "
+            "samples"
         )
     return workload
 

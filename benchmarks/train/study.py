@@ -123,7 +123,7 @@ def _run_all(worker: _Worker, tasks: Sequence[Task], count: int) -> Iterator[Mes
         except queue.Empty:
             # A process that was killed says nothing.
             if not any(process.is_alive() for process in processes):
-                yield f"{running} processes ended without a word"
+                yield f"processes that ended without a result, killed or crashed: {running}"
                 return
             continue
         if message is None:
@@ -176,8 +176,8 @@ def _prepare(config: TrainConfig) -> Path:
         before = _settings_in(path)
         for name, value in settings.items():
             if before.get(name) != value:
-                held = f"holds runs with {name} {before.get(name)!r}, not {value!r}"
-                raise UsageError(f"--out {config.out}: {held}")
+                held = f"contains runs with {name}={before.get(name)!r}, not {value!r}"
+                raise UsageError(f"--out {config.out}: {held}; use another folder")
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     os.replace(new, path)
@@ -190,7 +190,7 @@ def _settings_in(path: Path) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{path}: cannot read the settings of the runs beside it: {error}"
+            f"{path}: cannot read the settings of the runs in this folder: {error}"
         ) from error
     return settings
 
@@ -205,7 +205,7 @@ def _complete(path: Path, config: TrainConfig) -> tuple[set[Task], list[dict[str
     names = {row["method"] for row in rows}
     unknown = names - set(METHODS)
     if unknown:
-        raise UsageError(f"{path}: holds runs of {', '.join(sorted(unknown))}, which is no method")
+        raise UsageError(f"{path}: contains runs of unknown methods: {', '.join(sorted(unknown))}")
     last = {name: make_method(name, config).epochs for name in names}
     done = {(r["method"], int(r["seed"])) for r in rows if int(r["epoch"]) == last[r["method"]]}
     return done, [row for row in rows if (row["method"], int(row["seed"])) in done]

@@ -87,7 +87,7 @@ class _Tokens:
 
     def __init__(self, split: GlueSplit, tokenizer: Any, device: torch.device) -> None:
         if tokenizer.pad_token is None:
-            raise UsageError(f"--model {tokenizer.name_or_path}: its tokenizer cannot pad")
+            raise UsageError(f"--model {tokenizer.name_or_path}: its tokenizer has no pad_token")
         encoded = tokenizer(
             *split.sentences,
             padding=True,

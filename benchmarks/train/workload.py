@@ -68,7 +68,7 @@ def subset_rows(size: int, samples: int | None) -> Tensor:
     if samples is None:
         return torch.arange(size)
     if samples > size:
-        raise UsageError(f"--train-samples {samples}: the training set has {size}")
+        raise UsageError(f"--train-samples {samples}: the training set has only {size} samples")
     return torch.randperm(size, generator=torch.Generator().manual_seed(_SUBSET_SEED))[:samples]
 
 

@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(
 ) -> None:
     (tmp_path / "file").touch()
     assert run_kernels("--quick", "--rooms", "topk", "--out", tmp_path / "file" / "out") == 2
-    assert "cannot make the folder" in capsys.readouterr().err
+    assert "cannot create the folder" in capsys.readouterr().err
 
 
 def test_a_run_that_measures_nothing_fails(

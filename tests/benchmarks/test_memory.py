@@ -58,7 +58,7 @@ def test_the_command(cli: Callable[..., CliResult], tmp_path: Path) -> None:
         (("--samples", 0), "argument --samples: '0' is not a count >= 1"),
         (("--side", 12), "argument --side: '12' is not a multiple of 8"),
         (("--side", 0), "argument --side: '0' is not a multiple of 8"),
-        (("--out", "{tmp}/file/x"), "{tmp}/file/x: cannot make the folder"),
+        (("--out", "{tmp}/file/x"), "{tmp}/file/x: cannot create the folder"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_measured(

@@ -93,16 +93,16 @@ def test_theoretical_cost_counts_passes(k: str, batch_size: int, cost: float) ->
     [
         (["--data", "cifar10"], "--data cifar10 needs --data-root"),
         (["--data", "cifar10", "--data-root", "{tmp}/none"], "{tmp}/none: no such file or folder"),
-        (["--data", "cifar10", "--data-root", "{tmp}"], "{tmp}: holds neither cifar-10-batches-py"),
-        (["--data", "digits", "--data-root", "{tmp}"], "{tmp}: digits takes no folder"),
-        (["--data", "digits", "--model", "vgg"], "--model vgg: digits takes one of cnn, resnet8"),
+        (["--data", "cifar10", "--data-root", "{tmp}"], "{tmp}: contains neither cifar-10-batches"),
+        (["--data", "digits", "--data-root", "{tmp}"], "{tmp}: --data digits needs no folder"),
+        (["--data", "digits", "--model", "vgg"], "--model vgg: must be one of cnn, resnet8"),
         (["--data", "rte", "--data-root", "{tmp}"], "--data rte needs --model"),
         (
             ["--data", "rte", "--data-root", "{tmp}", "--model", "m"],
             "{tmp}/RTE/train.tsv is missing",
         ),
-        (["--train-samples", "5000"], "--train-samples 5000: the training set has 1347"),
-        (["--out", "{tmp}/file"], "{tmp}/file: cannot make the folder"),
+        (["--train-samples", "5000"], "--train-samples 5000: the training set has only 1347"),
+        (["--out", "{tmp}/file"], "{tmp}/file: cannot create the folder"),
         (["--k", "2.5"], "argument --k: '2.5' is neither a fraction"),
         (
             ["--methods", "sgd,adam"],

@@ -67,11 +67,11 @@ def test_the_study_goes_on_where_it_stopped(cli: Callable[..., Any], tmp_path: P
     assert accuracy(rows) == accuracy(first)
     result = cli(*arguments[2:], "--epochs", 3, command="study")
     assert result.status == 2
-    assert "holds runs with epochs 2, not 3" in result.err
+    assert "contains runs with epochs=2, not 3; use another folder" in result.err
     path.write_text(path.read_text(encoding="utf-8").replace(",ksam,", ",kasm,"), encoding="utf-8")
     result = cli(*arguments, command="study")
     assert result.status == 2
-    assert "holds runs of kasm, which is no method" in result.err
+    assert "contains runs of unknown methods: kasm" in result.err
 
 
 def test_at_equal_cost_dearer_methods_train_for_fewer_epochs(
@@ -112,7 +112,7 @@ def test_no_two_runs_write_to_one_folder(
     finally:
         os.close(folder)
     assert result.status == 2
-    assert f"--out {tmp_path}: another run is writing there" in result.err
+    assert f"--out {tmp_path}: another run is writing to this folder" in result.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,7 +127,7 @@ def test_settings_count_where_there_are_runs(cli: Callable[..., Any], tmp_path: 
     (tmp_path / "settings.json").write_text("", encoding="utf-8")
     result = cli(*arguments, "--train-samples", 64, command="study")
     assert result.status == 2
-    assert "settings.json: cannot read the settings of the runs beside it" in result.err
+    assert "settings.json: cannot read the settings of the runs in this folder" in result.err
 
 
 def test_the_study_stops_when_time_is_up(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_batch_larger_than_the_data_set_is_a_mistake(
 ) -> None:
     result = cli("--batch-size", 2000, "--methods", "sgd", "--out", tmp_path, command=command)
     assert result.status == 2
-    assert "--batch-size 2000: there are 1347 training samples" in result.err
+    assert "--batch-size 2000: the training set has only 1347 samples" in result.err
 
 
 def test_a_study_whose_processes_fail_is_no_mistake_of_the_user(
@@ -185,7 +185,7 @@ def test_a_mistake_in_a_study_is_one_sentence(cli: Callable[..., Any], tmp_path:
     arguments = ("--train-samples", 5000, "--seeds", 1, "--methods", "sgd", "--out", tmp_path)
     result = cli(*arguments, command="study")
     assert result.status == 2
-    assert "--train-samples 5000: the training set has 1347" in result.err
+    assert "--train-samples 5000: the training set has only 1347 samples" in result.err
     assert "Traceback" not in result.err
 
 
