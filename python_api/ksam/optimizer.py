@@ -28,6 +28,7 @@ from ksam.result import StepResult
 from ksam.samplers import All
 from ksam.update import Update
 from ksam.when import Policy
+from ksam.wrapper import check_not_wrapped
 from ksam_kernels.checks import check_range
 
 #: What copies and pickles hold in addition to the parent class's attributes.
@@ -129,6 +130,7 @@ class SharpnessAware(Composed):
         self._looked_for_batchnorm = False
         check_arguments(self)
         self._scratch()
+        check_not_wrapped(base)
         super().__init__(build_base(params, base, base_kwargs), rho)
         self._update = Update(self.base, grad_scaler)
 

@@ -191,7 +191,7 @@ class SharpnessSample(_Table):
         ramp: int = 30,
     ) -> None:
         super().__init__(Amount(alpha, "alpha"), dataset_size, index)
-        check_range("high", high, 0.0, 1.0)
+        check_range("high", high, 1e-6, 1.0)
         check_range("low", low, 1e-6, high)
         check_count("ramp", ramp, 1)
         self.low, self.high, self.ramp = low, high, ramp

@@ -29,6 +29,16 @@ class _Radius:
     last: float
 
 
+def check_not_wrapped(base: type[Optimizer] | Optimizer) -> None:
+    """Raise TypeError if the base, or the class to build it of, is sharpness-aware itself."""
+    kind = base if isinstance(base, type) else type(base)
+    if issubclass(kind, OptimizerWrapper):
+        raise TypeError(
+            f"base must not be sharpness-aware itself, got {kind.__name__}; pass the optimizer "
+            f"under it"
+        )
+
+
 class OptimizerWrapper(Optimizer):
     """Its groups, each with a rho, and its state are the base's; parts have state of their own.
 
@@ -45,11 +55,6 @@ class OptimizerWrapper(Optimizer):
     _built = False
 
     def __init__(self, base: Optimizer, rho: Rho) -> None:
-        if isinstance(base, OptimizerWrapper):
-            raise TypeError(
-                f"base must not be sharpness-aware itself, got {type(base).__name__}; pass the "
-                f"optimizer under it"
-            )
         check_base(base)
         self.base = base
         self.steps_done = 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ksam import KSAM, cross_entropy
+from ksam import KSAM, MSAM, cross_entropy
 from ksam.update import can_fuse
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, loss_of, losses, network
@@ -220,6 +220,8 @@ def test_a_base_whose_step_needs_arguments_is_refused(backend: str) -> None:
     inner = KSAM(model.parameters(), torch.optim.SGD, lr=0.1)
     with pytest.raises(TypeError, match=r"base must not be sharpness-aware .* got KSAM"):
         KSAM(None, inner)
+    with pytest.raises(TypeError, match=r"base must not be sharpness-aware .* got MSAM"):
+        KSAM(model.parameters(), MSAM, lr=0.1)
     with pytest.raises(
         TypeError, match=r"base must step .* got NeedsLoss, whose step\(\) needs a loss"
     ):

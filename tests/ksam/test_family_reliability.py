@@ -119,6 +119,7 @@ def test_copies_are_independent_and_whole(backend: str, name: str) -> None:
         ("StaleKSAM", {"dataset_size": 0}, ValueError, r"dataset_size .*0"),
         ("AUSAM", {"alpha": 2.0}, ValueError, r"alpha .*2\.0"),
         ("AUSAM", {"low": 0.6}, ValueError, r"low .*0\.6"),
+        ("AUSAM", {"high": 0.0}, ValueError, r"high .*got 0\.0"),
         ("AUSAM", {"ramp": True}, TypeError, r"ramp .*True"),
     ],
 )
