@@ -17,6 +17,7 @@ from ksam_kernels.checks import (
     check_tensor,
     plain_number,
 )
+from ksam_kernels.dtensor import first_dtensor
 from ksam_kernels.loss import differentiable, native
 from ksam_kernels.loss.layout import classes_apart, group_of, in_memory_order, in_planes_of
 from ksam_kernels.topk.functional import check_k, topk_indices
@@ -29,6 +30,11 @@ __all__ = [
 ]
 
 
+def _check_whole(name: str, tensor: Tensor) -> None:
+    if first_dtensor([tensor]) is not None:
+        raise TypeError(f"{name} must not be a DTensor, got one; pass {name}.full_tensor()")
+
+
 def _check_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -37,6 +43,7 @@ def _check_cross_entropy(
     label_smoothing: float,
 ) -> None:
     check_dtype("logits", logits, FLOATING)
+    _check_whole("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., C] with C >= 1, got shape {tuple(logits.shape)}")
     check_tensor("target", target)
@@ -179,6 +186,7 @@ def select_cross_entropy(
 
 def _check_elementwise(name: str, input: Tensor, target: Tensor) -> None:
     check_dtype(name, input, FLOATING)
+    _check_whole(name, input)
     if input.dim() == 0 or (input.shape[0] > 0 and input.numel() == 0):
         raise ValueError(
             f"{name} must be [B, ...] with at least one element per sample, "

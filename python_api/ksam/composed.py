@@ -175,12 +175,15 @@ class Composed(OptimizerWrapper):
         if share is None or not self._probes():
             return None
         mean = mean_over_ranks(share, self.model, self._parameters())
-        if mean is share and has_ranks():  # but neither the model nor the parameters show it
+        if mean is share and has_ranks():
+            # Ranks that train one model, but decide alone, would average the gradients of steps of
+            # different kinds.
             self._tell(
-                "the policy sees only this rank's samples, so ranks that train one model may take "
-                "different steps and wait for each other forever: pass the "
-                "DistributedDataParallel module as model="
+                "no step becomes sharpness-aware by the policy: it needs the mean of its share "
+                "over the ranks, and the model shows none; pass the DistributedDataParallel module "
+                "as model="
             )
+            return None
         return mean
 
     def _finish(self, passes: Passes, cost: float, probe: Tensor | None) -> None:

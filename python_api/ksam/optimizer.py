@@ -58,8 +58,8 @@ class SharpnessAware(Composed):
         geometry: of the perturbation; default: Euclidean.
         rho: radius of the perturbation: a number >= 0, a function of the step (from 0), or
             :class:`~ksam.radius.ByLearningRate`. It is kept in ``param_groups``, where a group's
-            own rho wins, even one that another method over the same base has put there. A single
-            norm is taken over all groups.
+            own rho wins (not what another method over the same base has put there). A single norm
+            is taken over all groups.
         model: the module whose BatchNorm statistics a step updates exactly once, in the pass over
             the whole batch. Without it every pass updates them. It must hold every BatchNorm that
             the function uses; set its mode (``train()``, ``eval()``) before the step, not within

@@ -18,6 +18,7 @@ from ksam.parts import Subset
 from ksam.selection import recording
 from ksam_kernels.checks import FLOATING, check_dtype
 from ksam_kernels.compact.tree import batched_tensors, map_tensors
+from ksam_kernels.dtensor import first_dtensor
 from ksam_kernels.warn import warn
 
 PerSampleLoss = Callable[[Any], Tensor | tuple[Tensor, Any]]
@@ -25,9 +26,13 @@ Backward = Callable[[Tensor, Subset], None]
 
 
 def per_sample(output: Any, samples: int) -> tuple[Tensor, Any]:
-    """Split ``losses`` or ``(losses, aux)`` and check the losses."""
+    """Split ``losses`` or ``(losses, aux)``; check the losses, and gather those that tensor
+    parallelism left as a DTensor."""
     losses, aux = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
     check_dtype("losses returned by per_sample_loss", losses, FLOATING)
+    parallel = first_dtensor([losses])
+    if parallel is not None:
+        losses = parallel.full_tensor()
     shape = tuple(losses.shape)
     if shape != (samples,):
         if shape == ():

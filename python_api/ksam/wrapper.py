@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,6 +28,11 @@ class _Radius:
 
     schedule: Rho | None
     last: float
+
+
+#: Parameters of a base whose groups had no rho of their own: the next method over the same base
+#: does not take what this one has put there for the user's.
+_DEFAULTED: WeakKeyDictionary[Optimizer, set[Tensor]] = WeakKeyDictionary()
 
 
 def check_not_wrapped(base: type[Optimizer] | Optimizer) -> None:
@@ -56,6 +62,10 @@ class OptimizerWrapper(Optimizer):
 
     def __init__(self, base: Optimizer, rho: Rho) -> None:
         check_base(base)
+        defaulted = _DEFAULTED.get(base, set())
+        for group in base.param_groups:
+            if group["params"] and defaulted.issuperset(group["params"]):
+                group.pop("rho", None)
         self.base = base
         self.steps_done = 0
         self._rho = check_radius(rho)
@@ -146,6 +156,8 @@ class OptimizerWrapper(Optimizer):
             present = set(map(id, self.param_groups))
             self._groups = [entry for entry in self._groups if id(entry[0]) in present]
         for group, rho in zip(new, radii_of_new, strict=True):
+            if "rho" not in group:
+                _DEFAULTED.setdefault(self.base, set()).update(group["params"])
             given = group.get("rho", self._rho)
             radius = _Radius(None if is_number(given) else given, rho)
             self._radii.update(dict.fromkeys(group["params"], radius))

@@ -32,6 +32,42 @@ class OfAnotherLibrary(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas})
 
 
+class Quantized(torch.Tensor):
+    """Numbers that are no memory to read, as torchao's states of eight bits."""
+
+    numbers: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor) -> Quantized:
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype)
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers = numbers
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.numbers.clone()
+
+
+class OwnStep(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+
+
+class QuantizedSGD(OwnStep):
+    """Its momentum is quantized between its steps."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for state in self.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].numbers
+        super().step(closure)
+        for state in self.state.values():
+            state["momentum_buffer"] = Quantized(state["momentum_buffer"])
+
+
 @pytest.mark.parametrize("name", ["Adagrad", "ASGD", "Rprop", "RMSprop", "SGD"])
 @pytest.mark.parametrize("method", [MSAM, AutoKSAM])
 def test_a_base_without_momentum_is_refused(method: type[Any], name: str) -> None:
@@ -170,3 +206,14 @@ def test_frozen_weights_are_not_perturbed(backend: str) -> None:
     optimizer.step(function, batch())
     assert all_same_bits(before[:1], seen[0][:1])
     assert not all_same_bits(before[1:], seen[0][1:])
+
+
+def test_a_quantized_momentum_is_what_it_stands_for(backend: str) -> None:
+    ends = []
+    for base in (OwnStep, QuantizedSGD):
+        model = network()
+        optimizer = MSAM(model.parameters(), base, lr=0.1, momentum=0.9)
+        for step in range(4):
+            optimizer.step(loss_of(model), batch(step))
+        ends.append(weights(model))
+    assert all_same_bits(*ends)

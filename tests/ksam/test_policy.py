@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ksam
-from ksam import KSAM, SAM, AutoKSAM, EveryNth, From, Momentum, Representative
+from ksam import KSAM, SAM, AutoKSAM, EveryNth, From, Momentum, Representative, composed
 from tests.device import DEVICE
 from tests.helpers import all_same_bits
 from tests.ksam.models import batch, build, data_of, loss_of, losses, network, weights
@@ -322,3 +322,19 @@ def test_scale_and_statistics_of_the_automatic_k_sam_may_be_given() -> None:
         statistics="running",
     )  # fmt: skip
     assert (optimizer.scale, optimizer.statistics) == ("mean", "running")
+
+
+def test_ranks_that_would_decide_alone_take_no_sharp_steps(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may train one model, and gradients of steps of different kinds would be averaged."""
+    model = network()
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "threshold": 0.0, "budget": None}
+    alone, of_ranks = (
+        AutoKSAM(model.parameters(), torch.optim.SGD, every=2, **options) for _ in range(2)
+    )
+    assert sharp_steps(alone, loss_of(model), 5) == [False] * 2 + [True] * 3
+    monkeypatch.setattr(composed, "has_ranks", lambda: True)
+    with pytest.warns(UserWarning, match="pass the DistributedDataParallel module as model="):
+        of_ranks.step(loss_of(model), batch())
+    assert not any(sharp_steps(of_ranks, loss_of(model), 5))  # nor is there another warning

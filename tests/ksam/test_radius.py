@@ -319,3 +319,19 @@ def test_parameters_that_come_back_have_the_radius_of_their_new_group(backend: s
     optimizer.add_param_group({"params": late})
     optimizer.step(loss_of(model), batch())
     assert radii(optimizer) == [0.5] * 4
+
+
+@pytest.mark.parametrize("rho", [0.1, lambda step: 0.1], ids=["number", "schedule"])
+def test_the_next_method_over_a_base_has_its_own_radius(backend: str, rho: Any) -> None:
+    """What a group brought itself stays."""
+    first, *others = network().parameters()
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": others, "rho": 0.2}]
+    base = torch.optim.SGD(groups, **SGD)
+    methods: list[tuple[type[Any], dict[str, Any], float]] = [
+        (KSAM, {"rho": rho}, 0.1),
+        (MSAM, {"rho": 3.0}, 3.0),
+        (MSAM, {}, 0.3),
+    ]
+    for method, options, expected in methods:
+        found = [group["rho"] for group in method(None, base, **options).param_groups]
+        assert found == [expected, 0.2]

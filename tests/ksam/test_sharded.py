@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ksam
-from ksam import KSAM, AutoKSAM, From, SharpnessAware
+from ksam import KSAM, AutoKSAM, From, SharpnessAware, composed
 from ksam.distributed import mean_over_ranks
 from tests import ranks
 from tests.helpers import all_same_bits
@@ -261,6 +262,11 @@ def check_without_the_model(rank: int) -> None:
         optimizer.add_param_group({"params": list(model.named_parameters("more"))})
 
 
+def as_if_alone() -> Any:
+    """A policy's step within is one of a process that is alone, with a model of its own."""
+    return mock.patch.object(composed, "has_ranks", return_value=False)
+
+
 def check_tensor_parallel(rank: int) -> None:
     """Both ranks see the same samples, and have half of the network's width."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -278,11 +284,49 @@ def check_tensor_parallel(rank: int) -> None:
         plain, optimizer = MAKERS[name](alone), MAKERS[name](model)
         for step in range(5):
             data = data_of(0, step)
-            expected = plain.step(losses(alone), data)
+            with as_if_alone():
+                expected = plain.step(losses(alone), data)
             result = optimizer.step(losses(model), data)
             torch.testing.assert_close(result.grad_norm, expected.grad_norm, rtol=1e-5, atol=1e-7)
             assert torch.equal(result.indices, expected.indices)
         check_same(model, alone)
+
+
+def check_logits_in_parts(rank: int) -> None:
+    """Both ranks see the same samples, and each has the logits of half of the classes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        loss_parallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2,))
+    in_parts = RowwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    plan = {"0": ColwiseParallel(), "2": in_parts}
+    for name in ("SAM", "KSAM", "AutoKSAM"):
+        alone = network(dtype=torch.float64)
+        model = parallelize_module(copy.deepcopy(alone), mesh, plan)
+
+        def loss(b: Batch, of: nn.Module) -> Tensor:
+            return nn.functional.cross_entropy(of(b["x"]), b["y"], reduction="none")
+
+        make = MAKERS[name]
+        plain, optimizer = make(alone), make(model)
+        for step in range(3):
+            data = data_of(0, step)
+            with as_if_alone():
+                expected = plain.step(lambda b, of=alone: loss(b, of), data)
+            with loss_parallel():
+                result = optimizer.step(lambda b, of=model: loss(b, of), data)
+            assert type(result.losses) is Tensor
+            torch.testing.assert_close(result.losses, expected.losses)
+            assert torch.equal(result.indices, expected.indices)
+        check_same(model, alone)
+    with pytest.raises(TypeError, match=r"logits must not be a DTensor.*logits\.full_tensor\(\)"):
+        optimizer.step(lambda b: ksam.cross_entropy(model(b["x"]), b["y"]), data)
 
 
 def check_all(rank: int) -> None:
@@ -305,6 +349,7 @@ def check_all(rank: int) -> None:
     check_diagnostics(rank)
     check_without_the_model(rank)
     check_tensor_parallel(rank)
+    check_logits_in_parts(rank)
 
 
 def test_steps_by_parts_of_weights_are_those_of_whole_weights(tmp_path: Path) -> None:
