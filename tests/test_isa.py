@@ -110,6 +110,10 @@ def test_another_name_is_a_mistake() -> None:
     assert refusal("AVX2") == f"ImportError: {message}"
 
 
+def test_an_empty_variable_names_none() -> None:
+    assert run("", "from ksam_kernels import _C").returncode == 0
+
+
 @pytest.mark.parametrize("isa", SETS[:2])
 def test_the_best_has_the_bits_of(isa: str, results: Callable[[str | None], Run]) -> None:
     """A run resumed on another machine goes on alike; but baseline has no FMA for exponentials."""

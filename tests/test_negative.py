@@ -114,3 +114,22 @@ def test_weights_that_are_negated_are_refused_or_moved_in_the_right_direction(
         assert "negation" in str(error)  # noqa: PT017
         expected = W[0]
     torch.testing.assert_close(w.resolve_neg(), expected)
+
+
+@pytest.mark.parametrize("layout", [imaginary, one_wide])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gradient_that_is_alone_is_seen_with_its_sign(
+    backend: str, shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]
+) -> None:
+    """Beside others, one that a kernel declines would save it from being misread."""
+    g = torch.randn(shape)
+    found, expected = torch.zeros(shape), torch.zeros(shape)
+    ksam_kernels.perturb_([found], [layout(g)], [found.clone()], rho=0.5)
+    ksam_kernels.perturb_([expected], [g], [expected.clone()], rho=0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_contiguous_losses_are_ranked_with_their_sign(backend: str) -> None:
+    x = torch.randn(7)
+    negated = torch._neg_view(-x)
+    assert torch.equal(ksam_kernels.topk_indices(negated, 3), ksam_kernels.topk_indices(x, 3))

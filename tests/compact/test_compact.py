@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from ksam_kernels import compact_batch
+from ksam_kernels.native import extension
 from tests.helpers import any_bits, bits, raises_out_of_range, same_bits, threads
 
 DTYPES = (
@@ -150,10 +153,11 @@ def test_a_tensor_with_gaps_leaves_the_others_as_they_are(backend: str) -> None:
     assert all(torch.equal(rows[key], batch[key][[5, 0, 5]]) for key in batch)
 
 
+@pytest.mark.parametrize("between", [9, 1], ids=["gaps out of range", "gaps in range"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
-def test_indices_need_not_be_contiguous(backend: str, dtype: torch.dtype) -> None:
+def test_indices_need_not_be_contiguous(backend: str, dtype: torch.dtype, between: int) -> None:
     x = {"small": torch.arange(6), "large": torch.randn(6, 40)}
-    indices = torch.tensor([5, 9, 0, 9, 3, 9], dtype=dtype)[::2]  # the gaps are out of range
+    indices = torch.tensor([5, between, 0, between, 3, between], dtype=dtype)[::2]
     rows = compact_batch(x, indices)
     assert rows["small"].tolist() == [5, 0, 3]
     assert torch.equal(rows["large"], x["large"][[5, 0, 3]])
@@ -245,7 +249,11 @@ def test_an_index_into_an_empty_batch_raises(backend: str) -> None:
         compact_batch(torch.zeros(0, 3), torch.tensor([0]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8, torch.int16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.float32, torch.uint8, torch.int16, torch.uint32, torch.uint64],
+    ids=str,
+)
 def test_indices_of_another_dtype_raise(backend: str, dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"indices must be int64, int32, got {dtype}"):
         compact_batch(torch.arange(4), torch.ones(4, dtype=dtype))
@@ -260,3 +268,21 @@ def test_indices_of_another_rank_raise(backend: str, shape: tuple[int, ...]) -> 
 def test_indices_that_are_no_tensor_raise(backend: str) -> None:
     with pytest.raises(TypeError, match="indices must be a tensor, got list"):
         compact_batch(torch.arange(4), [0, 1])  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("native")
+def test_tensors_live_on_whatever_becomes_of_the_batch() -> None:
+    """Another thread may change it while memory is made for the rows, or while they are copied."""
+    batch: dict[str, Tensor] = {name: torch.randn(6, 9)[:, 2:5] for name in "xy"}
+    expected = {name: tensor[[5, 0]] for name, tensor in batch.items()}
+    watched, alive = weakref.ref(batch["x"]), []
+
+    def empty_rows(tensor: Tensor, k: int) -> Tensor:
+        batch.clear()
+        alive.append(watched() is not None)
+        return tensor.new_empty(k, *tensor.shape[1:])
+
+    rows = extension.compact(batch, torch.tensor([5, 0]), empty_rows)
+    assert alive == [True, True]
+    assert list(rows) == list(expected)
+    assert all(same_bits(rows[name], expected[name]) for name in expected)

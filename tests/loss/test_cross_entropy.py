@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -16,6 +17,7 @@ from tests.helpers import FLOATS, U32, assert_within, bits, same_bits, sliced, t
 from tests.loss.oracle import (
     KINDS,
     Case,
+    check_losses_and_gradient,
     expected_losses,
     loss_tolerance,
     make_case,
@@ -235,6 +237,21 @@ def test_a_class_out_of_range_raises(backend: str, index: torch.dtype, bad: int)
         cross_entropy(torch.randn(3, 5), target)
 
 
+def test_the_class_named_is_that_of_a_strided_target(backend: str) -> None:
+    pairs = torch.tensor([[0, 7], [4, 7], [9, 7]])
+    with raises_bad_class(backend, "target holds class 9, out of range for 5"):
+        cross_entropy(torch.randn(3, 5), pairs[:, 0])
+
+
+@pytest.mark.parametrize("layout", [sliced, lambda w: torch._neg_view(-w)], ids=["gaps", "negated"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weights_of_any_layout(
+    backend: str, smoothing: float, layout: Callable[[Tensor], Tensor]
+) -> None:
+    x, y, weight = torch.randn(6, 5), torch.arange(6) % 5, layout(torch.rand(5))
+    check_losses_and_gradient(Case(x, y, weight, label_smoothing=smoothing))
+
+
 def requires_grad(*shape: int) -> Tensor:
     return torch.rand(shape, requires_grad=True)
 
@@ -247,6 +264,8 @@ REFUSED = {
     "no class": (torch.randn(3, 0), Y, {}, ValueError, r"C >= 1, got shape \(3, 0\)"),
     "target no tensor": (X, [0, 1, 2], {}, TypeError, "target must be a tensor, got list"),
     "target uint8": (X, Y.byte(), {}, TypeError, "target must be int64, int32, got torch.uint8"),
+    "target uint32": (X, Y.to(torch.uint32), {}, TypeError, "target must be .*got torch.uint32"),
+    "target uint64": (X, Y.to(torch.uint64), {}, TypeError, "target must be .*got torch.uint64"),
     "target bool": (X, Y.bool(), {}, TypeError, "target must be int64, int32, got torch.bool"),
     "target short": (X, Y[:2], {}, ValueError, r"target must .*\(3,\), got shape \(2,\)"),
     "target [B, 1]": (X, Y[:, None], {}, ValueError, r"target must .*got shape \(3, 1\)"),
@@ -264,6 +283,17 @@ REFUSED = {
     "weight short": (
         *(X, Y, {"weight": torch.ones(4)}, ValueError),
         r"weight must have .*\(5,\), got shape \(4,\)",
+    ),
+    "weight a row": (
+        X,
+        Y,
+        {"weight": torch.ones(1, 5)},
+        ValueError,
+        r"weight .*got shape \(1, 5\)",
+    ),
+    "weight a column": (
+        *(X, Y, {"weight": torch.ones(5, 1)}, ValueError),
+        r"weight must have .*\(5,\), got shape \(5, 1\)",
     ),
     "logits sparse": (X.to_sparse(), Y, {}, TypeError, "logits must be a dense tensor.*sparse_coo"),
     "weight int": (X, Y, {"weight": torch.ones(5).int()}, TypeError, "weight must be float32"),

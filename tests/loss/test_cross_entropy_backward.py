@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ksam_kernels import cross_entropy
+from ksam_kernels.native import extension
 from tests.helpers import FLOATS, assert_within, bits, same_bits, sliced, transposed
 from tests.loss.oracle import KINDS, Case, expected_gradient, gradient_tolerance, make_case
 
@@ -78,17 +79,18 @@ def test_an_offset_common_to_the_logits_costs_no_digits(backend: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("classes", [7, 15, 16, 40])
 def test_ignored_rows_have_gradient_zero_even_with_nan(
-    backend: str, ignore_index: int, smoothing: float, dtype: torch.dtype
+    backend: str, classes: int, ignore_index: int, smoothing: float, dtype: torch.dtype
 ) -> None:
-    logits, target = torch.randn(12, 7).to(dtype), torch.randint(4, 7, (12,))
+    logits, target = torch.randn(12, classes).to(dtype), torch.randint(4, 7, (12,))
     target[::3] = ignore_index
     logits[0], logits[3, 1], logits[6] = NAN, INF, -INF
     upstream = torch.randn(12)
     upstream[0] = INF
-    for weight in (None, torch.rand(7)):
+    for weight in (None, torch.rand(classes)):
         gradient = gradient_of(Case(logits, target, weight, ignore_index, smoothing), upstream)
-        assert torch.equal(gradient[::3], torch.zeros(4, 7, dtype=dtype))
+        assert torch.equal(gradient[::3], torch.zeros(4, classes, dtype=dtype))
         assert (gradient[1::3] != 0).all()
 
 
@@ -150,3 +152,34 @@ def test_logits_written_between_forward_and_backward_raise(backend: str) -> None
     y.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.sum().backward()
+
+
+def test_statistics_with_gaps(backend: str) -> None:
+    x, y, upstream = torch.randn(6, 5), torch.arange(6) % 5, torch.randn(6)
+    _, stats = torch.ops.ksam.cross_entropy(x, y, None, -100, 0.0)
+    found, expected = (
+        torch.ops.ksam.cross_entropy_backward(upstream, x, y, s, None, -100, 0.0)
+        for s in (sliced(stats), stats)
+    )
+    assert same_bits(found, expected)
+
+
+@pytest.mark.usefixtures("native")
+def test_what_the_native_kernels_decline() -> None:
+    """They would read past the end, or take numbers of one dtype for those of another."""
+    x, y, upstream = torch.randn(6, 5), torch.arange(6) % 5, torch.ones(6)
+    _, stats = extension.cross_entropy(x, y, None, -100, 0.0, True)
+
+    def gradient(upstream: Tensor, stats: Tensor) -> Tensor | None:
+        found: Tensor | None = extension.cross_entropy_backward(
+            upstream, x, y, stats, None, -100, 0.0
+        )
+        return found
+
+    assert gradient(upstream, stats) is not None
+    for other in (upstream[:5], upstream.sum(), upstream.double(), upstream.bfloat16()):
+        assert gradient(other, stats) is None
+        assert extension.mse_backward(other, x, x) is None
+        assert extension.binary_cross_entropy_with_logits_backward(other, x, x, None) is None
+    for wrong in (stats[:5], stats.double(), sliced(stats)):
+        assert gradient(upstream, wrong) is None

@@ -242,6 +242,11 @@ def test_pos_weight_broadcasts_to_the_trailing_dimensions(
     check_bce(torch.randn(4, 3, 5), torch.rand(4, 3, 5), torch.rand(shape) * 4)
 
 
+@pytest.mark.parametrize("layout", [sliced, lambda w: torch._neg_view(-w)], ids=["gaps", "negated"])
+def test_pos_weights_of_any_layout(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
+    check_bce(torch.randn(6, 5), torch.rand(6, 5), layout(torch.rand(5)))
+
+
 def test_bce_of_large_logits_neither_overflows_nor_loses_digits(backend: str) -> None:
     values = [-1e38, -1e4, -100.0, -90.0, -50.0, -0.0, 0.0, 50.0, 90.0, 100.0, 1e4, 1e38]
     x = torch.tensor(values)
@@ -309,6 +314,7 @@ def test_what_they_cannot_serve_raises_with_the_argument_and_the_value(
         (X, [1.0], TypeError, "target must be a tensor, got list"),
         (X, T.long(), TypeError, "target must be float32.*got torch.int64"),
         (X, T[0], ValueError, r"target must have .*\(3, 5\), got shape \(5,\)"),
+        (X[:, 0], T[:, :1], ValueError, r"target must have .*\(3,\), got shape \(3, 1\)"),
         (X, T.to("meta"), ValueError, f"target must be on .*{name}, {X.device}, got meta"),
         (X, GRAD, ValueError, r"target must not require grad, .* target\.detach\(\)"),
     ):
@@ -365,3 +371,11 @@ def test_the_gradient_of_samples_apart_is_as_its_fake_says(backend: str, name: s
     rest = () if name == "mse" else (None,)
     dx = getattr(torch.ops.ksam, f"{name}_backward")(torch.ones(4), x, torch.rand_like(x), *rest)
     assert dx.is_contiguous()
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 40])
+def test_a_gradient_of_numbers_far_apart_does_not_overflow(backend: str, n: int) -> None:
+    x = torch.full((2, n), 3e38, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mse(x, torch.zeros(2, n)), x, torch.full((2,), 1e-3))
+    expected = torch.full((2, n), 6e38 * (1e-3 / n))
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ksam_kernels import cross_entropy, select_cross_entropy, topk_indices
 from ksam_kernels.loss.layout import group_of, in_planes_of
+from ksam_kernels.native import extension
 from tests.helpers import FLOATS, bits, same_bits, threads
 from tests.loss.oracle import (
     KINDS,
@@ -164,6 +165,20 @@ def test_ignored_rows_are_zero_even_with_nan(
     assert (gradient[~ignored] != 0).all()
 
 
+@pytest.mark.parametrize("classes", [5, 40])
+def test_an_infinite_weight_of_a_class_that_no_row_has_changes_nothing(
+    backend: str, classes: int
+) -> None:
+    x, target = planes(2, classes, 20).requires_grad_(), torch.zeros(2, 20, dtype=torch.int64)
+    found = []
+    for other in (1.0, INF):
+        weight = torch.ones(classes)
+        weight[1] = other
+        losses = cross_entropy(x, target, weight=weight)
+        found.append((losses.detach(), *torch.autograd.grad(losses.sum(), x)))
+    assert all(map(same_bits, *found))
+
+
 @pytest.mark.parametrize("row", [[INF, 0.0, 1.0], [-INF] * 3, [0.0, NAN, 1.0]], ids=str)
 def test_a_row_whose_loss_is_nan_leaves_its_neighbours(backend: str, row: list[float]) -> None:
     for classes in (3, 150):
@@ -259,3 +274,11 @@ def test_more_classes_than_float32_counts_are_no_planes() -> None:
     """As the kernels decline them: so one copy serves both passes."""
     for classes, group in ((2**24 - 1, 16), (2**24, 0)):
         assert group_of(torch.empty(classes, 16, device="meta").T) == group
+
+
+@pytest.mark.usefixtures("native")
+def test_groups_of_less_than_a_vector_are_no_planes() -> None:
+    """The vector would begin before the first of them."""
+    for rows, taken in ((15, False), (16, True)):
+        x, y = torch.randn(1, 6, rows).movedim(1, -1), torch.zeros(1, rows, dtype=torch.int64)
+        assert (extension.cross_entropy(x, y, None, -100, 0.0, True) is not None) == taken

@@ -325,3 +325,36 @@ def test_subclasses_of_tensor_go_through_the_dispatcher(backend: str) -> None:
     perturb_([plain], [grad], [backup], rho=1.0)
     perturb_([marked], [grad], [backup], rho=1.0)
     assert same_bits(marked.as_subclass(Tensor), plain)  # type: ignore[arg-type]
+
+
+SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def updated(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 - g in a dtype."""
+    zero = torch.zeros(g.shape, dtype=dtype)
+    w = [zero.clone()]
+    restore_sgd_(w, [zero], [g], [], lr=1.0)
+    return w[0]
+
+
+@pytest.mark.parametrize("n", [1, 100])
+@SIXTEEN_BITS
+def test_nan_of_any_bits_is_rounded_to_nan(backend: str, dtype: torch.dtype, n: int) -> None:
+    for payload in (0x7FFFFFFF, 0x7F800001):
+        g = torch.full((n,), payload, dtype=torch.int32).view(torch.float32)
+        assert updated(g, dtype).isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 100])
+def test_what_float16_cannot_hold_is_rounded_to_infinity(backend: str, n: int) -> None:
+    inf = float("inf")
+    for w, expected in ((65519.0, 65504.0), (65520.0, inf), (7e4, inf), (2e5, inf), (1e30, inf)):
+        assert (updated(torch.full((n,), -w), torch.float16) == expected).all()
+
+
+def test_dampening_is_subtracted_from_1_before_it_is_rounded(backend: str) -> None:
+    w, v, g = (torch.randn(100) for _ in range(3))
+    buffers = [v.clone()]
+    restore_sgd_([w], [w.clone()], [g], buffers, lr=0.1, momentum=0.9, dampening=0.9)
+    assert same_bits(buffers[0], v * 0.9 + g * (1 - 0.9))

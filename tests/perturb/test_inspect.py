@@ -157,3 +157,20 @@ def test_a_negative_view_of_a_scalar_is_resolved() -> None:
         kk.restore_sgd_(params, backup, grads, [], lr=0.1, grad_scale=scale)
     assert not seen[0].is_neg()
     assert seen[0] == -1
+
+
+def test_what_cannot_be_described() -> None:
+    """Triton's tables would lead past the end of a list, or through the gaps of a tensor."""
+    two, gaps = [torch.zeros(3), torch.zeros(4)], [sliced(torch.randn(4, 5))]
+    integers = [torch.arange(5)]
+    describe = native.extension.describe
+    assert describe([two, two], [1, 2], 1024) is not None
+    for lists_, values in (
+        ([gaps, gaps], None),
+        ([integers, integers], None),
+        ([two, two[:1]], None),
+        ([two[:1], two], None),
+        ([two, two], [1]),
+        ([two, two], [1, 2, 3]),
+    ):
+        assert describe(lists_, values, 1024) is None

@@ -307,6 +307,11 @@ def refused() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             ValueError,
             r"grads\[0\] must have .*\(3,\).*got \(2,\)",
         ),
+        "grads of more dimensions": (
+            {"grads": [torch.ones(3, 1)]},
+            ValueError,
+            r"grads\[0\] must have .*\(3,\).*got \(3, 1\)",
+        ),
         "grads missing": ({"grads": []}, ValueError, "grads must hold as many .* 1, got 0"),
         "grads None": ({"grads": [None]}, TypeError, r"grads\[0\] must be a tensor, got NoneType"),
         "grads elsewhere": ({"grads": [meta]}, ValueError, r"grads\[0\] must have .*on meta"),

@@ -252,6 +252,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"exp_avg_sqs\[0\] must have .*\(3,\)",
     ),
+    "exp_avgs overlap": (
+        {"exp_avgs": [torch.zeros(1).expand(3)]},
+        ValueError,
+        r"exp_avgs\[0\] must not have elements that share",
+    ),
     "steps missing": ({"steps": []}, ValueError, "steps must hold as many .* 1, got 0"),
     "steps float64": ({"steps": [ONE.double()]}, TypeError, r"steps\[0\] must be float32"),
     "steps long": ({"steps": [W]}, ValueError, r"steps\[0\] must have one .*got shape \(3,\)"),
@@ -300,3 +305,13 @@ def test_defaults_are_those_of_torch(backend: str) -> None:
     moved, state = garbage(params), [zeros_like(params), zeros_like(params), counters(params)]
     restore_adam_(moved, params, grads, *state, lr=1e-3)
     assert_close(moved, oracle.params, 12, 8.0)
+
+
+def test_a_decay_near_1_is_rounded_as_torch_rounds_it(backend: str) -> None:
+    w = tensors(torch.float32, SHAPES)
+    grads = zeros_like(w)
+    oracle = Oracle(torch.optim.AdamW, w, torch.float32, lr=0.1, weight_decay=9.0)
+    oracle.step(grads)
+    moved, state = garbage(w), [zeros_like(w), zeros_like(w), counters(w)]
+    restore_adam_(*(moved, w, grads), *state, lr=0.1, weight_decay=9.0, decoupled_weight_decay=True)
+    assert all_same_bits(moved, oracle.params)

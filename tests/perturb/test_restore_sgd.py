@@ -198,8 +198,9 @@ def test_gradients_are_divided_by_a_power_of_two_exactly(
 
 @pytest.mark.parametrize("bad", [INF, NAN, 1.0])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("found_inf", [1.0, -1.0])
 def test_on_overflow_weights_are_restored_and_nothing_else_changes(
-    backend: str, momentum: float, bad: float
+    backend: str, found_inf: float, momentum: float, bad: float
 ) -> None:
     backup = [any_bits(shape, dtype) for shape in SHAPES for dtype in FLOATS]
     buffers = [any_bits(tuple(b.shape), b.dtype) for b in backup]
@@ -212,7 +213,7 @@ def test_on_overflow_weights_are_restored_and_nothing_else_changes(
         **FULL | {"momentum": momentum},
         steps=steps,
         grad_scale=one(2.0),
-        found_inf=one(1.0),
+        found_inf=one(found_inf),
     )
     assert all_same_bits(params, kept)
     assert all_same_bits(backup, kept)
