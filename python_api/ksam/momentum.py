@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from ksam.distributed import is_zero
 from ksam.parts import Part
 from ksam.radius import Rho, check_radius, radius_at
-from ksam_kernels.library import is_subclass
 
 #: Where optimizers keep their momentum in ``state``: SGD and RMSprop; Adam, AdamW, NAdam and RAdam.
 _NAMES = ("momentum_buffer", "exp_avg")
@@ -99,9 +98,9 @@ class Momentum(Part):
                     f"base must keep its momentum in its state as {' or '.join(_NAMES)}, got "
                     f"{type(base).__name__} with {', '.join(sorted(map(str, names)))}"
                 )
-        if any(map(is_subclass, found)):
-            return [v if v is None else _dequantized(v) for v in found]
-        return found
+        if set(map(type, found)) <= {Tensor, type(None)}:  # mostly
+            return found
+        return [v if v is None else _dequantized(v) for v in found]
 
     def radius(self, group: dict[str, Any], step: int) -> float:
         """The signed radius of a group at a step: negative, since the ascent follows -v."""

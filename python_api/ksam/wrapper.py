@@ -153,11 +153,13 @@ class OptimizerWrapper(Optimizer):
             params = parameters(self.param_groups)
             check_no_overlap(params)
             self._radii = {p: self._radii[p] for p in params if p in self._radii}
+            defaulted = _DEFAULTED.setdefault(self.base, set())
+            defaulted.intersection_update(params)
             present = set(map(id, self.param_groups))
             self._groups = [entry for entry in self._groups if id(entry[0]) in present]
         for group, rho in zip(new, radii_of_new, strict=True):
             if "rho" not in group:
-                _DEFAULTED.setdefault(self.base, set()).update(group["params"])
+                defaulted.update(group["params"])
             given = group.get("rho", self._rho)
             radius = _Radius(None if is_number(given) else given, rho)
             self._radii.update(dict.fromkeys(group["params"], radius))
