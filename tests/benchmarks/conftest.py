@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
+from tests.benchmarks.clock import Clock
 from tests.helpers import one_thread as one_thread
 from tests.helpers import wait_for
 
@@ -133,3 +134,11 @@ def pid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait_from_then_on)
     return file
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In place of the time."""
+    clock = Clock()
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    return clock

@@ -114,7 +114,7 @@ def test_a_run_that_measures_nothing_fails(
     assert not (tmp_path / "ratios.png").exists()
 
 
-def _row(contestant: str, ratio: float | None, note: str = "") -> Row:
+def make_row(contestant: str, ratio: float | None, note: str = "") -> Row:
     measured = ratio is not None
     return Row(
         room="topk",
@@ -139,7 +139,12 @@ def test_losing_rows_are_marked_and_counted() -> None:
         "1.00 ",
         "0.99*",
     ]
-    rows = [_row("ksam", 1.0), _row("sort", 2.0), _row("sort", 0.5), _row("none", None, "because")]
+    rows = [
+        make_row("ksam", 1.0),
+        make_row("sort", 2.0),
+        make_row("sort", 0.5),
+        make_row("none", None, "because"),
+    ]
     assert summary_lines(rows) == ["sort: ksam is slower in 1 of 2 cases"]
 
 
@@ -147,7 +152,7 @@ def test_disturbed_cases_are_marked_and_counted() -> None:
     case = next(topk.cases(torch.device("cpu")))
     table = Table([case], ["topk", "sort"])
     for rate, mark in ((None, ""), (3.0, ""), (200.0, "~")):
-        row = dataclasses.replace(_row("ksam", 1.0), preemptions_per_s=rate)
+        row = dataclasses.replace(make_row("ksam", 1.0), preemptions_per_s=rate)
         assert f" 2.0{mark} " in table.line(case, [row]) + " "
         assert any("disturbed 1 of 1" in line for line in summary_lines([row])) == bool(mark)
 
@@ -155,7 +160,7 @@ def test_disturbed_cases_are_marked_and_counted() -> None:
 def test_reasons_are_numbered_below_the_table() -> None:
     case = next(topk.cases(torch.device("cpu")))
     table = Table([case], ["topk", "sort"])
-    rows = [_row("ksam", 1.0), _row("topk", 0.5), _row("sort", None, "it is broken")]
+    rows = [make_row("ksam", 1.0), make_row("topk", 0.5), make_row("sort", None, "it is broken")]
     line = table.line(case, rows)
     assert line.split()[-5:] == ["50", "%", "0.50*", "-", "[1]"]
     assert table.notes({"topk": "a", "sort": "b"}) == ["topk: a", "sort: b", "[1] it is broken"]

@@ -102,19 +102,6 @@ def test_a_seed_gives_the_same_dropout_whatever_loading_drew() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_sgd_is_the_plain_loop(base: str) -> None:
-    config = make_config("--base", base)
-    workload = RecordingWorkload()
-    model = seeded_model(workload, 0)
-    optimizer, step = make_step(make_method("sgd", config), workload, model, config)
-    assert type(optimizer) is {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[base]
-    batch = next(workload.train_batches(32, data_generator(0)))
-    loss = step(batch)
-    expected = F.cross_entropy(seeded_model(workload, 0)(batch["image"]), batch[LABEL])
-    torch.testing.assert_close(loss, expected.detach())
-
-
 @pytest.mark.parametrize(("name", "k"), [("sam", 1.0), ("ksam", 1 / 3)])
 def test_sam_and_ksam_go_through_ksam(name: str, k: float) -> None:
     config = make_config("--rho", "0.1")
