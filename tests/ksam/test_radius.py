@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import pickle
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -337,14 +335,3 @@ def test_the_next_method_over_a_base_has_its_own_radius(backend: str, rho: Any) 
     for method, options, expected in methods:
         found = [group["rho"] for group in method(None, base, **options).param_groups]
         assert found == [expected, 0.2]
-
-
-def test_parameters_that_have_left_are_not_kept_alive(backend: str) -> None:
-    old, new = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    optimizer = KSAM([old], torch.optim.SGD, **SGD)
-    watched = weakref.ref(old)
-    optimizer.param_groups.clear()
-    optimizer.add_param_group({"params": [new]})
-    del old
-    gc.collect()
-    assert watched() is None

@@ -230,7 +230,7 @@ def test_rows_of_one_layout_without_gaps_are_worked_on_in_place(order: str) -> N
 
 @pytest.mark.parametrize(
     ("hip", "advice"),
-    [(None, "pip install triton"), ("6.4", "install torch for ROCm with what it depends on")],
+    [(None, "pip install triton"), ("6.4", "install torch for ROCm with its dependencies")],
 )
 def test_without_triton_the_report_says_why(hip: str | None, advice: str) -> None:
     code = f"""
