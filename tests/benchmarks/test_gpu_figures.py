@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import host, kernels, report, training
-from benchmarks.gpu.part import Context
-from benchmarks.timing import Quartiles
+from benchmarks.gpu.part import Context, PartFile
+from benchmarks.timing import Plan, Quartiles
 from benchmarks.train.models import build_image_model
 from tests.benchmarks.clock import Clock, a_case, rounds
 
@@ -23,13 +23,13 @@ CPU = torch.device("cpu")
 
 
 def test_gpu_rows_are_each_contestants_own(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy of the same size takes half of ksam's time, the rival twice as long."""
-    copying = clock.takes(0.25)
+    """The rival takes twice ksam's time, the copy of the same size half of it but in one round."""
+    copying = clock.takes(*[0.25] * 2, *[0.75] * 2, *[0.25] * 2)  # two inputs, three rounds
     monkeypatch.setattr(
         kernels, "_copies", lambda _, count, __: lambda: [copying() for _ in range(count)]
     )
     case = a_case(clock.takes(0.5), clock.takes(1.0))
-    ours, other = kernels.measure(case, CPU, rounds(2), 1e4)
+    ours, other = kernels.measure(case, CPU, rounds(3), 1e4)
     assert (ours["microseconds"]["median"], other["microseconds"]["median"]) == (5e5, 1e6)
     assert (ours["ratio"], other["ratio"]) == (1, 2)
     assert ours["share_of_copy"] == pytest.approx(0.2)
@@ -51,6 +51,23 @@ def test_host_times(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {"a": [1e6] * 10, "b": [2e6] * 10, "together": [3e6] * 10}
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_only_dry_runs_make_few_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    case, workload = a_case(torch.abs, torch.abs), SimpleNamespace(label="ResNet-8")
+    monkeypatch.setattr(kernels, "kernel_cases", lambda *_, **__: iter([case]))
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda _: Quartiles.of([1e9]))
+    monkeypatch.setattr(training, "workloads", lambda **_: iter([workload]))
+    context = Context(CPU, tmp_path, dry_run=dry_run)
+    seen: list[Plan] = []
+    for part, module in (("kernels", kernels), ("training", training)):
+        monkeypatch.setattr(module, "measure", lambda _, __, plan, *___: seen.append(plan) or {})
+        module.run(context, PartFile(part, context))
+    name = "_DRY_PLAN" if dry_run else "_PLAN"
+    assert seen == [getattr(kernels, name), getattr(training, name)]
+
+
 def test_training_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"SGD": [1.0, 2.0, 1.0], "SAM": [2.0, 8.0, 3.0]}
     monkeypatch.setattr(training, "_times", lambda *_: times)
@@ -63,6 +80,19 @@ def test_training_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_times_are_of_one_step(clock: Clock) -> None:
     times = training._rounds({"SGD": clock.takes(2.0)}, rounds(2), CPU)
     assert times == {"SGD": [2.0] * 2}
+
+
+def test_the_first_training_steps_do_not_count(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In them, libraries choose their algorithms."""
+    slow = [9.0] * training._STEPS
+    methods = {name: lambda *_: clock.takes(*slow, *[1.0] * 12) for name in training.METHODS}
+    monkeypatch.setattr(training, "METHODS", methods)
+    monkeypatch.setattr(training, "_IN_GRAPHS", ())
+    workload: Any = None
+    times = training._times(workload, CPU, rounds(2), {})
+    assert times == {name: [1.0] * 2 for name in training.METHODS}
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -88,6 +118,23 @@ def test_training_steps_make_the_passes_that_they_are_named_after(bfloat16: bool
         "SGD": [12], "SAM, a loop": [12, 12], "SAM": [12, 12], "K-SAM, k=1/2": [12, 6, 6],
         "K-SAM, k=1/3": [12, 4, 4],
     }  # fmt: skip
+
+
+def test_only_the_loop_updates_batchnorm_in_more_than_one_pass() -> None:
+    """KSAM knows its model, as the documentation has it: what that costs belongs to the step."""
+    models: list[nn.Module] = []
+
+    def build() -> nn.Module:
+        models.append(build_image_model("resnet8", 3, 10))
+        return models[-1]
+
+    workload = training.Workload("ResNet-8", build, 12, 8, 10, bfloat16=False)
+    found = {}
+    for name, make in training.METHODS.items():
+        make(workload, CPU)()
+        counts = [b for n, b in models[-1].named_buffers() if n.endswith("num_batches_tracked")]
+        found[name] = {int(count) for count in counts}
+    assert found == {name: {2} if name == "SAM, a loop" else {1} for name in training.METHODS}
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
@@ -130,3 +177,10 @@ def test_the_report_shows_medians_and_names_its_shares() -> None:
     microseconds = {"q25": 1.0, "median": 2.0, "q75": 4.0}
     row = {"microseconds": microseconds, "share_of_copy": 0.4, "share_of_equal_copy": 0.5}
     assert report._figures(row) == "2.0 [1.0-4.0] | 40% | 50%"
+
+
+def test_the_report_shows_medians_of_training_steps() -> None:
+    milliseconds = {"q25": 10.0, "median": 20.0, "q75": 40.0}
+    steps = {"SAM": {"milliseconds": milliseconds, "over SGD": {"q25": 1.5, "median": 2.0}}}
+    found = {"training": {"workloads": {"ResNet-8": steps}}}
+    assert "| ResNet-8 | 20.00 (2.00) |" in report._training(found)

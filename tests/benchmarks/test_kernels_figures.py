@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from benchmarks import environment
-from benchmarks.kernels import compact, perturb, plot, topk
-from benchmarks.kernels.measure import figures_of, measure_case
-from benchmarks.kernels.report import summary_lines
+from benchmarks.kernels import compact, perturb, plot, run, topk
+from benchmarks.kernels.case import Case
+from benchmarks.kernels.measure import Row, figures_of, measure_case
+from benchmarks.kernels.report import KernelResults, summary_lines
 from benchmarks.kernels.sam import BASES, CONTESTANTS, Start
-from benchmarks.kernels.timing import copy_bandwidth, time_in_turns
-from benchmarks.timing import Quartiles, seconds_for
+from benchmarks.kernels.timing import DEFAULT_PLAN, QUICK_PLAN, copy_bandwidth, time_in_turns
+from benchmarks.timing import Plan, Quartiles, seconds_for
 from tests.benchmarks.clock import Clock, a_case, rounds
 from tests.benchmarks.test_kernels_end_to_end import make_row
+from tests.helpers import read_rows
 
 CPU = torch.device("cpu")
 
@@ -67,6 +69,22 @@ def test_rows_are_each_contestants_own(clock: Clock, monkeypatch: pytest.MonkeyP
     assert ours.preemptions_per_s == other.preemptions_per_s == pytest.approx(30 / 9)
 
 
+@pytest.mark.parametrize(("quick", "plan"), [(False, DEFAULT_PLAN), (True, QUICK_PLAN)])
+def test_only_quick_runs_make_few_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool, plan: Plan
+) -> None:
+    seen: list[Plan] = []
+
+    def measure_case(_: Case, __: torch.device, plan: Plan, *___: float, quick: bool) -> list[Row]:
+        seen.append(plan)
+        return [make_row("ksam", 1.0)]
+
+    monkeypatch.setattr(run, "measure_case", measure_case)
+    settings = run.Settings(("topk",), quick, "auto", tmp_path)
+    assert list(run._measure_section("topk", settings, CPU, 1e10))
+    assert set(seen) == {plan}
+
+
 def test_preemptions_are_the_switches_that_nobody_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -78,6 +96,14 @@ def test_preemptions_are_the_switches_that_nobody_asked_for(
 def test_the_cases_that_ksam_loses_are_counted() -> None:
     rows = [make_row("ksam", 1.0), *(make_row("sort", ratio) for ratio in (2.0, 0.5, 0.6))]
     assert summary_lines(rows) == ["sort: ksam is slower in 2 of 3 cases"]
+
+
+def test_the_csv_shows_the_figures(tmp_path: Path) -> None:
+    with KernelResults(tmp_path / "results.csv", CPU) as file:
+        file.write([make_row("sort", 2.5)])
+    [row] = read_rows(tmp_path / "results.csv")
+    names = ("q25_us", "median_us", "q75_us", "share_of_copy", "ratio")
+    assert [float(row[name]) for name in names] == [2.0, 2.4, 3.0, 0.5, 2.5]
 
 
 def test_the_plot_shows_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
