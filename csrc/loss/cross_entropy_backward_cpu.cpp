@@ -98,19 +98,16 @@ KSAM_INLINE void plane_rows(const CrossEntropyGradient& args, const Target<A>& t
                             const Sixteen& of, const int64_t* y, A* buffer) {
   using V = Lanes<T>;
   const Matrix& logits = args.forward.logits;
-  A rows[4][kLanes] = {}, hot[kLanes] = {}, ahead[kLanes], counts[kLanes] = {};
+  A rows[4][kLanes] = {}, ahead[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) {
     ahead[i] = -1;  // no class is hot
     if (y[i] == kIgnored) continue;
-    if (target.has_hot()) {
-      hot[i] = target.hot(y[i]);
-      ahead[i] = static_cast<A>(y[i]);  // exact: as_planes() declines too many classes
-    }
-    counts[i] = 1;
+    // Exact: as_planes() declines too many classes.
+    if (target.has_hot()) ahead[i] = static_cast<A>(y[i]);
     put_slope(slope_of<A>(args, of.first + i), i, rows);
   }
   const Slope<V> slope = slope_of_lanes<V>(rows);
-  const V hot_lanes = load_lanes<V>(hot), counted = load_lanes<V>(counts);
+  const V hot = target.template hot_lanes<V>(y), counted = counted_lanes<V>(y);
   V ahead_lanes = load_lanes<V>(ahead);
   const T* x = plane_of<T>(logits, of.first);
   T* out = plane_of<T>(args.out, of.first);
@@ -120,7 +117,7 @@ KSAM_INLINE void plane_rows(const CrossEntropyGradient& args, const Target<A>& t
     __builtin_prefetch(out + kAhead, 1);
     target.spread_plane(spread, c, buffer);
     const V rest = load_lanes<V>(buffer);
-    const V q = where_zero(ahead_lanes, rest + hot_lanes, rest);
+    const V q = where_zero(ahead_lanes, rest + hot, rest);
     const V dx = masked(slope.at(load_lanes<V>(x), q), counted);
     if (of.count == kLanes) {
       store_lanes(out, dx);
