@@ -218,7 +218,9 @@ def test_sparse_parameters_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=r"dense, got layout torch.sparse_coo for .*'late'"):
         optimizer.add_param_group({"params": [("late", late)]})
     model.register_parameter("z", late)
-    message = r"must be dense, got layout torch.sparse_coo for parameter 0 .*'z', .* \(3, 3\)"
+    message = (
+        r"params must be dense, got layout torch.sparse_coo for parameter 0 .*'z', .* \(3, 3\)"
+    )
     with pytest.raises(TypeError, match=message):
         build(name, model)
 

@@ -297,7 +297,7 @@ REFUSED = {
     ),
     "logits sparse": (X.to_sparse(), Y, {}, TypeError, "logits must be a dense tensor.*sparse_coo"),
     "weight int": (X, Y, {"weight": torch.ones(5).int()}, TypeError, "weight must be float32"),
-    "weight grad": (X, Y, {"weight": requires_grad(5)}, ValueError, "weight must not require"),
+    "weight grad": (X, Y, {"weight": requires_grad(5)}, ValueError, "weight must not require grad"),
     "smoothing < 0": (
         *(X, Y, {"label_smoothing": -0.1}, ValueError),
         r"label_smoothing must be in \[0.0, 1.0\], got -0.1",

@@ -163,7 +163,7 @@ def test_what_it_cannot_serve_raises_with_the_argument_and_the_value(backend: st
         (
             ([g], [torch.ones(2)]),
             ValueError,
-            rf"params\[0\] must have .*\(3,\) on {g.device}.*got \(2,\)",
+            rf"params\[0\] must have shape \(3,\) on {g.device}.*got \(2,\)",
         ),
         (([g], [g, g]), ValueError, "params must hold as many tensors as grads, 1, got 2"),
         (([g], [g], -1.0), ValueError, "eta must be finite and >= 0.0, got -1.0"),

@@ -267,16 +267,28 @@ def test_lr_zero_gives_the_weights_of_the_backup(backend: str) -> None:
 W = torch.ones(3)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "backup dtype": ({"backup": [W.half()]}, TypeError, r"backup\[0\] must be torch.float32"),
-    "backup missing": ({"backup": []}, ValueError, "backup must hold as many .* 1, got 0"),
-    "grads shape": ({"grads": [W[:2]]}, ValueError, r"grads\[0\] must have .*\(3,\).*got \(2,\)"),
+    "backup missing": (
+        *({"backup": []}, ValueError),
+        "backup must hold as many tensors as params, 1, got 0",
+    ),
+    "grads shape": (
+        *({"grads": [W[:2]]}, ValueError),
+        r"grads\[0\] must have shape \(3,\).*got \(2,\)",
+    ),
     "grads int": ({"grads": [W.int()]}, TypeError, r"grads\[0\] must be float32.*torch.int32"),
     "buffers missing": (
         *({"momentum_buffers": []}, ValueError),
         "momentum_buffers must hold as many tensors as params, 1, got 0",
     ),
-    "steps missing": ({"steps": []}, ValueError, "steps must hold as many .* 1, got 0"),
+    "steps missing": (
+        *({"steps": []}, ValueError),
+        "steps must hold as many tensors as params, 1, got 0",
+    ),
     "steps int": ({"steps": [one(0).int()]}, TypeError, r"steps\[0\] must be float32, got .*int32"),
-    "steps long": ({"steps": [W]}, ValueError, r"steps\[0\] must have one .*got shape \(3,\)"),
+    "steps long": (
+        *({"steps": [W]}, ValueError),
+        r"steps\[0\] must have one element.*got shape \(3,\)",
+    ),
     "steps elsewhere": (
         *({"steps": [torch.zeros((), device="meta")]}, ValueError),
         rf"steps\[0\] must have one element on {W.device}",
@@ -291,22 +303,27 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dampening too large": ({"dampening": 10**400}, ValueError, "dampening must be .*got 1000"),
     "buffers overlap": (
         *({"momentum_buffers": [torch.zeros(1).expand(3)]}, ValueError),
-        r"momentum_buffers\[0\] must not have elements that share .* with strides \(0,\)",
+        r"momentum_buffers\[0\] must not have elements that share memory, .* with strides \(0,\)",
     ),
     "dampening a word": ({"dampening": "x"}, TypeError, "dampening must be a number, got 'x'"),
     "nesterov with dampening": (
         *({"nesterov": True, "dampening": 0.5}, ValueError),
         r"nesterov needs momentum > 0 and dampening = 0, got momentum=0\.9 and dampening=0\.5",
     ),
-    "nesterov alone": ({"nesterov": True, "momentum": 0.0}, ValueError, "nesterov .*momentum=0.0"),
+    "nesterov alone": (
+        *({"nesterov": True, "momentum": 0.0}, ValueError),
+        "nesterov needs .*momentum=0.0",
+    ),
     "grad_scale float64": (
-        {"grad_scale": one(1).double()},
-        TypeError,
+        *({"grad_scale": one(1).double()}, TypeError),
         "grad_scale must be float32",
     ),
-    "grad_scale long": ({"grad_scale": W}, ValueError, r"grad_scale must have one .*\(3,\)"),
+    "grad_scale long": ({"grad_scale": W}, ValueError, r"grad_scale must have one element.*\(3,\)"),
     "found_inf float": ({"found_inf": 1.0}, TypeError, "found_inf must be a tensor, got float"),
-    "grad_scale empty": ({"grad_scale": W[:0]}, ValueError, r"grad_scale must have one .*\(0,\)"),
+    "grad_scale empty": (
+        *({"grad_scale": W[:0]}, ValueError),
+        r"grad_scale must have one element.*\(0,\)",
+    ),
     "found_inf bool": ({"found_inf": one(1).bool()}, TypeError, "found_inf must be float32"),
 }
 
